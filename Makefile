@@ -1,0 +1,59 @@
+# The front door. `make serve` and `make test` set up all that they need; every target is safe to run again.
+PYTHON ?= python3
+CONFIG ?= configs/train.yaml
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEMO := configs/train-demo.yaml
+STAGES := prepare tokenizer encode run export
+
+export RAY_USAGE_STATS_ENABLED = 0
+
+.PHONY: help setup setup-dev serve test check format proto train train-demo clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/serving ## Create .venv with what serving needs (no PyTorch)
+
+setup-dev: $(VENV)/development ## Create .venv with everything: training, tests, linters
+
+serve: $(VENV)/serving ## Serve models/stories-8m: four replicas behind gRPC on localhost:9000
+	$(BIN)/tinylm serve
+
+test: $(VENV)/development ## Run every test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/development ## Lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/development ## Format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: $(VENV)/development ## Generate tinylm/v1 from protos/
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. tinylm/v1/tinylm.proto
+
+train: $(VENV)/development ## Prepare, tokenize, encode, train, export (CONFIG=configs/train.yaml)
+	$(foreach stage,$(STAGES),$(BIN)/python -m train.$(stage) --config $(CONFIG) &&) true
+
+train-demo: $(VENV)/development ## The same in two minutes, on text that it makes itself
+	$(BIN)/python -m train.demo_text
+	$(MAKE) train CONFIG=$(DEMO)
+
+clean: ## Remove .venv and caches, never data or models
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/serving: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/development: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[train,test,dev]'
+	touch $@ $(VENV)/serving

@@ -1,0 +1,207 @@
+"""The command line: `tinylm generate`, `info`, `tokenize`, `serve`. Parses, prints, and turns errors into one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tinylm import __version__
+
+DEFAULT_MODEL = Path("models/stories-8m")
+
+app = typer.Typer(
+    help="TinyLM: a small language model and its CPU engine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Model = Annotated[Path, typer.Option("--model", "-m", help="A model directory.", metavar="DIR")]
+Server = Annotated[
+    Optional[str], typer.Option("--server", "-s", help="Ask a running service instead.", metavar="HOST:PORT")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What the user can mend becomes `error: ...` and exit status 1; Ctrl-C is status 130."""
+    from tinylm.client import ServiceError
+
+    try:
+        yield
+    except (ValueError, ServiceError, OSError) as error:  # ModelError is a ValueError
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo(err=True)
+        raise typer.Exit(130) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tinylm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="The most tokens to answer with.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that reach this probability.")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="Keep so many of the likeliest tokens; 0 keeps all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens this share as likely as the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, seen tokens become less likely.")] = 1.0,
+    stop: Annotated[Optional[list[str]], typer.Option(help="End before this text; may be repeated.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="The same seed gives the same text.")] = None,
+    logprobs: Annotated[
+        Optional[int], typer.Option(help="With --json: log-probabilities and so many alternatives.")
+    ] = None,
+    model: Model = DEFAULT_MODEL,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, printing tokens as they come."""
+    from tinylm.sampling import SamplingParams
+
+    with _one_line_errors():
+        text = sys.stdin.read() if prompt == "-" else prompt
+        params = SamplingParams(
+            max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop or ()), seed, logprobs
+        )
+        if as_json:
+            completion = _drain(_stream(text, params, model, server), lambda piece: None)
+            typer.echo(json.dumps({"prompt": text, **dataclasses.asdict(completion)}))
+            return
+        shown = iter([text])  # the prompt is shown with the first piece, so that an error stands alone
+
+        def show(piece: str) -> None:
+            typer.secho(next(shown, ""), nl=False, bold=True)
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+
+        _drain(_stream(text, params, model, server), show)
+        typer.echo()
+
+
+def _stream(text: str, params: Any, model: Path, server: str | None) -> Generator[str, None, Any]:
+    if server is None:
+        from tinylm.llm import LLM
+
+        return LLM(model).stream(text, params)
+    from tinylm.client import Client
+
+    return Client(server).stream(text, params)
+
+
+def _drain(stream: Generator[str, None, Any], show: Callable[[str], None]) -> Any:
+    """Take a stream to its end, showing each piece; returns its completion."""
+    try:
+        while True:
+            show(next(stream))
+    except StopIteration as end:
+        return end.value
+    finally:
+        stream.close()
+
+
+@app.command()
+def info(model: Model = DEFAULT_MODEL, server: Server = None, as_json: Json = False) -> None:
+    """Show a model's shape and size, in a directory or behind a service."""
+    with _one_line_errors():
+        facts = _model_facts(model) if server is None else _service_facts(server)
+        if as_json:
+            typer.echo(json.dumps(facts))
+            return
+        table = Table(show_header=False, box=None)
+        for name, value in facts.items():
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+        Console().print(table)
+
+
+def _model_facts(directory: Path) -> dict[str, Any]:
+    from tinylm.llm import load
+
+    _, loaded = load(directory)
+    size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
+    return {
+        "model": str(directory),
+        "parameters": loaded.config.n_parameters,
+        **dataclasses.asdict(loaded.config),
+        "weights": loaded.weights,
+        "bytes_on_disk": size,
+        "version": __version__,
+    }
+
+
+def _service_facts(server: str) -> dict[str, Any]:
+    from tinylm.client import Client
+
+    with Client(server, timeout_s=10) as client:
+        response = client.info()
+    return {"server": server, **{field.name: getattr(response, field.name) for field in response.DESCRIPTOR.fields}}
+
+
+@app.command()
+def tokenize(
+    text: Annotated[str, typer.Argument(help="The text; - reads it from standard input.")],
+    model: Model = DEFAULT_MODEL,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Show the tokens of a text."""
+    with _one_line_errors():
+        text = sys.stdin.read() if text == "-" else text
+        if server is None:
+            from tinylm.llm import load
+
+            tokenizer, _ = load(model)
+            tokens = [(token, tokenizer.piece_bytes[token]) for token in tokenizer.encode(text)]
+        else:
+            from tinylm.client import Client
+
+            with Client(server, timeout_s=10) as client:
+                tokens = client.tokenize(text)
+        shown = [piece.decode(errors="backslashreplace") for _, piece in tokens]
+        if as_json:
+            typer.echo(json.dumps({"ids": [token for token, _ in tokens], "pieces": shown}))
+            return
+        for (token, _), piece in zip(tokens, shown, strict=True):
+            typer.echo(f"{token:6d}  {piece!r}")
+        typer.echo(f"{len(tokens)} tokens", err=True)
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Optional[Path], typer.Option("--config", help="A Serve config; the platform decides by default.")
+    ] = None,
+    wait_s: Annotated[float, typer.Option(help="Give up when the service is not ready after so many seconds.")] = 180,
+) -> None:
+    """Serve the model with Ray Serve until Ctrl-C; says when it is ready and how to try it."""
+    from tinylm.launch import launch
+
+    with _one_line_errors():
+        raise typer.Exit(launch(config, wait_s))
+
+
+if __name__ == "__main__":
+    app()

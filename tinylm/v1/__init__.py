@@ -1,0 +1,1 @@
+"""Generated from protos/tinylm/v1/tinylm.proto by `make proto`; not edited by hand."""

@@ -1,0 +1,187 @@
+"""A model directory on disk: quantized tensors, tokenizer, config, and the manifest that proves them whole.
+
+`models/<name>/` holds config.json, model.safetensors, tokenizer.model and manifest.json (sizes and sha256 sums of the
+other three); anything else there, such as the model card, is for people. What the tensors mean is `tinylm.model`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from tinylm.config import ModelConfig
+
+CONFIG, TENSORS, TOKENIZER, MANIFEST = "config.json", "model.safetensors", "tokenizer.model", "manifest.json"
+SCALE_SUFFIX = ".scale"
+
+
+class ModelError(ValueError):
+    """A model directory that can't be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
+    """int8 values (out, in) and one float32 scale per output row (out,): row i stands for values[i] * scale[i]."""
+
+    values: np.ndarray
+    scale: np.ndarray
+
+    def dequantize(self) -> np.ndarray:
+        """(out, in) float32."""
+        return self.values.astype(np.float32) * self.scale[:, None]
+
+
+Tensor = np.ndarray | QuantizedMatrix
+
+
+def quantize_rows(matrix: np.ndarray) -> QuantizedMatrix:
+    """Symmetric int8 per output row: scale = max|row| / 127, values rounded to nearest. A zero row keeps scale 1."""
+    peak = np.abs(matrix).max(axis=1)
+    scale = np.where(peak > 0, peak / 127, 1).astype(np.float32)
+    return QuantizedMatrix(np.rint(matrix / scale[:, None]).astype(np.int8), scale)
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model by name, in Hugging Face's names for the Llama family."""
+    h, m = config.hidden_size, config.mlp_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, h),
+        "model.norm.weight": (h,),
+    }
+    for i in range(config.n_layers):
+        layer = f"model.layers.{i}."
+        for proj in "qkvo":
+            shapes[f"{layer}self_attn.{proj}_proj.weight"] = (h, h)
+        shapes[f"{layer}mlp.up_proj.weight"] = (m, h)
+        shapes[f"{layer}mlp.down_proj.weight"] = (h, m)
+        shapes[f"{layer}input_layernorm.weight"] = (h,)
+        shapes[f"{layer}post_attention_layernorm.weight"] = (h,)
+    return shapes
+
+
+def save_model(
+    directory: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    tokenizer: bytes,
+    *,
+    quantize: bool = True,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a model directory: complete under a temporary name first, then renamed into place.
+
+    tensors: float32 by name, as `tensor_shapes` lists them. With `quantize` the matrices become int8 per row.
+    Raises ModelError when a tensor is missing, unknown, of the wrong shape, or not finite.
+    """
+    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, "the tensors to save")
+    stored: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ModelError(f"tensor {name!r} holds values that are not finite")
+        if quantize and tensor.ndim == 2:
+            matrix = quantize_rows(tensor)
+            stored[name], stored[name + SCALE_SUFFIX] = matrix.values, matrix.scale
+        else:
+            stored[name] = np.ascontiguousarray(tensor, np.float32)
+    files = {
+        CONFIG: config.to_json().encode(),
+        TENSORS: safetensors.numpy.save(stored),
+        TOKENIZER: tokenizer,
+    }
+    sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    files[MANIFEST] = (json.dumps(sums, indent=2) + "\n").encode()
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        for name, data in {**(extra_files or {}), **files}.items():
+            with (partial / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        partial.chmod(0o755)
+        old = partial.with_name(partial.name + ".old")
+        if directory.exists():
+            directory.rename(old)
+        partial.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_model(directory: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Check a model directory against its manifest and read it: its config and its tensors by name.
+
+    Raises ModelError naming the file that is missing, cut off, altered or unreadable, with both sums.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ModelError(f"no model directory at {directory}")
+    _verify(directory)
+    try:
+        config = ModelConfig.load(directory / CONFIG)
+    except ValueError as error:
+        raise ModelError(f"{directory / CONFIG}: {error}") from None
+    try:
+        with safetensors.safe_open(directory / TENSORS, framework="numpy") as file:  # memory-mapped
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except safetensors.SafetensorError as error:
+        raise ModelError(f"{directory / TENSORS} is not a safetensors file: {error}") from None
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        if name.endswith(SCALE_SUFFIX):
+            continue
+        if tensor.dtype == np.int8:
+            scale = stored.get(name + SCALE_SUFFIX)
+            if scale is None or scale.shape != tensor.shape[:1]:
+                raise ModelError(f"{directory / TENSORS}: tensor {name!r} is int8 without one scale a row")
+            tensors[name] = QuantizedMatrix(tensor, scale)
+        else:
+            tensors[name] = tensor
+    shapes = {n: (t.values if isinstance(t, QuantizedMatrix) else t).shape for n, t in tensors.items()}
+    _check_tensors(shapes, config, str(directory / TENSORS))
+    return config, tensors
+
+
+def _verify(directory: Path) -> None:
+    manifest = directory / MANIFEST
+    try:
+        sums = json.loads(manifest.read_text(encoding="utf-8"))
+        expected = {name: (sums[name]["bytes"], sums[name]["sha256"]) for name in (CONFIG, TENSORS, TOKENIZER)}
+    except FileNotFoundError:
+        raise ModelError(f"{manifest} is missing: {directory} is not a whole model directory") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{manifest} is damaged: {type(error).__name__}: {error}") from None
+    for name, (size, expected_sum) in expected.items():
+        path = directory / name
+        if not path.is_file():
+            raise ModelError(f"{path} is missing, though {MANIFEST} lists it")
+        if path.stat().st_size != size:
+            raise ModelError(
+                f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {size}: it is cut off or altered"
+            )
+        with path.open("rb") as file:
+            actual_sum = hashlib.file_digest(file, "sha256").hexdigest()
+        if actual_sum != expected_sum:
+            raise ModelError(f"{path} is altered: its sha256 is {actual_sum}, {MANIFEST} says {expected_sum}")
+
+
+def _check_tensors(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
+    expected = tensor_shapes(config)
+    if missing := sorted(set(expected) - set(shapes)):
+        raise ModelError(f"{where}: tensor {missing[0]!r} is missing")
+    if unknown := sorted(set(shapes) - set(expected)):
+        raise ModelError(f"{where}: tensor {unknown[0]!r} is none of this model's")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ModelError(f"{where}: tensor {name!r} has shape {shapes[name]}, the config says {shape}")

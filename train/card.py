@@ -1,0 +1,75 @@
+"""What an exported model says of itself in Markdown: the model card and the page of samples. Measures nothing."""
+
+from __future__ import annotations
+
+from tinylm.completion import Completion
+from tinylm.sampling import SamplingParams
+from train.config import TrainConfig
+
+
+def model_card(config: TrainConfig, evaluation: dict, manifest: dict) -> str:
+    """The model's README: every figure in it comes from `evaluation.json` or the prepared text's manifest."""
+    shape = config.model_config_
+    rows = []
+    for name, score in evaluation["collections"].items():
+        full = evaluation["float32_bits_per_byte"][name]
+        rows.append(
+            f"| {name} | {score['documents']:,} | {score['bytes']:,} | {score['bits_per_byte']:.4f} | {full:.4f} |"
+        )
+    weights = {name: entry["weight"] for name, entry in manifest.items()}
+    total = sum(weights.values())
+    data = []
+    for name, entry in manifest.items():
+        licences = "; ".join(entry["train"]["licences"]) or "not stated"
+        share = f"{weights[name] / total:.0%}" if weights[name] else "none: held-out text only"
+        data.append(
+            f"| {name} | {share} | {entry['train']['bytes'] / 1e6:.1f} MB | {licences} | {entry['attribution']} |"
+        )
+    done, planned = evaluation["tokens_seen"], evaluation["planned_tokens"]
+    extent = "the whole of the planned run" if done >= planned * 0.999 else f"{done / planned:.0%} of the planned run"
+    return f"""# {config.name}
+
+A decoder-only transformer of {shape.n_parameters / 1e6:.2f} million parameters that continues simple English stories:
+hidden size {shape.hidden_size}, {shape.n_layers} layers, {shape.n_heads} heads, MLP {shape.mlp_size}, vocabulary \
+{shape.vocab_size}, context {shape.context} tokens. Weights are int8 with one scale per output row.
+
+It knows stories and nothing else: it answers no questions, follows no instructions, and what it says of the world is
+made up. Its older sources are books of 1840-1925 and carry the views of their time.
+
+## Training
+{done:,} tokens seen ({extent}, {evaluation["step"]:,} steps) in {evaluation["training_wall_s"] / 3600:.1f} hours
+on {evaluation["training_machine"]}. The weights are the running average that training keeps.
+
+![loss curve](curve.png)
+
+## Held-out text
+Bits per byte, by source-disjoint held-out documents; measured by TinyLM's engine when the model was exported
+(`evaluation.json`).
+
+| collection | documents | bytes | int8 (this model) | float32 |
+| --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+## Data, licences, attribution
+
+| collection | share of training tokens | training text | licence | attribution |
+| --- | --- | --- | --- | --- |
+{chr(10).join(data)}
+
+No text of these collections is part of this directory. `samples.md` holds what the model wrote, unedited.
+"""
+
+
+def samples_page(config: TrainConfig, samples: list[tuple[SamplingParams, Completion]]) -> str:
+    """The samples as the model wrote them, one a seed."""
+    export = config.export
+    parts = [
+        f"# Samples of {config.name}\n\nUnedited, one a seed, none left out: prompt {export.sample_prompt!r}, "
+        f"temperature {export.sample_temperature}, top_p {export.sample_top_p}, up to the end of the context.\n"
+    ]
+    for params, completion in samples:
+        story = "\n".join("> " + line for line in (export.sample_prompt + completion.text).split("\n"))
+        parts.append(
+            f"## Seed {params.seed} ({len(completion.token_ids)} tokens, {completion.finish_reason})\n\n{story}\n"
+        )
+    return "\n".join(parts)

@@ -1,0 +1,32 @@
+"""The loss curve of a run, drawn from its metrics file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def draw_curve(metrics: Path, picture: Path) -> None:
+    """Training loss (nats a token) and bits per byte by collection against tokens seen, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [line for line in lines if "loss" in line]
+    validations = [line for line in lines if "val_bpb" in line]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([line["tokens"] / 1e6 for line in losses], [line["loss"] for line in losses], linewidth=0.8)
+    left.set(xlabel="million tokens seen", ylabel="nats a token", title="training loss")
+    for name in validations[-1]["val_bpb"] if validations else []:
+        points = [(line["tokens"] / 1e6, line["val_bpb"][name]) for line in validations if name in line["val_bpb"]]
+        right.plot(*zip(*points, strict=True), marker=".", label=f"{name} {points[-1][1]:.3f}")
+    right.set(xlabel="million tokens seen", ylabel="bits per byte", title="held-out text, averaged weights")
+    if validations:
+        right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure)
+    partial = picture.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=110)
+    partial.replace(picture)

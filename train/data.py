@@ -1,0 +1,149 @@
+"""Token shards into training rows and validation windows, in an order that the step number alone decides.
+
+Nothing is kept between steps: row number j of a run is a pure function of (shards, weights, seed, j), so a run that
+is killed and resumed, or continued with another number of workers, sees exactly the rows it would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from train.config import ConfigError
+
+MIXTURE_BLOCK = 1000  # rows over which the mixture's weights hold exactly (to a row)
+
+
+class Documents:
+    """All documents of one collection and split, memory-mapped: `tokens(i)` is the i-th, its boundary first."""
+
+    def __init__(self, paths: list[Path], boundary_id: int) -> None:
+        self._shards = [np.load(path, mmap_mode="r") for path in paths]
+        shard, start, length = [], [], []
+        for number, tokens in enumerate(self._shards):
+            starts = np.flatnonzero(tokens == boundary_id)
+            shard.append(np.full(len(starts), number))
+            start.append(starts)
+            length.append(np.diff(np.append(starts, len(tokens))))
+        self._shard, self._start, self.lengths = (np.concatenate(parts) for parts in (shard, start, length))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, i: int) -> np.ndarray:
+        start = self._start[i]
+        return self._shards[self._shard[i]][start : start + self.lengths[i]]
+
+
+class ShuffledStream:
+    """A collection's documents end to end, shuffled anew every epoch; any stretch of it can be read at once."""
+
+    def __init__(self, documents: Documents, seed: tuple[int, ...]) -> None:
+        self._documents = documents
+        self._seed = seed
+        self.epoch_tokens = int(documents.lengths.sum())
+        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = np.random.default_rng((*self._seed, epoch)).permutation(len(self._documents))
+        ends = np.cumsum(self._documents.lengths[order])
+        return order, ends
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from position `start` of the endless stream, (count,) int64."""
+        out = np.empty(count, np.int64)
+        filled = 0
+        while filled < count:
+            epoch, offset = divmod(start + filled, self.epoch_tokens)
+            order, ends = self._epoch(epoch)
+            i = int(np.searchsorted(ends, offset, side="right"))
+            left = int(ends[i]) - offset
+            part = self._documents.tokens(order[i])[-left:][: count - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+        return out
+
+
+class Mixture:
+    """Rows of one context and one token more, drawn from several collections by weight."""
+
+    def __init__(self, streams: dict[str, ShuffledStream], weights: dict[str, float], context: int, seed: int) -> None:
+        self.names = [name for name in streams if weights[name] > 0]
+        self._streams = [streams[name] for name in self.names]
+        self._context = context
+        shares = np.array([weights[name] for name in self.names])
+        ends = np.round(np.cumsum(shares / shares.sum()) * MIXTURE_BLOCK).astype(int)
+        block = np.repeat(np.arange(len(shares)), np.diff(ends, prepend=0))
+        self._block = np.random.default_rng((seed, 0)).permutation(block)  # (MIXTURE_BLOCK,) collection of each row
+        one_hot = self._block[:, None] == np.arange(len(shares))
+        self._before = np.cumsum(one_hot, axis=0) - one_hot  # (MIXTURE_BLOCK, C) earlier rows of each in the block
+        self._per_block = one_hot.sum(axis=0)  # (C,)
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Rows first..first+count-1 of the run, (count, context + 1) int64: inputs and, one on, their targets."""
+        return np.stack([self._row(number) for number in range(first, first + count)])
+
+    def _row(self, number: int) -> np.ndarray:
+        block, i = divmod(number, MIXTURE_BLOCK)
+        collection = self._block[i]
+        nth = block * self._per_block[collection] + self._before[i, collection]
+        return self._streams[collection].read(int(nth) * self._context, self._context + 1)
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """How often each collection has been gone through after so many rows."""
+        share = self._per_block / MIXTURE_BLOCK
+        tokens = rows * share * self._context
+        return {name: float(n / s.epoch_tokens) for name, n, s in zip(self.names, tokens, self._streams, strict=True)}
+
+
+class TokenData:
+    """What `python -m train.encode` wrote: the mixture to train on and the windows to validate on."""
+
+    def __init__(self, directory: Path, context: int, seed: int) -> None:
+        index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+        self.vocab_size: int = index["vocab_size"]
+        self.boundary_id: int = index["boundary_id"]
+        self.tokenizer_sha256: str = index["tokenizer_sha256"]
+        self._context = context
+        self._documents: dict[str, dict[str, Documents]] = {"train": {}, "validation": {}}
+        weights = {}
+        for name, entry in index["collections"].items():
+            weights[name] = entry["weight"]
+            for split in ("train", "validation"):
+                if split in entry:
+                    paths = [directory / shard for shard in entry[split]["shards"]]
+                    self._documents[split][name] = Documents(paths, self.boundary_id)
+        streams = {
+            name: ShuffledStream(documents, (seed, number))
+            for number, (name, documents) in enumerate(self._documents["train"].items())
+        }
+        if short := [name for name, stream in streams.items() if stream.epoch_tokens <= context]:
+            raise ConfigError(
+                f"collection {short[0]!r} has fewer tokens than one row of {context + 1}: too little text"
+            )
+        self.mixture = Mixture(streams, weights, context, seed)
+
+    @property
+    def validation_collections(self) -> list[str]:
+        return list(self._documents["validation"])
+
+    def validation_rows(self, collection: str, count: int) -> np.ndarray:
+        """The first windows of held-out documents, each document from its start, (<= count, context + 1) int64.
+
+        A window shorter than the context is filled up with -1, which counts as nothing.
+        """
+        documents = self._documents["validation"][collection]
+        rows: list[np.ndarray] = []
+        for i in range(len(documents)):
+            tokens = documents.tokens(i).astype(np.int64)
+            for start in range(0, len(tokens) - 1, self._context):
+                row = np.full(self._context + 1, -1, np.int64)
+                part = tokens[start : start + self._context + 1]
+                row[: len(part)] = part
+                rows.append(row)
+                if len(rows) == count:
+                    return np.stack(rows)
+        return np.stack(rows)

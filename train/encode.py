@@ -1,0 +1,120 @@
+"""Prepared text into shards of token ids that training memory-maps, by Ray Data on one core or a cluster.
+
+    python -m train.encode [--config configs/train.yaml] [KEY=VALUE ...]
+
+Writes `<workdir>/tokens/<collection>.<split>-00000.npy` (uint16; each document is the boundary and then its text)
+and `index.json`. The order is the text's own, so that two runs give the same bytes; shuffling is the loader's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from tinylm.tokenizer import Tokenizer
+from train.config import TrainConfig
+from train.stage import progress, require, run_stage, start_ray
+
+TOKEN_DTYPE = np.uint16
+
+
+class _Encoder:
+    """What a Ray Data worker runs; it loads the tokenizer once."""
+
+    def __init__(self, tokenizer: str) -> None:
+        self._tokenizer = Tokenizer(tokenizer)
+
+    def __call__(self, batch: dict) -> dict:
+        documents = [np.array(self._tokenizer.encode_document(text), TOKEN_DTYPE) for text in batch["text"]]
+        # One row a batch: its documents end to end. They part again at their boundaries.
+        return {"tokens": [np.concatenate(documents)], "documents": [len(documents)]}
+
+
+class _ShardWriter:
+    """Gathers arrays and writes them as files of at most `limit` tokens, a document never across two."""
+
+    def __init__(self, directory: Path, stem: str, limit: int, boundary_id: int) -> None:
+        self._directory, self._stem, self._limit, self._boundary_id = directory, stem, limit, boundary_id
+        self._pending: list[np.ndarray] = []
+        self._size = 0
+        self.shards: list[str] = []
+
+    def add(self, tokens: np.ndarray) -> None:
+        starts = np.flatnonzero(tokens == self._boundary_id)[1:]
+        for document in np.split(tokens, starts):
+            if self._size and self._size + len(document) > self._limit:
+                self.flush()
+            self._pending.append(document)
+            self._size += len(document)
+
+    def flush(self) -> None:
+        if self._pending:
+            name = f"{self._stem}-{len(self.shards):05d}.npy"
+            np.save(self._directory / name, np.concatenate(self._pending))
+            self.shards.append(name)
+            self._pending, self._size = [], 0
+
+
+def encode(config: TrainConfig) -> dict:
+    """Run the stage; returns the index that it wrote."""
+    require(config.text_dir / "manifest.json", "train.prepare")
+    require(config.tokenizer_path, "train.tokenizer")
+    import ray.data  # slow to import, and only the running of the stage needs it
+
+    start_ray()
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts documents
+    tokenizer = Tokenizer(config.tokenizer_path)
+    partial = config.tokens_dir.with_name("tokens.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    index: dict = {
+        "tokenizer_sha256": hashlib.sha256(config.tokenizer_path.read_bytes()).hexdigest(),
+        "vocab_size": tokenizer.vocab_size,
+        "boundary_id": tokenizer.boundary_id,
+        "collections": {},
+    }
+    with progress("documents") as bar:
+        for collection in config.prepare.collections:
+            entry: dict = {"weight": collection.weight}
+            for split in ("train", "validation"):
+                if split == "train" and not collection.weight:
+                    continue  # never trained on
+                path = config.text_dir / f"{collection.name}.{split}.parquet"
+                task = bar.add_task(f"{collection.name} {split}", total=pq.ParquetFile(path).metadata.num_rows)
+                writer = _ShardWriter(
+                    partial, f"{collection.name}.{split}", config.encode.shard_tokens, tokenizer.boundary_id
+                )
+                encoded = ray.data.read_parquet(str(path.resolve()), columns=["text"]).map_batches(
+                    _Encoder,
+                    fn_constructor_args=[str(config.tokenizer_path.resolve())],
+                    batch_size=config.encode.batch_documents,
+                    compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, os.cpu_count() or 1)),
+                )
+                n_tokens = n_documents = 0
+                for row in encoded.iter_rows():
+                    tokens = np.asarray(row["tokens"], TOKEN_DTYPE)
+                    writer.add(tokens)
+                    n_tokens += len(tokens)
+                    n_documents += int(row["documents"])
+                    bar.advance(task, int(row["documents"]))
+                writer.flush()
+                entry[split] = {"shards": writer.shards, "tokens": n_tokens, "documents": n_documents}
+            index["collections"][collection.name] = entry
+    (partial / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(config.tokens_dir, ignore_errors=True)
+    partial.rename(config.tokens_dir)
+    for name, entry in index["collections"].items():
+        counts = ", ".join(f"{split} {entry[split]['tokens']:,}" for split in ("train", "validation") if split in entry)
+        print(f"{name}: {counts} tokens")
+    return index
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, encode)

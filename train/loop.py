@@ -1,0 +1,242 @@
+"""The training loop: plain PyTorch, on a CPU or a GPU, alone or as one rank of a process group that others made.
+
+It takes rows by step number, and hands metrics and states to two functions that the caller gives it; where those go,
+who starts the workers and who restarts them is `train.run`'s business.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tinylm.config import ModelConfig
+from tinylm.tokenizer import Tokenizer
+from train.config import ConfigError, Run, TrainConfig
+from train.data import TokenData
+from train.model import GPT
+
+LN2 = 0.6931471805599453
+
+
+def total_steps(run: Run, config: ModelConfig) -> int:
+    return max(1, run.tokens // (run.batch_rows * config.context))
+
+
+def lr_factor(step: int, steps: int, run: Run) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, constant, then linear decay to `final_lr`."""
+    warmup = min(1.0, (step + 1) / (run.warmup_steps + 1))
+    decay_from = run.constant_share * steps
+    left = min(1.0, max(0.0, (steps - step) / max(1.0, steps - decay_from)))
+    return warmup * (run.final_lr + (1 - run.final_lr) * left)
+
+
+def make_optimizers(model: GPT, run: Run) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the embedding (without decay) and the norms."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr=run.muon_lr, momentum=run.muon_momentum, weight_decay=run.weight_decay),
+        torch.optim.AdamW(others, lr=run.adamw_lr, betas=run.adamw_betas, weight_decay=0.0),
+    ]
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, rows: Tensor, piece_bytes: Tensor, batch_rows: int = 16) -> float:
+    """Code length of the rows' targets by the model over their UTF-8 bytes; boundaries and padding count as nothing.
+
+    rows: (N, context + 1), -1 where there is no token. piece_bytes: (vocab,) bytes of each token.
+    """
+    nats = n_bytes = 0.0
+    for batch in rows.split(batch_rows):
+        targets = batch[:, 1:]
+        size = torch.where(targets >= 0, piece_bytes[targets.clamp(min=0)], 0)
+        logits = model(batch[:, :-1].clamp(min=0))
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.clamp(min=0).flatten(), reduction="none")
+        nats += float((loss * (size.flatten() > 0)).sum())
+        n_bytes += float(size.sum())
+    return nats / LN2 / n_bytes
+
+
+@torch.no_grad()
+def sample_story(model: nn.Module, tokenizer: Tokenizer, prompt: str, context: int, device: torch.device) -> str:
+    """A story of up to half a context, at temperature 0.8, by the same random numbers every time."""
+    generator = torch.Generator().manual_seed(0)
+    ids = tokenizer.encode_document(prompt)
+    while len(ids) < context // 2:
+        logits = model(torch.tensor([ids], device=device))[0, -1].float().cpu()
+        token = int(torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1, generator=generator))
+        if token == tokenizer.boundary_id:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids)
+
+
+def describe_machine(device: torch.device) -> str:
+    """'NVIDIA X' or '2 threads of Y CPU', for the record of a run."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    models = {line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")}
+    return f"{torch.get_num_threads()} threads of {' / '.join(sorted(models)) or platform.processor() or 'a CPU'}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def train(
+    config: TrainConfig,
+    data: TokenData,
+    tokenizer: Tokenizer,
+    log: Callable[[dict[str, Any]], None],
+    save: Callable[[dict[str, Any]], None],
+    state: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Train from `state` (None: from the beginning) to the last step; returns the averaged model.
+
+    `log` gets a dictionary each `log_every_steps` and each validation, on rank 0 only; `save` gets the whole state on
+    every rank, equally often. Raises ConfigError when settings, data and state don't fit together.
+    """
+    run, shape, device = config.run, config.model_config_, torch.device(device)
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    if run.batch_rows % (world * run.micro_rows):
+        raise ConfigError(
+            f"run.batch_rows is {run.batch_rows}: it must be a multiple of "
+            f"run.micro_rows x workers ({run.micro_rows} x {world})"
+        )
+    if data.vocab_size != shape.vocab_size:
+        raise ConfigError(f"model.vocab_size is {shape.vocab_size}, but the tokens were made with {data.vocab_size}")
+
+    torch.manual_seed(config.seed)
+    model = GPT(shape, seed=config.seed).to(device)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay))
+    optimizers = make_optimizers(model, run)
+    step, wall_before = 0, 0.0
+    if state is not None:
+        if state["tokenizer_sha256"] != data.tokenizer_sha256:
+            raise ConfigError(
+                "the checkpoint was trained with another tokenizer: remove the run's directory to begin anew"
+            )
+        model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["averaged"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            # Moments come from the checkpoint, settings from the config of today.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        step, wall_before = state["step"], state["wall_s"]
+    wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes], device=device)
+    steps = total_steps(run, shape)
+    micro_batches = run.batch_rows // (world * run.micro_rows)
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    started = saved_at = time.monotonic()
+    logged_at, logged_step = started, step
+    losses: list[Tensor] = []
+
+    def wall_s() -> float:
+        return wall_before + time.monotonic() - started
+
+    while step < steps:
+        factor = lr_factor(step, steps, run)
+        for optimizer, lrs in zip(optimizers, peak_lrs, strict=True):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr * factor
+        first = step * run.batch_rows + rank * micro_batches * run.micro_rows
+        loss_sum = torch.zeros((), device=device)
+        for micro in range(micro_batches):
+            rows = torch.from_numpy(data.mixture.rows(first + micro * run.micro_rows, run.micro_rows)).to(device)
+            last = micro == micro_batches - 1
+            with nullcontext() if last or world == 1 else wrapped.no_sync():
+                with autocast:
+                    logits = wrapped(rows[:, :-1])
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten()) / micro_batches
+                loss.backward()
+            loss_sum += loss.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        averaged.update_parameters(model)
+        losses.append(loss_sum)
+        step += 1
+
+        is_last = step == steps
+        if step % run.log_every_steps == 0 or is_last:
+            mean = torch.stack(losses).mean()
+            losses = []
+            if world > 1:
+                dist.all_reduce(mean)
+                mean /= world
+            now = time.monotonic()
+            if rank == 0:
+                log(
+                    {
+                        "step": step,
+                        "steps": steps,
+                        "tokens": step * run.batch_rows * shape.context,
+                        "loss": round(float(mean), 4),
+                        "lr": round(factor, 4),
+                        "tokens_per_s": round(
+                            (step - logged_step) * run.batch_rows * shape.context / (now - logged_at)
+                        ),
+                        "wall_s": round(wall_s(), 1),
+                    }
+                )
+            logged_at, logged_step = now, step
+        if rank == 0 and (step % run.validate_every_steps == 0 or is_last):
+            val_bpb = {}
+            for name in data.validation_collections:
+                rows = torch.from_numpy(data.validation_rows(name, run.validate_rows)).to(device)
+                val_bpb[name] = round(bits_per_byte(averaged, rows, piece_bytes), 4)
+            log(
+                {
+                    "step": step,
+                    "steps": steps,
+                    "tokens": step * run.batch_rows * shape.context,
+                    "val_bpb": val_bpb,
+                    "sample": sample_story(averaged, tokenizer, run.sample_prompt, shape.context, device),
+                    "epochs": {n: round(e, 2) for n, e in data.mixture.epochs(step * run.batch_rows).items()},
+                    "wall_s": round(wall_s(), 1),
+                }
+            )
+        if is_last or (step % run.checkpoint_every_steps == 0 and _agreed(_due(saved_at, run), world)):
+            save(
+                {
+                    "step": step,
+                    "wall_s": wall_s(),
+                    "model": model.state_dict(),
+                    "averaged": averaged.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "machine": describe_machine(device),
+                    "tokenizer_sha256": data.tokenizer_sha256,
+                    "config": config.model_dump(mode="json"),
+                }
+            )
+            saved_at = time.monotonic()
+    return averaged.module
+
+
+def _due(saved_at: float, run: Run) -> bool:
+    return time.monotonic() - saved_at >= run.checkpoint_every_s
+
+
+def _agreed(due: bool, world: int) -> bool:
+    """Rank 0's clock decides for all, since every rank must save equally often."""
+    if world == 1:
+        return due
+    decision = torch.tensor(float(due))
+    dist.broadcast(decision, src=0)
+    return bool(decision)

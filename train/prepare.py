@@ -1,0 +1,208 @@
+"""Text from files or a Hugging Face dataset into cleaned documents, split into train and validation by source.
+
+    python -m train.prepare [--config configs/train.yaml] [KEY=VALUE ...]
+
+Reads Parquet (any columns, one of them text) and plain text (.txt, also .gz, .bz2, .xz, .zst; documents parted by
+lines of <|endoftext|>, else a file is one document). Writes `<workdir>/text/<collection>.<split>.parquet` and
+`manifest.json` with sources, licences, counts. Tokens are none of its business.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+import shutil
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from train.config import Collection, ConfigError, TrainConfig
+from train.stage import progress, run_stage
+
+SPLITS = ("train", "validation")
+SCHEMA = pa.schema([(name, pa.string()) for name in ("text", "collection", "source", "author", "licence")])
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+ROWS_A_WRITE = 1000
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_TRAILING_SPACE = re.compile(r"[ \t\xa0]+\n")
+_BLANK_LINES = re.compile(r"\n{3,}")
+
+
+def clean(text: str) -> str:
+    """Unicode NFC, Unix line ends, no control characters, no space at line ends, at most one blank line in a row.
+
+    'Hi \\r\\n\\n\\n\\nthere\\x00' -> 'Hi\\n\\nthere'
+    """
+    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
+    text = _CONTROL.sub("", text)
+    text = _TRAILING_SPACE.sub("\n", text + "\n")
+    return _BLANK_LINES.sub("\n\n", text).strip()
+
+
+def is_validation(source: str, share: float, seed: int) -> bool:
+    """Whether a source is held out: a hash of its name decides, so more data never moves a source across."""
+    digest = hashlib.sha256(f"{seed}:{source}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+@dataclass
+class Counts:
+    documents: int = 0
+    bytes: int = 0
+    sources: set[str] = field(default_factory=set)
+    licences: set[str] = field(default_factory=set)
+    authors: set[str] = field(default_factory=set)
+
+    def add(self, row: dict[str, str]) -> None:
+        self.documents += 1
+        self.bytes += len(row["text"].encode())
+        self.sources.add(row["source"])
+        self.licences.add(row["licence"])
+        if row["author"]:
+            self.authors.add(row["author"])
+
+    def summary(self) -> dict:
+        return {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "sources": len(self.sources),
+            "licences": sorted(self.licences - {""}),
+            "authors": len(self.authors),
+        }
+
+
+def read_rows(collection: Collection) -> Iterator[dict]:
+    """Rows of a collection as dictionaries with at least the text column; raises ConfigError when there is nothing."""
+    paths = sorted(Path(path) for path in glob.glob(collection.source, recursive=True))  # noqa: PTH207
+    if paths:
+        for path in paths:
+            yield from (_read_parquet if path.suffix == ".parquet" else _read_text)(path, collection)
+    elif _is_dataset_id(collection.source):
+        yield from _read_dataset(collection)
+    else:
+        raise ConfigError(f"collection {collection.name!r}: no file matches {collection.source!r}")
+
+
+def _is_dataset_id(source: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and Path(source).suffix not in {
+        ".parquet", ".txt", ".gz", ".bz2", ".xz", ".zst",
+    }  # fmt: skip
+
+
+def _read_parquet(path: Path, collection: Collection) -> Iterator[dict]:
+    try:
+        table = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"collection {collection.name!r}: {path} is not a Parquet file: {error}") from None
+    names = table.schema_arrow.names
+    for column in [collection.text_column, *collection.minimum]:
+        if column not in names:
+            raise ConfigError(f"collection {collection.name!r}: {path} has no column {column!r}, only {names}")
+    wanted = {collection.text_column, collection.source_column, "author", "licence", *collection.minimum}
+    for batch in table.iter_batches(columns=[name for name in names if name in wanted]):
+        yield from batch.to_pylist()
+
+
+def _read_text(path: Path, collection: Collection) -> Iterator[dict]:
+    try:
+        with pa.input_stream(str(path), compression="detect") as stream:
+            text = stream.read().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"collection {collection.name!r}: cannot read {path} as UTF-8 text: {error}") from None
+    documents = text.split(DOCUMENT_SEPARATOR)
+    for number, document in enumerate(documents):
+        source = path.name if len(documents) == 1 else f"{path.name}#{number}"
+        yield {collection.text_column: document, collection.source_column: source}
+
+
+def _read_dataset(collection: Collection) -> Iterator[dict]:
+    import datasets  # heavy, and only this way in needs it
+
+    try:
+        yield from datasets.load_dataset(collection.source, split="train", streaming=True)
+    except Exception as error:  # the library raises many kinds: missing, private, offline, broken
+        raise ConfigError(
+            f"collection {collection.name!r}: {collection.source!r} is no file here, and as a Hugging Face dataset "
+            f"it could not be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def documents(collection: Collection, config: TrainConfig) -> Iterator[dict[str, str]]:
+    """Cleaned, sufficiently long, distinct documents, as rows of SCHEMA."""
+    seen: set[bytes] = set()
+    for row in read_rows(collection):
+        if any((row[column] is None or row[column] < least) for column, least in collection.minimum.items()):
+            continue
+        text = clean(row[collection.text_column] or "")
+        digest = hashlib.sha256(text.encode()).digest()
+        if len(text) < config.prepare.min_chars or digest in seen:
+            continue
+        seen.add(digest)
+        yield {
+            "text": text,
+            "collection": collection.name,
+            "source": row.get(collection.source_column) or digest.hex()[:16],
+            "author": row.get("author") or "",
+            "licence": row.get("licence") or collection.licence,
+        }
+        if len(seen) == config.prepare.max_documents:
+            return
+
+
+def prepare(config: TrainConfig) -> dict:
+    """Run the stage; returns the manifest that it wrote. The old text stays until the new is whole."""
+    partial = config.text_dir.with_name("text.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    manifest: dict[str, dict] = {}
+    with progress("documents") as bar:
+        for collection in config.prepare.collections:
+            task = bar.add_task(collection.name, total=None)
+            share = collection.validation_share or config.prepare.validation_share
+            counts = {split: Counts() for split in SPLITS}
+            pending: dict[str, list] = {split: [] for split in SPLITS}
+            writers = {s: pq.ParquetWriter(partial / f"{collection.name}.{s}.parquet", SCHEMA) for s in SPLITS}
+            for row in documents(collection, config):
+                split = SPLITS[is_validation(row["source"], share, config.seed)]
+                counts[split].add(row)
+                pending[split].append(row)
+                if len(pending[split]) == ROWS_A_WRITE:
+                    writers[split].write_batch(pa.RecordBatch.from_pylist(pending[split], SCHEMA))
+                    pending[split] = []
+                bar.advance(task)
+            for split, writer in writers.items():
+                writer.write_batch(pa.RecordBatch.from_pylist(pending[split], SCHEMA))
+                writer.close()
+                if not counts[split].documents:
+                    raise ConfigError(
+                        f"collection {collection.name!r}: no documents for {split}, "
+                        f"of {sum(c.documents for c in counts.values())} usable in {collection.source!r} "
+                        f"(validation_share is {share})"
+                    )
+            manifest[collection.name] = {
+                "source": collection.source if _is_dataset_id(collection.source) else Path(collection.source).name,
+                "attribution": collection.attribution,
+                "weight": collection.weight,
+                **{split: counts[split].summary() for split in SPLITS},
+            }
+            bar.update(task, total=sum(c.documents for c in counts.values()))
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(config.text_dir, ignore_errors=True)
+    partial.rename(config.text_dir)
+    for name, entry in manifest.items():
+        print(
+            f"{name}: {entry['train']['documents']:,} documents to train on ({entry['train']['bytes'] / 1e6:.1f} MB), "
+            f"{entry['validation']['documents']:,} held out ({entry['validation']['bytes'] / 1e6:.2f} MB)"
+        )
+    return manifest
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, prepare)

@@ -1,0 +1,178 @@
+"""The training run under Ray Train: workers, checkpoints, resuming, metrics, the curve.
+
+    python -m train.run [--config configs/train.yaml] [KEY=VALUE ...]
+
+Started again after being killed, at any moment, it goes on from the last checkpoint in `<workdir>/runs/<name>`; give
+`run.tokens=...` more to go on further. Writes `metrics.jsonl` (one line a log or validation) and `curve.png` there.
+The loop itself is `train.loop`, the rows are `train.data`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from tinylm.tokenizer import Tokenizer
+from train.config import ConfigError, TrainConfig
+from train.curve import draw_curve
+from train.data import TokenData
+from train.loop import total_steps
+from train.stage import progress, require, run_stage, start_ray
+
+STATE_FILE = "state.pt"
+# glibc gives freed memory back to the kernel and takes it anew at every step, unless told otherwise: on machines where
+# fresh pages are slow to come, that takes longer than the arithmetic.
+KEEP_FREED_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": "33554432000",
+    "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+}
+
+
+def metrics_path(config: TrainConfig) -> Path:
+    return config.run_dir / "metrics.jsonl"
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drop lines of steps after the checkpoint that a run goes on from: they will be written again."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut off as the run was killed
+        return float("inf")
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import torch
+
+    from train.loop import train
+
+    config = TrainConfig.model_validate(settings)
+    torch.set_num_threads(config.run.threads)
+    tokenizer = Tokenizer(config.tokenizer_path)
+    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed)
+    state = None
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as directory:
+            state = torch.load(Path(directory) / STATE_FILE, weights_only=True)
+    leader = ray.train.get_context().get_world_rank() == 0
+    metrics = metrics_path(config)
+    if leader:
+        _truncate_metrics(metrics, state["step"] if state else 0)
+
+    def log(values: dict[str, Any]) -> None:
+        with metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        if "val_bpb" in values:
+            draw_curve(metrics, metrics.with_name("curve.png"))
+
+    def save(values: dict[str, Any]) -> None:
+        if not leader:
+            ray.train.report({"step": values["step"]})
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            torch.save(values, Path(directory) / STATE_FILE)
+            ray.train.report({"step": values["step"]}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+
+    try:
+        train(config, data, tokenizer, log, save, state)
+    finally:
+        if leader and metrics.exists():
+            draw_curve(metrics, metrics.with_name("curve.png"))
+
+
+def _follow(path: Path, config: TrainConfig, done: threading.Event) -> None:
+    """Show the run's progress from its metrics file until it is over; each validation is a line of its own."""
+    steps = total_steps(config.run, config.model_config_)
+    with progress("steps") as bar:
+        task = bar.add_task("training", total=steps)
+        position = 0
+        while True:
+            over = done.wait(1.0)
+            if path.exists():
+                position = min(position, path.stat().st_size)
+                with path.open(encoding="utf-8") as file:
+                    file.seek(position)
+                    lines = file.readlines()
+                    position = file.tell()
+                for line in lines:
+                    try:
+                        values = json.loads(line)
+                    except ValueError:
+                        continue
+                    if "val_bpb" in values:
+                        scores = "  ".join(f"{name} {score:.3f}" for name, score in values["val_bpb"].items())
+                        bar.console.print(f"step {values['step']}: bits per byte {scores}", markup=False)
+                        bar.console.print(f"  {values['sample']!r}", markup=False)
+                    else:
+                        text = f"loss {values['loss']:.3f}, {values['tokens_per_s']:,} tokens/s"
+                        bar.update(task, completed=values["step"], description=text)
+            if over:
+                return
+
+
+def run(config: TrainConfig) -> None:
+    """Run the stage to its end, or go on with it."""
+    require(config.tokens_dir / "index.json", "train.encode")
+    require(config.tokenizer_path, "train.tokenizer")
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = config.model_copy(update={"workdir": config.workdir.resolve(), "models_dir": config.models_dir.resolve()})
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    TokenData(config.tokens_dir, config.model_config_.context, config.seed)  # its errors belong here, not in a worker
+    start_ray(env_vars=KEEP_FREED_MEMORY)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=config.model_dump(mode="json"),
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.run.workers, use_gpu=False, resources_per_worker={"CPU": _cpus_a_worker(config)}
+        ),
+        run_config=RunConfig(
+            name=config.name,
+            storage_path=str(config.runs_dir),
+            failure_config=FailureConfig(max_failures=config.run.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
+        ),
+    )
+    done = threading.Event()
+    follower = threading.Thread(target=_follow, args=(metrics_path(config), config, done), daemon=True)
+    follower.start()
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        causes = getattr(error, "worker_failures", None) or {}
+        cause = next(iter(causes.values()), error)
+        raise ConfigError(f"training failed: {cause}") from error
+    finally:
+        done.set()
+        follower.join()
+    print(
+        f"{result.checkpoint.path if result.checkpoint else config.run_dir}: step {(result.metrics or {}).get('step')}"
+    )
+
+
+def _cpus_a_worker(config: TrainConfig) -> float:
+    """What to reserve of Ray's CPUs: the threads asked for, but never so many that the run could not be placed."""
+    import ray
+
+    available = ray.cluster_resources().get("CPU", 1.0)
+    return max(0.1, min(float(config.run.threads), (available - 0.5) / config.run.workers))
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, run)

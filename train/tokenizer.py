@@ -1,0 +1,78 @@
+"""Prepared text into a SentencePiece BPE tokenizer that loses nothing.
+
+    python -m train.tokenizer [--config configs/train.yaml] [KEY=VALUE ...]
+
+Trains on `<workdir>/text`, every collection in proportion to its weight, and writes `<workdir>/tokenizer.model`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pyarrow.parquet as pq
+import sentencepiece as spm
+
+from tinylm.tokenizer import BOUNDARY_PIECE
+from train.config import ConfigError, TrainConfig
+from train.stage import progress, require, run_stage
+
+ASCII = "".join(map(chr, range(0x21, 0x7F)))  # what people type must not fall back to bytes, however rare in stories
+
+
+def training_lines(config: TrainConfig, advance=lambda count: None) -> Iterator[str]:
+    """Paragraphs of the training text, up to each collection's share of `tokenizer.max_bytes`, the same every time."""
+    total = sum(collection.weight for collection in config.prepare.collections)
+    for collection in config.prepare.collections:
+        budget = int(config.tokenizer.max_bytes * collection.weight / total)
+        path = config.text_dir / f"{collection.name}.train.parquet"
+        for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                if budget <= 0:
+                    break
+                budget -= len(text.encode())
+                advance(1)
+                yield from (line for line in text.split("\n") if line)
+
+
+def train_tokenizer(config: TrainConfig) -> None:
+    """Run the stage."""
+    require(config.text_dir / "manifest.json", "train.prepare")
+    model = io.BytesIO()
+    with progress("documents") as bar:
+        task = bar.add_task("tokenizer", total=None)
+        try:
+            spm.SentencePieceTrainer.train(
+                sentence_iterator=training_lines(config, lambda count: bar.advance(task, count)),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=config.model_config_.vocab_size,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                byte_fallback=True,
+                user_defined_symbols=["\n"],
+                split_digits=True,
+                character_coverage=1.0,
+                required_chars=ASCII,
+                max_sentence_length=1 << 20,
+                unk_id=0,
+                eos_id=config.model_config_.boundary_id,
+                eos_piece=BOUNDARY_PIECE,
+                bos_id=-1,
+                pad_id=-1,
+                num_threads=config.tokenizer.threads,
+                minloglevel=1,
+            )
+        except RuntimeError as error:
+            raise ConfigError(
+                f"SentencePiece could not train {config.model_config_.vocab_size} pieces: {error}"
+            ) from None
+    partial = config.tokenizer_path.with_suffix(".partial")
+    partial.write_bytes(model.getvalue())
+    partial.replace(config.tokenizer_path)
+    print(f"{config.tokenizer_path}: {config.model_config_.vocab_size} pieces")
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, train_tokenizer)
