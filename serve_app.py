@@ -5,7 +5,7 @@
 `build_app` is the typed builder that the YAML's `args` go to. Balancing over replicas is Ray Serve's business.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Serve reads the builder's annotation to make its argument.
 
 import logging
 from collections.abc import AsyncGenerator
@@ -105,6 +105,7 @@ class TinyLM:
                         yield pb.GenerateStreamResponse(text=text, logprobs=logprobs, **ending)
         except Exception as error:
             _refuse(grpc_context, error)
+            yield pb.GenerateStreamResponse()  # the Python proxy takes the status from a message alone
 
     async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext) -> pb.TokenizeResponse:
         try:

@@ -11,10 +11,11 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 
 from threadpoolctl import ThreadpoolController
 
-from tinylm.engine import Engine, EngineFull
+from tinylm.engine import Engine
 from tinylm.engine import Sequence as EngineSequence
 from tinylm.sampling import SamplingParams
 
@@ -32,6 +33,7 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiters: dict[EngineSequence, asyncio.Event] = {}
+        self._submitting: set[asyncio.Future[EngineSequence]] = set()
         self._error: BaseException | None = None
         self._last_beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="tinylm-engine", daemon=True)
@@ -40,7 +42,7 @@ class AsyncEngine:
     def check(self, stalled_s: float = 30.0) -> None:
         """Raise EngineDied when the thread has ended, or has worked at one step for longer than `stalled_s`."""
         if self._error is not None or not self._thread.is_alive():
-            raise EngineDied(f"the engine's thread has ended: {self._error!r}")
+            raise self._died()
         if self.engine.has_work and time.monotonic() - self._last_beat > stalled_s:
             raise EngineDied(f"the engine's thread has not finished a step for {stalled_s} s")
 
@@ -59,15 +61,15 @@ class AsyncEngine:
             while not finished:
                 await changed.wait()
                 changed.clear()
-                if self._error is not None:
-                    raise EngineDied(f"the engine's thread has ended: {self._error!r}")
                 finished = sequence.finish_reason is not None
+                if self._error is not None and not finished:
+                    raise self._died()
                 yield sequence
         finally:
             self._leave(sequence)
 
     def stop(self) -> None:
-        """End the thread after the step it is in."""
+        """End the thread after the step it is in; whoever still waits for an answer gets EngineDied."""
         self._commands.put(None)
         self._thread.join()
 
@@ -79,6 +81,8 @@ class AsyncEngine:
         """Run `submit` on the engine's thread and register its sequence before that can make a step."""
         self.check()
         future: asyncio.Future[EngineSequence] = self._loop.create_future()
+        self._submitting.add(future)
+        future.add_done_callback(self._submitting.discard)
 
         def answer(sequence: EngineSequence | None, error: Exception | None) -> None:
             if future.cancelled():
@@ -93,7 +97,7 @@ class AsyncEngine:
         def command() -> None:
             try:
                 sequence = submit()
-            except (ValueError, EngineFull) as error:
+            except Exception as error:  # the caller's, whatever it is: the engine has not changed
                 self._loop.call_soon_threadsafe(answer, None, error)
             else:
                 self._loop.call_soon_threadsafe(answer, sequence, None)
@@ -114,10 +118,15 @@ class AsyncEngine:
                     self._last_beat = time.monotonic()
                     if changed:
                         self._loop.call_soon_threadsafe(self._deliver, changed)
+            self._end(RuntimeError("it was stopped"))
         except BaseException as error:  # whatever it was, those who wait must hear of it
-            self._error = error
-            self._loop.call_soon_threadsafe(self._deliver, None)
+            self._end(error)
             raise
+
+    def _end(self, error: BaseException) -> None:
+        self._error = error
+        with suppress(RuntimeError):  # a closed loop has nobody left who waits
+            self._loop.call_soon_threadsafe(self._deliver_end)
 
     def _obey(self) -> bool:
         """Carry out the commands that have come, waiting for one when there is nothing else to do; False: stop."""
@@ -131,7 +140,17 @@ class AsyncEngine:
             self._last_beat = time.monotonic()
             command()
 
-    def _deliver(self, changed: list[EngineSequence] | None) -> None:
-        for sequence in list(self._waiters) if changed is None else changed:
+    def _deliver(self, changed: list[EngineSequence]) -> None:
+        for sequence in changed:
             if event := self._waiters.get(sequence):
                 event.set()
+
+    def _deliver_end(self) -> None:
+        for event in self._waiters.values():
+            event.set()
+        for future in self._submitting:
+            if not future.done():
+                future.set_exception(self._died())
+
+    def _died(self) -> EngineDied:
+        return EngineDied(f"the engine's thread has ended: {self._error!r}")

@@ -83,7 +83,8 @@ class Client:
         def start() -> tuple[Iterator[pb.GenerateStreamResponse], pb.GenerateStreamResponse | None]:
             responses = self._stub.GenerateStream(request, metadata=METADATA, timeout=self._timeout_s)
             opened.append(responses)
-            return responses, next(responses, None)
+            # A refused stream has one empty message before its status.
+            return responses, next((r for r in responses if r.text or r.logprobs or r.finish_reason), None)
 
         pieces: list[str] = []
         logprobs: list[pb.TokenLogprob] = []

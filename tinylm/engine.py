@@ -99,7 +99,7 @@ class Engine:
         """
         prompt = list(prompt)
         check_prompt(prompt, self.config.vocab_size, self.config.context)
-        if len(self._waiting) >= self._max_waiting and not self._free_slots:
+        if len(self._waiting) >= self._max_waiting + len(self._free_slots):
             raise EngineFull(
                 f"{self.n_running} requests are running and {self.n_waiting} waiting, the limit: try later"
             )
@@ -170,10 +170,10 @@ class Engine:
         if token == self.config.boundary_id:
             self._finish(sequence, "stop")
             return
+        if sequence.params.logprobs is not None:  # before its token, so that no other thread sees the token alone
+            sequence.logprobs.append(token_logprobs(logits, token, sequence.params.logprobs))
         sequence.tokens.append(token)
         sequence.seen[token] = True
-        if sequence.params.logprobs is not None:
-            sequence.logprobs.append(token_logprobs(logits, token, sequence.params.logprobs))
         if len(sequence.tokens) >= sequence.params.max_tokens or sequence.n_tokens >= self.config.context:
             self._finish(sequence, "length")
 

@@ -7,6 +7,7 @@ replica answers over gRPC. Everything else is Ray Serve's business; this module 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import yaml
@@ -45,6 +47,9 @@ def launch(config: Path | None, wait_s: float) -> int:
     serve = shutil.which("serve", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if serve is None:
         raise ValueError("Ray Serve's command `serve` is not installed: pip install 'ray[serve]'")
+    # Handlers of our own, also where the shell that started us had interrupts ignored: the child inherits them as default.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = subprocess.Popen(
         [serve, "run", str(config)],
         env={**ENVIRONMENT, **os.environ},
@@ -54,7 +59,7 @@ def launch(config: Path | None, wait_s: float) -> int:
     )
     log = _Log(server)
     try:
-        if _wait_until_ready(server, address, wait_s):
+        if _wait_until_ready(server, log, address, wait_s):
             print(
                 f"\nTinyLM is ready: gRPC on {address} ({config})\n"
                 f"  try it:     tinylm generate 'Once upon a time' --server {address}\n"
@@ -84,19 +89,38 @@ class _Log:
                 self.dashboard = match[1]
 
 
-def _wait_until_ready(server: subprocess.Popen[str], address: str, wait_s: float) -> bool:
-    """True once a replica answers, False when the server ended before; raises ValueError after `wait_s`."""
+def _wait_until_ready(server: subprocess.Popen[str], log: _Log, address: str, wait_s: float) -> bool:
+    """True once every replica runs and one has answered, False when the server ended before.
+
+    Raises ValueError when Serve gives the application up, or after `wait_s`.
+    """
     deadline = time.monotonic() + wait_s
+    status = "starting"
     with Client(address, timeout_s=5, retries=0) as client:
         while server.poll() is None:
-            try:
-                client.info()
-                return True
-            except ServiceError:
-                if time.monotonic() > deadline:
-                    raise ValueError(f"the service did not answer on {address} within {wait_s:.0f} s") from None
-                time.sleep(0.5)
+            if time.monotonic() > deadline:
+                raise ValueError(f"the service was not ready on {address} within {wait_s:.0f} s: it is {status}")
+            status, message = _application_status(log.dashboard)
+            if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise ValueError(f"Ray Serve could not start the application: {message}")
+            if status == "RUNNING":
+                try:
+                    client.info()
+                    return True
+                except ServiceError as error:
+                    status = f"RUNNING, but the ingress says {error}"
+            time.sleep(0.3)
     return False
+
+
+def _application_status(dashboard: str | None) -> tuple[str, str]:
+    """Status and message that Serve's REST API has for the application (the first, should there be more)."""
+    try:
+        with urllib.request.urlopen(f"{dashboard}/api/serve/applications/", timeout=5) as response:
+            applications = json.load(response)["applications"].values()
+    except (OSError, ValueError, KeyError):  # not there yet
+        return "starting", ""
+    return next(((a["status"], a["message"]) for a in applications), ("starting", ""))
 
 
 def _stop(server: subprocess.Popen[str]) -> None:

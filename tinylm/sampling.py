@@ -5,7 +5,7 @@ Works on one position's logits; which positions, and what becomes of the token, 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if not isinstance(self.stop, Iterable):
+            raise ValueError(f"stop is {self.stop!r}: it must be a string or several")
         object.__setattr__(self, "stop", tuple(self.stop))
         _whole("max_tokens", self.max_tokens, 1, None)
         _number("temperature", self.temperature, 0, 10)
@@ -60,8 +62,8 @@ def _whole(field: str, value: object, low: int, high: int | None) -> None:
 
 def _number(field: str, value: object, low: float, high: float, above: bool = False) -> None:
     limit = f"above {low} and at most {high}" if above else f"{low} to {high}"
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not low <= value <= high or (above and value == low):  # type: ignore[operator]
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high  # NaN never is
+    if not fits or (above and value == low):
         raise ValueError(f"{field} is {value!r}: it must be a number, {limit}")
 
 

@@ -45,9 +45,12 @@ Tensor = np.ndarray | QuantizedMatrix
 
 
 def quantize_rows(matrix: np.ndarray) -> QuantizedMatrix:
-    """Symmetric int8 per output row: scale = max|row| / 127, values rounded to nearest. A zero row keeps scale 1."""
-    peak = np.abs(matrix).max(axis=1)
-    scale = np.where(peak > 0, peak / 127, 1).astype(np.float32)
+    """Symmetric int8 per output row: scale = max|row| / 127, values rounded to nearest.
+
+    A row of zeros, or too small for a normal float32 scale, becomes zeros with scale 1.
+    """
+    scale = (np.abs(matrix).max(axis=1) / 127).astype(np.float32)
+    scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
     return QuantizedMatrix(np.rint(matrix / scale[:, None]).astype(np.int8), scale)
 
 

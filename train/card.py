@@ -1,4 +1,4 @@
-"""What an exported model says of itself in Markdown: the model card and the page of samples. Measures nothing."""
+"""What an exported model says of itself in Markdown: card, attribution, page of samples. Measures nothing."""
 
 from __future__ import annotations
 
@@ -56,8 +56,23 @@ Bits per byte, by source-disjoint held-out documents; measured by TinyLM's engin
 | --- | --- | --- | --- | --- |
 {chr(10).join(data)}
 
-No text of these collections is part of this directory. `samples.md` holds what the model wrote, unedited.
+[ATTRIBUTION.md](ATTRIBUTION.md) names the authors. No text of these collections is part of this directory.
+`samples.md` holds what the model wrote, unedited.
 """
+
+
+def attribution_page(config: TrainConfig, manifest: dict) -> str:
+    """Whose text the model was trained on: licences, attribution and every author named in the text's records."""
+    parts = [f"# Whose text {config.name} was trained on\n"]
+    for name, entry in manifest.items():
+        if not entry["weight"]:
+            continue  # held-out text only
+        licences = "; ".join(entry["train"]["licences"]) or "not stated"
+        authors = entry["train"]["author_names"]
+        listed = "".join(f"\n- {' '.join(author.split())}" for author in authors)
+        named = f"Authors ({len(authors)}):\n{listed}" if authors else "No author is named in its records."
+        parts.append(f"## {name}\n\n{entry['attribution'] or entry['source']}\n\nLicence: {licences}\n\n{named}\n")
+    return "\n".join(parts)
 
 
 def samples_page(config: TrainConfig, samples: list[tuple[SamplingParams, Completion]]) -> str:

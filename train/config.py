@@ -151,6 +151,8 @@ def load_config(path: Path, overrides: list[str] = []) -> TrainConfig:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no such config: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -159,7 +161,11 @@ def load_config(path: Path, overrides: list[str] = []) -> TrainConfig:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{override!r} is not an override: write key=value, as in run.tokens=2e6")
-        _assign(values, key, _parse_value(text))
+        try:
+            value = _parse_value(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}: {text!r} is not a value: quote it as YAML does") from None
+        _assign(values, key, value)
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:

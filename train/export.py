@@ -3,12 +3,13 @@
     python -m train.export [--config configs/train.yaml] [KEY=VALUE ...]
 
 Writes `models/<name>/` as `tinylm.weights` defines it, and beside that, for people: README.md (the model card),
-evaluation.json, samples.md and curve.png. All of it appears at once, or nothing does.
+ATTRIBUTION.md, evaluation.json, samples.md and curve.png. All of it appears at once, or nothing does.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tinylm.model import Model
 from tinylm.sampling import SamplingParams
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, quantize_rows, save_model
-from train.card import model_card, samples_page
+from train.card import attribution_page, model_card, samples_page
 from train.config import ConfigError, TrainConfig
 from train.curve import draw_curve
 from train.evaluate import evaluate, read_documents
@@ -34,6 +35,7 @@ def last_state(config: TrainConfig) -> dict[str, Any]:
     from ray.train import Result
 
     require(config.run_dir, "train.run")
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells those who resume what a reader needn't know
     try:
         checkpoint = Result.from_path(str(config.run_dir.resolve())).checkpoint
     except RuntimeError:  # Ray's word for a directory without a run in it
@@ -95,6 +97,7 @@ def export(config: TrainConfig) -> None:
         draw_curve(metrics_path(config), curve)
         extra_files = {
             "README.md": model_card(config, evaluation, manifest).encode(),
+            "ATTRIBUTION.md": attribution_page(config, manifest).encode(),
             "evaluation.json": (json.dumps(evaluation, indent=2) + "\n").encode(),
             "samples.md": samples_page(config, samples).encode(),
             "curve.png": curve.read_bytes(),

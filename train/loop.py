@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,11 @@ def train(
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         step, wall_before = state["step"], state["wall_s"]
-    wrapped = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    wrapped: nn.Module = model
+    no_sync: Callable[[], AbstractContextManager] = nullcontext
+    if world > 1:
+        wrapped = parallel = nn.parallel.DistributedDataParallel(model)
+        no_sync = parallel.no_sync  # gradients are averaged once a step, at its last micro-batch
     peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes], device=device)
     steps = total_steps(run, shape)
@@ -159,7 +163,7 @@ def train(
         for micro in range(micro_batches):
             rows = torch.from_numpy(data.mixture.rows(first + micro * run.micro_rows, run.micro_rows)).to(device)
             last = micro == micro_batches - 1
-            with nullcontext() if last or world == 1 else wrapped.no_sync():
+            with nullcontext() if last else no_sync():
                 with autocast:
                     logits = wrapped(rows[:, :-1])
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten()) / micro_batches

@@ -80,6 +80,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    cos: Tensor  # (context, head_dim), a buffer
+    sin: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

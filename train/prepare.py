@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import lzma
 import re
 import shutil
 import unicodedata
@@ -30,7 +31,7 @@ SCHEMA = pa.schema([(name, pa.string()) for name in ("text", "collection", "sour
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 ROWS_A_WRITE = 1000
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TRAILING_SPACE = re.compile(r"[ \t\xa0]+\n")
 _BLANK_LINES = re.compile(r"\n{3,}")
 
@@ -40,8 +41,8 @@ def clean(text: str) -> str:
 
     'Hi \\r\\n\\n\\n\\nthere\\x00' -> 'Hi\\n\\nthere'
     """
+    text = _CONTROL.sub("", text)  # first: what stood on both sides of one may belong together
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = _CONTROL.sub("", text)
     text = _TRAILING_SPACE.sub("\n", text + "\n")
     return _BLANK_LINES.sub("\n\n", text).strip()
 
@@ -75,6 +76,7 @@ class Counts:
             "sources": len(self.sources),
             "licences": sorted(self.licences - {""}),
             "authors": len(self.authors),
+            "author_names": sorted(self.authors),
         }
 
 
@@ -99,7 +101,7 @@ def _is_dataset_id(source: str) -> bool:
 def _read_parquet(path: Path, collection: Collection) -> Iterator[dict]:
     try:
         table = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise ConfigError(f"collection {collection.name!r}: {path} is not a Parquet file: {error}") from None
     names = table.schema_arrow.names
     for column in [collection.text_column, *collection.minimum]:
@@ -112,9 +114,10 @@ def _read_parquet(path: Path, collection: Collection) -> Iterator[dict]:
 
 def _read_text(path: Path, collection: Collection) -> Iterator[dict]:
     try:
-        with pa.input_stream(str(path), compression="detect") as stream:
+        # PyArrow knows every ending but .xz.
+        with lzma.open(path) if path.suffix == ".xz" else pa.input_stream(str(path), compression="detect") as stream:
             text = stream.read().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise ConfigError(f"collection {collection.name!r}: cannot read {path} as UTF-8 text: {error}") from None
     documents = text.split(DOCUMENT_SEPARATOR)
     for number, document in enumerate(documents):
@@ -138,19 +141,26 @@ def documents(collection: Collection, config: TrainConfig) -> Iterator[dict[str,
     """Cleaned, sufficiently long, distinct documents, as rows of SCHEMA."""
     seen: set[bytes] = set()
     for row in read_rows(collection):
-        if any((row[column] is None or row[column] < least) for column, least in collection.minimum.items()):
-            continue
-        text = clean(row[collection.text_column] or "")
+        try:
+            if any(row[column] is None or row[column] < least for column, least in collection.minimum.items()):
+                continue
+            text = clean(row[collection.text_column] or "")
+        except KeyError as error:
+            raise ConfigError(f"collection {collection.name!r}: no column {error}, only {list(row)}") from None
+        except TypeError:
+            wrong = {name: row[name] for name in (collection.text_column, *collection.minimum)}
+            raise ConfigError(f"collection {collection.name!r}: not text, or no number: {str(wrong)[:200]}") from None
         digest = hashlib.sha256(text.encode()).digest()
         if len(text) < config.prepare.min_chars or digest in seen:
             continue
         seen.add(digest)
+        source = row.get(collection.source_column)
         yield {
             "text": text,
             "collection": collection.name,
-            "source": row.get(collection.source_column) or digest.hex()[:16],
-            "author": row.get("author") or "",
-            "licence": row.get("licence") or collection.licence,
+            "source": digest.hex()[:16] if source in (None, "") else str(source),
+            "author": str(row.get("author") or ""),
+            "licence": str(row.get("licence") or collection.licence),
         }
         if len(seen) == config.prepare.max_documents:
             return

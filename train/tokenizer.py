@@ -8,7 +8,7 @@ Trains on `<workdir>/text`, every collection in proportion to its weight, and wr
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pyarrow.parquet as pq
 import sentencepiece as spm
@@ -20,7 +20,7 @@ from train.stage import progress, require, run_stage
 ASCII = "".join(map(chr, range(0x21, 0x7F)))  # what people type must not fall back to bytes, however rare in stories
 
 
-def training_lines(config: TrainConfig, advance=lambda count: None) -> Iterator[str]:
+def training_lines(config: TrainConfig, advance: Callable[[int], None] = lambda count: None) -> Iterator[str]:
     """Paragraphs of the training text, up to each collection's share of `tokenizer.max_bytes`, the same every time."""
     total = sum(collection.weight for collection in config.prepare.collections)
     for collection in config.prepare.collections:

@@ -68,6 +68,7 @@ class TinyLMServicer:
 
     def GenerateStream(self, request, context):
         """The answer as it comes: any number of messages with text, the last of them with finish_reason, usage and timings.
+        A stream that is refused may have one empty message before its status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,129 @@
+"""What the tests share: the committed model, a small random one, and one BLAS thread for all of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from threadpoolctl import ThreadpoolController
+
+from tinylm import LLM, ModelConfig, SamplingParams
+from tinylm.llm import load
+from tinylm.tokenizer import Tokenizer
+from tinylm.weights import save_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Fixtures here are never changed by a test, so that a property may use the same one for all its examples.
+settings.register_profile("tinylm", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile("ci", settings.get_profile("tinylm"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "tinylm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_blas_thread():
+    """More threads than free cores make small matrix products many times slower."""
+    with ThreadpoolController().limit(limits=1, user_api="blas"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def stories_dir():
+    return ROOT / "models" / "stories-8m"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(stories_dir):
+    return Tokenizer(stories_dir / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def stories(stories_dir):
+    """The committed model, whatever its weights are today."""
+    return LLM(stories_dir)
+
+
+@pytest.fixture(scope="session")
+def random_gpt():
+    """config, seed -> a PyTorch model in which every weight matters: no zero projections, no norms of one."""
+    import torch
+
+    from train.model import GPT
+
+    torch.set_num_threads(1)
+
+    def make(config, seed=0):
+        gpt = GPT(config, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for name, parameter in gpt.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.uniform_(0.5, 1.5, generator=generator)
+                elif "embed_tokens" in name:
+                    parameter.normal_(0, 0.15, generator=generator)
+                else:
+                    parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+        return gpt.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return ModelConfig(hidden_size=64, n_layers=3, n_heads=2, mlp_size=128, context=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_tensors(random_gpt, tiny_config):
+    """float32 by name, as `save_model` wants them."""
+    return {name: parameter.detach().numpy() for name, parameter in random_gpt(tiny_config).named_parameters()}
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, stories_dir, tiny_config, tiny_tensors):
+    """A whole model directory with random weights; copy it before changing it."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(directory, tiny_config, tiny_tensors, (stories_dir / "tokenizer.model").read_bytes())
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_dir):
+    return load(tiny_model_dir)[1]
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer, tiny_model):
+    """An LLM whose text is nonsense: pieces of words, broken characters, every kind of token."""
+    return LLM.from_parts(tokenizer, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def assert_same_greedy():
+    """Greedy answers must be the same tokens, but for a tie that only rounding decides."""
+
+    def check(llm, prompt_ids, ours, theirs):
+        if ours == theirs:
+            return
+        split = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        assert split is not None, f"one answer ends after {min(len(ours), len(theirs))} tokens, the other goes on"
+        scores = llm.logits([*prompt_ids, *ours[:split]])[-1]
+        gap = abs(float(scores[ours[split]] - scores[theirs[split]]))
+        assert gap < 1e-3, f"token {split} is {ours[split]} or {theirs[split]}, {gap} apart: not a tie"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def greedy():
+    return SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Twenty prompts of tokens, of 1 to 40, for any model of the vocabulary."""
+    rng = np.random.default_rng(7)
+    return [[1, *rng.integers(2, 4096, size=int(n)).tolist()] for n in rng.integers(0, 40, size=20)]

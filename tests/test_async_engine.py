@@ -1,0 +1,325 @@
+"""The engine on its thread: many tasks at once, tasks that leave, and an engine that dies under them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import aclosing
+from itertools import pairwise
+
+import pytest
+
+from tinylm import SamplingParams
+from tinylm.async_engine import AsyncEngine, EngineDied
+from tinylm.engine import Engine, EngineFull
+from tinylm.model import Model
+
+LONG = SamplingParams(temperature=0, max_tokens=10**6)
+
+
+@pytest.fixture
+def model(tiny_config, tiny_tensors):
+    """One of its own for each test: some break it."""
+    return Model(tiny_config, tiny_tensors)
+
+
+def on_engine(model, use, **sizes):
+    """Run `use(engine)` in an event loop, within a minute, and end the engine's thread."""
+
+    async def main():
+        engine = AsyncEngine(Engine(model, **sizes))
+        try:
+            async with asyncio.timeout(30):
+                return await use(engine)
+        finally:
+            engine.stop()
+
+    return asyncio.run(main())
+
+
+async def answer(engine, prompt, params, timeout_s=None):
+    async with aclosing(engine.generate(prompt, params, timeout_s)) as updates:
+        async for sequence in updates:
+            last = sequence
+    return last
+
+
+async def until(condition):
+    """Wait for something that another thread is about to make true; the loop's own time limit ends it."""
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def test_concurrent_tasks_get_what_the_synchronous_engine_gives(model, prompts):
+    params = [
+        SamplingParams(temperature=0 if i % 2 else 1.1, seed=i, max_tokens=5 + i, logprobs=i % 3 or None)
+        for i in range(len(prompts))
+    ]
+    expected = []
+    for prompt, p in zip(prompts, params, strict=True):
+        engine = Engine(model, n_slots=1)
+        sequence = engine.submit(prompt, p)
+        while engine.has_work:
+            engine.step()
+        expected.append((sequence.tokens, sequence.finish_reason))
+
+    async def use(engine):
+        return await asyncio.gather(*[answer(engine, p, q) for p, q in zip(prompts, params, strict=True)])
+
+    sequences = on_engine(model, use, n_slots=4)
+    assert [(s.tokens, s.finish_reason) for s in sequences] == expected
+
+
+@pytest.fixture
+def permits(model, monkeypatch):
+    """The model makes a step only when a permit is released: who leaves can be seen to leave in time."""
+    permits = threading.Semaphore(0)
+    forward = model.forward
+
+    def paced(*arguments):
+        assert permits.acquire(timeout=10)
+        return forward(*arguments)
+
+    monkeypatch.setattr(model, "forward", paced)
+    return permits
+
+
+async def empty(engine, permits):
+    """Step by step until the engine has nothing left to do."""
+    while engine.engine.has_work:
+        permits.release()
+        await asyncio.sleep(0.001)
+
+
+def test_tokens_arrive_while_they_are_made(model, permits):
+    """A stream that only came at its end would be no stream; no token may be changed afterwards."""
+
+    async def use(engine):
+        seen = []
+        permits.release()
+        async with aclosing(engine.generate([1, 5], SamplingParams(temperature=0, max_tokens=8))) as updates:
+            async for sequence in updates:
+                seen.append(list(sequence.tokens))
+                permits.release()  # the next step is made only after this one was seen
+        return seen
+
+    seen = on_engine(model, use)
+    assert [len(tokens) for tokens in seen] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert all(later[: len(tokens)] == tokens for tokens, later in pairwise(seen))
+
+
+@pytest.mark.parametrize("leave", ["break", "cancel", "error"])
+def test_who_leaves_frees_the_slot_before_the_next_step(model, permits, leave):
+    """A user who closes the page must not keep the engine busy; the next in line gets the slot."""
+
+    async def use(engine):
+        started = asyncio.Event()
+        sequences = []
+
+        async def leaver():
+            async with aclosing(engine.generate([1, 5], LONG)) as updates:
+                async for sequence in updates:
+                    sequences.append(sequence)
+                    started.set()
+                    if leave == "break":
+                        return
+                    if leave == "error":
+                        raise KeyError("the caller's own")
+
+        task = asyncio.create_task(leaver())
+        permits.release()
+        await started.wait()
+        if leave == "cancel":
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        permits.release()  # for the step that it is in; there must be no further one
+        await until(lambda: not engine.engine.has_work)
+        assert sequences[0].finish_reason == "cancelled"
+        permits.release(2)
+        return await answer(engine, [1, 6], SamplingParams(temperature=0, max_tokens=2))
+
+    assert len(on_engine(model, use, n_slots=1).tokens) == 2
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_who_leaves_before_a_token_leaves_the_queue(model, permits, turns):
+    """Cancelled so many turns of the loop after asking: on the way to the engine, waiting there, running."""
+
+    async def use(engine):
+        submitted = recorded(engine.engine)
+        for _ in range(5):
+            tasks = [asyncio.create_task(answer(engine, [1, 5 + i], LONG)) for i in range(4)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(result, asyncio.CancelledError) for result in results)
+        permits.release()
+        with pytest.raises(ValueError, match="no tokens"):  # answered after all that was asked before it
+            await answer(engine, [], LONG)
+        await empty(engine, permits)
+        return submitted
+
+    assert {sequence.finish_reason for sequence in on_engine(model, use, n_slots=2)} <= {"cancelled"}
+
+
+def test_who_leaves_in_the_moment_of_being_admitted_leaves_the_queue(model, permits):
+    """The cancellation and the engine's 'yes' cross each other, now one first and now the other."""
+
+    async def use(engine):
+        loop = asyncio.get_running_loop()
+        tasks = []
+        submitted = recorded(engine.engine, lambda: loop.call_soon_threadsafe(loop.call_soon, tasks[-1].cancel))
+        for i in range(50):
+            tasks.append(asyncio.create_task(answer(engine, [1, 5 + i], LONG)))
+            with pytest.raises(asyncio.CancelledError):
+                await tasks[-1]
+            await empty(engine, permits)
+        return submitted
+
+    sequences = on_engine(model, use, n_slots=1)
+    assert len(sequences) == 50
+    assert {sequence.finish_reason for sequence in sequences} == {"cancelled"}
+
+
+def recorded(engine, then=lambda: None):
+    """The list that every sequence submitted from now on will be in; `then` is called after each, on the thread."""
+    submit, sequences = engine.submit, []
+
+    def recording(*arguments):
+        sequences.append(submit(*arguments))
+        then()
+        return sequences[-1]
+
+    engine.submit = recording
+    return sequences
+
+
+def test_refusals_reach_the_one_who_asked_and_nobody_else(model, greedy):
+    """A bad request must not end the engine under the others."""
+
+    async def use(engine):
+        good = asyncio.create_task(answer(engine, [1, 5], greedy))
+        with pytest.raises(ValueError, match="at most 63"):
+            await answer(engine, [1] * 64, greedy)
+        with pytest.raises(ValueError, match="token 4096"):
+            await answer(engine, [4096], greedy)
+        with pytest.raises(TypeError):
+            await answer(engine, ["Once", "upon"], greedy)
+        engine.check()
+        return await good
+
+    assert len(on_engine(model, use).tokens) == greedy.max_tokens
+
+
+def test_a_full_engine_says_so(model, greedy):
+    async def use(engine):
+        results = await asyncio.gather(*[answer(engine, [1, i], greedy) for i in range(2, 9)], return_exceptions=True)
+        refused = [r for r in results if isinstance(r, EngineFull)]
+        answered = [r for r in results if not isinstance(r, BaseException)]
+        assert len(refused) + len(answered) == 7
+        assert len(answered) >= 3
+        return refused
+
+    release = threading.Event()
+    forward = model.forward
+    model.forward = lambda *arguments: release.wait(20) and forward(*arguments)
+
+    async def held(engine):
+        """All seven are asked for before any step ends."""
+        asyncio.get_running_loop().call_later(0.05, release.set)
+        return await use(engine)
+
+    assert on_engine(model, held, n_slots=1, max_waiting=2)
+
+
+def test_a_timeout_ends_an_answer_with_what_there_is(model):
+    async def use(engine):
+        return await answer(engine, [1, 5], LONG, timeout_s=0.0)
+
+    sequence = on_engine(model, use)
+    assert (sequence.finish_reason, sequence.tokens) == ("timeout", [])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_tells_all_who_wait(model, monkeypatch):
+    """Whoever runs, waits in the queue, is on the way to it, or comes later: an error, never an endless wait."""
+    broken, in_step = threading.Event(), threading.Event()
+    forward = model.forward
+    calls = []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) < 3:
+            return forward(*arguments)
+        in_step.set()
+        assert broken.wait(20)
+        raise MemoryError("no memory left")
+
+    monkeypatch.setattr(model, "forward", failing)
+
+    async def use(engine):
+        tasks = [asyncio.create_task(answer(engine, [1, 5 + i], LONG)) for i in range(4)]
+        await until(in_step.is_set)
+        tasks += [asyncio.create_task(answer(engine, [1, 50 + i], LONG)) for i in range(3)]
+        await asyncio.sleep(0.02)  # their requests lie before a step that will not end well
+        engine.check()
+        broken.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(r, EngineDied) and "no memory left" in str(r) for r in results), results
+        with pytest.raises(EngineDied, match="no memory left"):
+            await answer(engine, [1], LONG)
+        with pytest.raises(EngineDied, match="no memory left"):
+            engine.check()
+
+    on_engine(model, use, n_slots=2)
+
+
+def test_a_stalled_step_is_noticed(model, greedy):
+    """`check` is what a service's health check asks: a hung thread must not look healthy."""
+    release, in_step = threading.Event(), threading.Event()
+    forward = model.forward
+
+    def hanging(*arguments):
+        in_step.set()
+        assert release.wait(20)
+        return forward(*arguments)
+
+    model.forward = hanging
+
+    async def use(engine):
+        engine.check(stalled_s=0)  # without work there is nothing to stall
+        task = asyncio.create_task(answer(engine, [1], greedy))
+        await until(in_step.is_set)
+        engine.check()
+        await asyncio.sleep(0.01)
+        with pytest.raises(EngineDied, match="not finished a step"):
+            engine.check(stalled_s=0.001)
+        release.set()
+        return await task
+
+    assert on_engine(model, use).finish_reason == "length"
+
+
+def test_after_stop_nothing_is_answered(model, greedy):
+    async def use(engine):
+        engine.stop()
+        with pytest.raises(EngineDied):
+            engine.check()
+        with pytest.raises(EngineDied):
+            await answer(engine, [1], greedy)
+
+    on_engine(model, use)
+
+
+def test_stop_ends_those_who_still_wait(model):
+    async def use(engine):
+        tasks = [asyncio.create_task(answer(engine, [1, 5 + i], LONG)) for i in range(3)]
+        await until(lambda: engine.engine.n_running)
+        engine.stop()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    results = on_engine(model, use, n_slots=1)
+    assert all(isinstance(r, EngineDied) or r.finish_reason == "length" for r in results)
+    assert any(isinstance(r, EngineDied) for r in results)

@@ -1,0 +1,109 @@
+"""The README and the docs promise commands, files and figures: each is held to what is there."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
+MAKEFILE = Path("Makefile").read_text(encoding="utf-8")
+RESULTS = Path("docs/results")
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
+
+
+def modules_named(page: str) -> set[str]:
+    return set(re.findall(r"python -m ((?:train|loadtest)[\w.]*)", page))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=str)
+def test_every_make_command_is_a_target(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
+    named = set(re.findall(r"`make ([a-z-]+)", page)) | set(re.findall(r"^ *make ([a-z-]+)", page, re.MULTILINE))
+    assert named <= targets()
+
+
+def test_the_readme_s_two_commands_are_there() -> None:
+    page = Path("README.md").read_text(encoding="utf-8")
+    assert {"make serve", "make test"} <= set(re.findall(r"^(make [a-z-]+)", page, re.MULTILINE))
+
+
+@pytest.mark.parametrize("module", sorted(set().union(*(modules_named(p.read_text("utf-8")) for p in PAGES))))
+def test_every_module_that_is_named_has_a_help_text(module: str) -> None:
+    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert f"python -m {module}" in result.stdout
+
+
+@pytest.mark.parametrize("path", PAGES, ids=str)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+
+
+def test_the_file_tree_is_the_one_that_git_has() -> None:
+    page = Path("README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```tree\n(.*?)```", page, re.DOTALL)
+    folder, listed = "", set()
+    for line in block.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else ""
+        listed.add(folder + name)
+        if name.endswith("/") and not line.startswith(" "):
+            folder = name
+    assert [name for name in sorted(listed) if not Path(name).exists()] == []
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.split()
+    code = {name for name in tracked if re.fullmatch(r"(tinylm|train|loadtest)/\w+\.py", name)} - {
+        f"{package}/__init__.py" for package in ("tinylm", "train", "loadtest")
+    }
+    assert sorted(code - listed) == []
+
+
+def test_the_library_example_runs() -> None:
+    page = Path("README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(from tinylm import LLM.*?)```", page, re.DOTALL)
+    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
+    assert result.stdout.strip()
+
+
+def test_the_transcript_is_what_the_commands_print() -> None:
+    """Greedy and seeded commands of the README, run again, give the text that stands under them."""
+    page = Path("README.md").read_text(encoding="utf-8")
+    (transcript,) = re.findall(r"```console\n(\$ tinylm.*?)```", page, re.DOTALL)
+    parts = re.split(r"^\$ ", transcript, flags=re.MULTILINE)[1:]
+    assert len(parts) >= 2
+    for part in parts:
+        command, _, expected = part.partition("\n")
+        arguments = shlex.split(command)[1:]
+        result = subprocess.run(
+            [sys.executable, "-m", "tinylm.cli", *arguments], capture_output=True, text=True, check=True
+        )
+        assert result.stdout.strip() == expected.strip()
+
+
+def test_the_table_s_figures_are_those_of_the_committed_results() -> None:
+    page = Path("README.md").read_text(encoding="utf-8")
+    for path in (RESULTS / "load-haproxy.json", RESULTS / "load-python-proxy.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        latency = result["latency_ms"]
+        row = f"| {result['requests_per_s']:.2f} | {latency['mean']:.0f} ms | {latency['p99']:.0f} ms |"
+        assert row in page
+        assert (result["load"]["concurrency"], result["load"]["max_tokens"], result["load"]["duration_s"]) == (
+            4,
+            64,
+            60,
+        )
+
+
+def test_the_model_card_s_figures_are_those_of_its_evaluation() -> None:
+    directory = Path("models/stories-8m")
+    card = (directory / "README.md").read_text(encoding="utf-8")
+    evaluation = json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))
+    assert f"{evaluation['tokens_seen']:,} tokens seen" in card
+    for name, score in evaluation["collections"].items():
+        assert re.search(rf"\| {name} \|.*\| {score['bits_per_byte']:.4f} \|", card)

@@ -1,0 +1,67 @@
+"""The Serve YAMLs say what they mean: Serve itself takes unknown keys in silence, so they are checked here."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray.serve import schema
+from ray.serve.config import ControllerOptions
+
+from serve_app import AppArgs
+
+CONFIGS = [Path("configs/serve.yaml"), Path("configs/serve-python-proxy.yaml")]
+
+
+def load(path: Path) -> dict:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def unknown_keys(values: dict, model: type[BaseModel], where: str) -> list[str]:
+    return [f"{where}.{key}" for key in values if key not in model.model_fields]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_every_key_is_one_that_serve_knows(path: Path) -> None:
+    config = load(path)
+    (application,) = config["applications"]
+    (deployment,) = application["deployments"]
+    unknown = [
+        *unknown_keys(config, schema.ServeDeploySchema, "top"),
+        *unknown_keys(config["http_options"], schema.HTTPOptionsSchema, "http_options"),
+        *unknown_keys(config["grpc_options"], schema.gRPCOptionsSchema, "grpc_options"),
+        *unknown_keys(config.get("controller_options", {}), ControllerOptions, "controller_options"),
+        *unknown_keys(application, schema.ServeApplicationSchema, "application"),
+        *unknown_keys(deployment, schema.DeploymentSchema, "deployment"),
+        *unknown_keys(deployment["ray_actor_options"], schema.RayActorOptionsSchema, "ray_actor_options"),
+    ]
+    assert unknown == []
+    schema.ServeDeploySchema.model_validate(config)
+    AppArgs.model_validate(application["args"])
+
+
+def test_every_environment_variable_is_one_that_ray_reads() -> None:
+    """A misspelt variable would leave HAProxy mode off without a word."""
+    spec = importlib.util.find_spec("ray.serve._private.constants")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    names = load(CONFIGS[0])["controller_options"]["runtime_env"]["env_vars"]
+    assert names
+    assert [name for name in names if f'"{name}"' not in source] == []
+
+
+def test_the_two_configs_differ_in_the_proxy_alone() -> None:
+    haproxy, python_proxy = map(load, CONFIGS)
+    del haproxy["controller_options"]
+    assert haproxy == python_proxy
+
+
+def test_the_owner_s_four_replicas() -> None:
+    assert [load(path)["applications"][0]["deployments"][0]["num_replicas"] for path in CONFIGS] == [4, 4]
+
+
+def test_an_unknown_argument_of_the_application_is_refused() -> None:
+    with pytest.raises(ValidationError, match="modle"):
+        AppArgs.model_validate({"modle": "models/stories-8m"})

@@ -1,0 +1,271 @@
+"""The real configs, started as `tinylm serve` starts them, asked over real gRPC: both proxies, four replicas each."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from tinylm import LLM, SamplingParams
+from tinylm.client import METADATA, Client, ServiceError
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
+
+START_LIMIT_S = 150
+GREEDY = SamplingParams(max_tokens=24, temperature=0)
+PROMPTS = ["Once upon a time", "The little dog", '"Hello," said the bear.', "", "It was raining, and Tom was sad."]
+
+
+@dataclass(frozen=True)
+class Service:
+    address: str
+    dashboard: str
+    log: str
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports below the system's own range and outside those that Ray gives its workers (10002-19999)."""
+    ports: list[int] = []
+    for port in random.sample(range(20000, 30000), 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError("no free ports")
+
+
+def with_own_ports(config: Path, directory: Path) -> tuple[Path, int]:
+    """The config with other ports and nothing else changed, so that it runs beside a service that is up already."""
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    grpc_port, http_port, metrics_port, stats_port = free_ports(4)
+    values["grpc_options"]["port"] = grpc_port
+    values["http_options"]["port"] = http_port
+    if "controller_options" in values:
+        values["controller_options"]["runtime_env"]["env_vars"] |= {
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        }
+    path = directory / config.name
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path, grpc_port
+
+
+@pytest.fixture(scope="module", params=["serve.yaml", "serve-python-proxy.yaml"])
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    directory = tmp_path_factory.mktemp("service")
+    config, port = with_own_ports(Path("configs") / request.param, directory)
+    log = directory / "log"
+    with (
+        tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp", ignore_cleanup_errors=True) as ray_directory,
+        log.open("w") as out,
+    ):
+        command = [sys.executable, "-m", "tinylm.cli", "serve", "--config", str(config), "--wait-s", str(START_LIMIT_S)]
+        environment = {**os.environ, "RAY_TMPDIR": ray_directory, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while "TinyLM is ready" not in (text := log.read_text()):
+                assert process.poll() is None, f"the service ended before it was ready:\n{text}"
+                time.sleep(0.2)
+            dashboard = re.search(r"dashboard:\s+(http://[^/\s]+)", text)
+            assert dashboard is not None
+            yield Service(f"localhost:{port}", dashboard[1], text)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[Client]:
+    with Client(service.address, retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def stub(service: Service) -> Iterator[TinyLMStub]:
+    with grpc.insecure_channel(service.address) as channel:
+        yield TinyLMStub(channel)
+
+
+def drain(client: Client, prompt: str, params: SamplingParams) -> tuple[list[str], object]:
+    pieces = []
+    stream = client.stream(prompt, params)
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value
+
+
+def test_the_dashboard_opens_without_further_steps_and_shows_four_running_replicas(service: Service) -> None:
+    with urllib.request.urlopen(f"{service.dashboard}/api/serve/applications/") as response:
+        application = json.load(response)["applications"]["tinylm"]
+    replicas = application["deployments"]["TinyLM"]["replicas"]
+    assert application["status"] == "RUNNING"
+    assert [replica["state"] for replica in replicas] == ["RUNNING"] * 4
+
+
+def test_the_load_is_spread_over_all_four_replicas(client: Client) -> None:
+    seen: set[str] = set()
+    for _ in range(400):
+        seen.add(client.info().replica)
+        if len(seen) == 4:
+            break
+    assert len(seen) == 4
+
+
+def test_concurrent_clients_get_the_text_that_the_library_gives_whole_and_streamed(
+    service: Service, stories: LLM
+) -> None:
+    expected = {prompt: stories.generate(prompt, GREEDY)[0] for prompt in PROMPTS}
+
+    def ask(prompt: str) -> None:
+        with Client(service.address, retries=0) as own:
+            whole = own.generate(prompt, GREEDY)
+            pieces, streamed = drain(own, prompt, GREEDY)
+        assert whole.text == streamed.text == "".join(pieces) == expected[prompt].text
+        assert whole.finish_reason == streamed.finish_reason == expected[prompt].finish_reason
+        assert whole.n_tokens == streamed.n_tokens == len(expected[prompt].token_ids)
+        assert whole.n_prompt_tokens == streamed.n_prompt_tokens == expected[prompt].n_prompt_tokens
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, PROMPTS * 4))
+
+
+def test_sampled_text_follows_its_seed_and_settings(client: Client, stories: LLM) -> None:
+    params = SamplingParams(
+        max_tokens=40, temperature=1.1, top_p=0.9, top_k=50, min_p=0.01, repetition_penalty=1.2, seed=7,
+        stop=("zz", "."), logprobs=3,
+    )  # fmt: skip
+    expected = stories.generate("Once upon a time", params)[0]
+    whole = client.generate("Once upon a time", params)
+    pieces, streamed = drain(client, "Once upon a time", params)
+    assert whole.text == streamed.text == "".join(pieces) == expected.text
+    assert "." not in whole.text
+    assert whole.n_tokens == streamed.n_tokens == len(expected.token_ids)
+    for given in (whole.logprobs, streamed.logprobs):
+        assert [entry.logprob for entry in given] == pytest.approx([e.logprob for e in expected.logprobs], abs=1e-4)
+        assert [len(entry.top) for entry in given] == [3] * len(expected.token_ids)
+
+
+def test_a_stream_comes_in_pieces_and_only_its_last_message_ends_it(stub: TinyLMStub) -> None:
+    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=30, temperature=0)
+    messages = list(stub.GenerateStream(request, metadata=METADATA))
+    assert len(messages) > 5
+    assert [message.finish_reason for message in messages[:-1]] == [pb.FINISH_REASON_UNSPECIFIED] * (len(messages) - 1)
+    assert messages[-1].finish_reason == pb.FINISH_REASON_LENGTH
+    assert messages[-1].usage.completion_tokens == 30
+    assert 0 <= messages[-1].timings.first_token_ms <= messages[-1].timings.total_ms
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"temperature": -1}, ["temperature", "-1", "0 to 10"]),
+        ({"temperature": float("nan")}, ["temperature", "nan"]),
+        ({"top_p": 0}, ["top_p", "above 0"]),
+        ({"min_p": 2}, ["min_p", "0 to 1"]),
+        ({"max_tokens": 0}, ["max_tokens", "at least 1"]),
+        ({"repetition_penalty": 0}, ["repetition_penalty", "above 0"]),
+        ({"seed": 2**64 - 1}, ["seed", str(2**63 - 1)]),
+        ({"logprobs": 21}, ["logprobs", "21", "0 to 20"]),
+        ({"stop": [""]}, ["stop", "1 to 256"]),
+        ({"stop": ["a"] * 17}, ["stop", "17", "16"]),
+        ({"prompt": "word " * 300}, ["prompt", "255", "256"]),
+        ({"prompt": "a" * 100_000}, ["prompt", "100000", "65536"]),
+    ],
+)
+def test_a_bad_request_is_told_field_value_and_limit(stub: TinyLMStub, fields: dict, named: list[str]) -> None:
+    request = pb.GenerateRequest(**{"prompt": "Once", **fields})
+    for call in (stub.Generate, lambda *a, **k: list(stub.GenerateStream(*a, **k))):
+        with pytest.raises(grpc.RpcError) as caught:
+            call(request, metadata=METADATA)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert [word for word in named if word not in caught.value.details()] == []
+        assert "Traceback" not in caught.value.details()
+
+
+def test_a_time_limit_ends_a_whole_answer_with_a_status_and_a_stream_with_the_text_so_far(stub: TinyLMStub) -> None:
+    request = pb.GenerateRequest(prompt="Once", max_tokens=250, timeout_ms=5, seed=0, temperature=0)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Generate(request, metadata=METADATA)
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "timeout_ms is 5" in caught.value.details()
+    last = list(stub.GenerateStream(request, metadata=METADATA))[-1]
+    assert last.finish_reason == pb.FINISH_REASON_TIMEOUT
+    assert last.usage.completion_tokens < 250
+
+
+def test_the_client_raises_what_a_caller_can_act_on(service: Service, client: Client) -> None:
+    with pytest.raises(ValueError, match="prompt has"):
+        client.generate("word " * 300)
+    with pytest.raises(ValueError, match="prompt has"):
+        list(client.stream("word " * 300))
+    with Client("localhost:1", retries=0) as nobody, pytest.raises(ServiceError, match="UNAVAILABLE"):
+        nobody.info()
+
+
+def test_a_cancelled_stream_leaves_the_service_answering(client: Client) -> None:
+    for _ in range(20):
+        stream = client.stream("Once upon a time", SamplingParams(max_tokens=200))
+        next(stream)
+        stream.close()
+    assert client.generate("Once upon a time", GREEDY).n_tokens == GREEDY.max_tokens
+
+
+def test_tokens_and_model_are_the_library_s(client: Client, stories: LLM) -> None:
+    text = "Zoë said: \u2581 “hello” 🎉\n"
+    tokens = client.tokenize(text)
+    assert [token for token, _ in tokens] == stories.tokenizer.encode(text)
+    assert b"".join(piece for _, piece in tokens).decode() == text
+    info = client.info()
+    assert (info.name, info.parameters, info.weights) == ("stories-8m", stories.config.n_parameters, "int8")
+    assert (info.vocab_size, info.context, info.layers) == (4096, 256, 16)
+
+
+def test_reflection_shows_the_service_to_general_clients(service: Service) -> None:
+    with grpc.insecure_channel(service.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        (answer,) = stub.ServerReflectionInfo(iter([request]))
+    assert "tinylm.v1.TinyLM" in [entry.name for entry in answer.list_services_response.service]
+
+
+def test_the_command_that_the_ready_message_suggests_works(service: Service) -> None:
+    suggestion = re.search(r"try it:\s+tinylm generate '(.*)' --server (\S+)", service.log)
+    assert suggestion is not None
+    command = [sys.executable, "-m", "tinylm.cli", "generate", suggestion[1], "--server", suggestion[2], "-n", "8"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith(suggestion[1])
+    assert len(result.stdout) > len(suggestion[1]) + 8
+
+
+@pytest.mark.parametrize("mode", [[], ["--stream"]], ids=["unary", "stream"])
+def test_the_load_test_counts_every_answer(service: Service, mode: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    command = [sys.executable, "-m", "loadtest", "--server", service.address, "--concurrency", "3", "--duration", "2"]
+    subprocess.run([*command, "--warmup", "0", "-n", "8", "--output", str(output), *mode], check=True)
+    result = json.loads(output.read_text())
+    assert set(result["statuses"]) == {"OK"}
+    assert result["statuses"]["OK"] == sum(result["replicas"].values())
+    assert result["requests_per_s"] == pytest.approx(result["statuses"]["OK"] / 2)
+    assert 0 < result["latency_ms"]["p50"] <= result["latency_ms"]["p99"] <= result["latency_ms"]["max"]
+    assert (result["first_token_ms"] is not None) == bool(mode)

@@ -1,0 +1,242 @@
+"""Tokens and rows: what is encoded decodes to the text, and the step number alone decides what training sees."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from train_fixtures import encode_plainly, prepared_stories, python, texts_of, tree_bytes, write_tokens
+
+from tinylm.tokenizer import Tokenizer
+from train.config import ConfigError, TrainConfig
+from train.data import MIXTURE_BLOCK, Documents, ShuffledStream, TokenData
+from train.encode import _ShardWriter
+
+BOUNDARY = 1
+
+# One Ray for both: encode, and encode again over what is there.
+ENCODE_TWICE = """
+import shutil, sys
+from pathlib import Path
+from train.config import load_config
+from train.encode import encode
+
+config = load_config(Path(sys.argv[1]), ["encode.batch_documents=16", "encode.shard_tokens=1000"])
+for name in ("first", "second"):
+    encode(config)
+    shutil.copytree(config.tokens_dir, Path(sys.argv[2]) / name)
+"""
+
+
+def flat(lists: list[list]) -> list:
+    return [item for items in lists for item in items]
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
+    """A config with prepared text and tokenizer, and a directory with the tokens of two runs of the stage."""
+    workdir = tmp_path_factory.mktemp("encode")
+    config = prepared_stories(workdir / "w", n_stories=200)
+    (workdir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    ray_tmpdir = Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp"))
+    result = python(["-c", ENCODE_TWICE, str(workdir / "config.yaml"), str(workdir)], ray_tmpdir)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return config, workdir
+
+
+def tokens_of(directory: Path, split: str) -> list[np.ndarray]:
+    index = json.loads((directory / "index.json").read_text())
+    return [np.load(directory / shard) for shard in index["collections"]["stories"][split]["shards"]]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_decoding_the_shards_gives_the_documents_in_order(encoded: tuple[TrainConfig, Path], split: str):
+    config, workdir = encoded
+    tokenizer = Tokenizer(config.tokenizer_path)
+    tokens = np.concatenate(tokens_of(workdir / "first", split))
+    starts = np.flatnonzero(tokens == tokenizer.boundary_id)
+    assert starts[0] == 0
+    decoded = [tokenizer.decode(document.tolist()) for document in np.split(tokens, starts[1:])]
+    assert decoded == texts_of(config, "stories", split)
+
+
+def test_two_runs_give_the_same_bytes(encoded: tuple[TrainConfig, Path]):
+    _, workdir = encoded
+    assert tree_bytes(workdir / "first") == tree_bytes(workdir / "second")
+
+
+def test_ray_encodes_as_one_document_after_another_would(encoded: tuple[TrainConfig, Path]):
+    config, workdir = encoded
+    encode_plainly(config, workdir / "plain")
+    plain, ours = (json.loads((workdir / name / "index.json").read_text()) for name in ("plain", "first"))
+    for split in ("train", "validation"):
+        assert (np.concatenate(tokens_of(workdir / "first", split)) == tokens_of(workdir / "plain", split)[0]).all()
+        for index in (plain, ours):
+            index["collections"]["stories"][split].pop("shards")
+    assert ours == plain
+
+
+def test_a_small_limit_gives_several_shards_of_whole_documents(encoded: tuple[TrainConfig, Path]):
+    _, workdir = encoded
+    shards = tokens_of(workdir / "first", "train")
+    assert len(shards) > 5
+    assert all(len(shard) <= 1000 and shard[0] == BOUNDARY for shard in shards)
+    # Full to the last document that fits.
+    first_lengths = [np.diff(np.append(np.flatnonzero(s == BOUNDARY), len(s)))[0] for s in shards[1:]]
+    assert all(len(s) + following > 1000 for s, following in zip(shards, first_lengths, strict=False))
+
+
+def test_a_document_longer_than_a_shard_is_kept_whole(tmp_path: Path):
+    writer = _ShardWriter(tmp_path, "a.train", 10, BOUNDARY)
+    documents = [[BOUNDARY, *[7] * n] for n in (3, 25, 3, 5)]
+    writer.add(np.array(flat(documents)))
+    writer.flush()
+    assert writer.shards == [f"a.train-{n:05d}.npy" for n in range(3)]
+    assert [np.load(tmp_path / name).tolist() for name in writer.shards] == [
+        documents[0],
+        documents[1],
+        documents[2] + documents[3],
+    ]
+
+
+def documents_on_disk(directory: Path, shards: list[list[list[int]]]) -> Documents:
+    paths = []
+    for number, shard in enumerate(shards):
+        paths.append(directory / f"{number}.npy")
+        np.save(paths[-1], np.array(flat(shard), np.uint16))
+    return Documents(paths, BOUNDARY)
+
+
+DOCUMENT = st.lists(st.integers(2, 500), min_size=1, max_size=9).map(lambda tokens: [BOUNDARY, *tokens])
+SHARDS = st.lists(st.lists(DOCUMENT, min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SHARDS, st.data(), st.integers(0, 5))
+def test_a_stretch_of_the_stream_is_a_slice_of_the_shuffled_epochs(shards: list, data: st.DataObject, seed: int):
+    documents = flat(shards)
+    total = sum(map(len, documents))
+    start = data.draw(st.integers(0, 3 * total), label="start")
+    count = data.draw(st.integers(1, 2 * total), label="count")
+    everything: list[int] = []
+    for epoch in range(5):
+        for i in np.random.default_rng((seed, 4, epoch)).permutation(len(documents)):
+            everything += documents[i]
+    with tempfile.TemporaryDirectory() as directory:
+        stream = ShuffledStream(documents_on_disk(Path(directory), shards), (seed, 4))
+        assert stream.epoch_tokens == total
+        assert stream.read(start, count).tolist() == everything[start : start + count]
+
+
+def test_every_document_appears_once_an_epoch_in_a_new_order(tmp_path: Path):
+    shards = [[[BOUNDARY, n, *range(2, 2 + n % 5)] for n in range(first, first + 50)] for first in (10, 60)]
+    stream = ShuffledStream(documents_on_disk(tmp_path, shards), (1, 0))
+    orders = []
+    for epoch in range(3):
+        tokens = stream.read(epoch * stream.epoch_tokens, stream.epoch_tokens)
+        starts = np.flatnonzero(tokens == BOUNDARY)
+        orders.append(tokens[starts + 1].tolist())
+        assert sorted(part.tolist() for part in np.split(tokens, starts[1:])) == sorted(flat(shards))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+CONTEXT = 8
+MARKS = {"much": 10, "some": 20, "little": 30}  # the token that each collection's documents are made of
+WEIGHTS = {"much": 0.8, "some": 0.15, "little": 0.05}  # sum to 1 with shares that are whole rows of a block
+
+
+@pytest.fixture
+def tokens_dir(tmp_path: Path) -> Path:
+    collections = {
+        name: {"weight": WEIGHTS[name] * 3, "train": [[BOUNDARY, *[mark + i % 7] * (3 + i % 4)] for i in range(60)]}
+        for name, mark in MARKS.items()
+    }
+    held_out = [[BOUNDARY, *range(2, 2 + n)] for n in (1, 7, 8, 9, 16, 17, 30)]
+    collections["much"]["validation"] = held_out
+    collections["never"] = {"weight": 0, "validation": [[BOUNDARY, 5, 6]]}
+    write_tokens(tmp_path / "tokens", collections)
+    return tmp_path / "tokens"
+
+
+def collection_of(row: np.ndarray) -> str:
+    marks = {int(token) // 10 * 10 for token in row if token != BOUNDARY}
+    assert len(marks) == 1  # a row is of one collection
+    return {mark: name for name, mark in MARKS.items()}[marks.pop()]
+
+
+def test_the_weights_hold_exactly_over_every_block(tokens_dir: Path):
+    mixture = TokenData(tokens_dir, CONTEXT, seed=1).mixture
+    for block in (0, 1, 5):
+        rows = mixture.rows(block * MIXTURE_BLOCK, MIXTURE_BLOCK)
+        assert rows.shape == (MIXTURE_BLOCK, CONTEXT + 1)
+        counts = Counter(map(collection_of, rows))
+        assert counts == {name: round(weight * MIXTURE_BLOCK) for name, weight in WEIGHTS.items()}
+
+
+def test_a_collections_rows_are_its_stream_with_nothing_left_out(tokens_dir: Path):
+    """Each row's inputs go on where the collection's last row ended, over the end of a block as well."""
+    data = TokenData(tokens_dir, CONTEXT, seed=1)
+    rows = data.mixture.rows(0, MIXTURE_BLOCK + 300)
+    for number, name in enumerate(MARKS):
+        own = [row for row in rows if collection_of(row) == name]
+        stream = ShuffledStream(Documents([tokens_dir / f"{name}.train-00000.npy"], BOUNDARY), (1, number))
+        assert np.concatenate([row[:-1] for row in own]).tolist() == stream.read(0, len(own) * CONTEXT).tolist()
+        assert [row[-1] for row in own[:-1]] == [row[0] for row in own[1:]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(numbers=st.lists(st.integers(0, 5000), min_size=1, max_size=20))
+def test_a_row_is_the_same_whatever_was_read_before(numbers: list[int]):
+    with tempfile.TemporaryDirectory() as directory:
+        collections = {
+            name: {"weight": weight, "train": [[BOUNDARY, mark, i + 100] for i in range(40)]}
+            for (name, mark), weight in zip(MARKS.items(), WEIGHTS.values(), strict=True)
+        }
+        write_tokens(Path(directory) / "tokens", collections)
+        used = TokenData(Path(directory) / "tokens", CONTEXT, seed=1).mixture
+        for number in numbers:
+            fresh = TokenData(Path(directory) / "tokens", CONTEXT, seed=1).mixture
+            assert (used.rows(number, 1) == fresh.rows(number, 1)).all()
+        assert (used.rows(numbers[0], 3)[2] == used.rows(numbers[0] + 2, 1)[0]).all()
+
+
+def test_the_seed_decides_the_order(tokens_dir: Path):
+    one, two = (TokenData(tokens_dir, CONTEXT, seed).mixture.rows(0, 50) for seed in (1, 2))
+    assert (one != two).any()
+
+
+def test_epochs_count_what_was_gone_through(tokens_dir: Path):
+    data = TokenData(tokens_dir, CONTEXT, seed=1)
+    index = json.loads((tokens_dir / "index.json").read_text())
+    epochs = data.mixture.epochs(2 * MIXTURE_BLOCK)
+    for name, weight in WEIGHTS.items():
+        read = weight * 2 * MIXTURE_BLOCK * CONTEXT
+        assert epochs[name] == pytest.approx(read / index["collections"][name]["train"]["tokens"])
+
+
+def test_validation_windows_cover_the_documents(tokens_dir: Path):
+    data = TokenData(tokens_dir, CONTEXT, seed=1)
+    assert data.validation_collections == ["much", "never"]
+    rows = data.validation_rows("much", 1000)
+    # Every token but the boundary is a target once, in order; every window's first input is the token before.
+    targets = [token for row in rows for token in row[1:] if token >= 0]
+    assert targets == [token for n in (1, 7, 8, 9, 16, 17, 30) for token in range(2, 2 + n)]
+    for row in rows:
+        padding = np.flatnonzero(row < 0)
+        assert row[0] >= 0
+        assert padding.tolist() == list(range(CONTEXT + 1 - len(padding), CONTEXT + 1))
+    assert (data.validation_rows("much", 3) == rows[:3]).all()
+    assert data.validation_rows("never", 4).tolist() == [[BOUNDARY, 5, 6] + [-1] * (CONTEXT - 2)]
+
+
+def test_too_little_text_is_named(tmp_path: Path):
+    write_tokens(tmp_path / "t", {"little": {"weight": 1, "train": [[BOUNDARY, 2, 3]], "validation": [[BOUNDARY, 2]]}})
+    with pytest.raises(ConfigError, match="'little' has fewer tokens than one row of 9"):
+        TokenData(tmp_path / "t", CONTEXT, seed=1)

@@ -1,0 +1,242 @@
+"""The training loop without Ray: it learns, it resumes as if nothing had happened, and its batches add up."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from train_fixtures import encode_plainly, prepared_stories, train_rank, write_tokens
+
+from tinylm.config import ModelConfig
+from tinylm.kv_cache import KVCache
+from tinylm.model import Model
+from tinylm.tokenizer import Tokenizer
+from train.config import ConfigError, Run, TrainConfig
+from train.data import TokenData
+from train.evaluate import WINDOWS_A_BATCH, score_document, windows
+from train.export import averaged_tensors
+from train.loop import bits_per_byte, lr_factor, total_steps, train
+from train.model import GPT
+
+STEPS = 24
+RUN = {
+    "tokens": STEPS * 8 * 32,
+    "batch_rows": 8,
+    "micro_rows": 8,
+    "warmup_steps": 2,
+    "log_every_steps": 1,
+    "validate_every_steps": 1000,
+    "validate_rows": 8,
+    "checkpoint_every_steps": 5,
+    "checkpoint_every_s": 0,
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    config = prepared_stories(tmp_path_factory.mktemp("loop"), n_stories=150, run=RUN)
+    encode_plainly(config, config.tokens_dir)
+    return config
+
+
+def trained(config: TrainConfig, state: dict | None = None, save=lambda values: None, **run: object):
+    """The averaged model's weights after a run, and its logged lines."""
+    config = config.model_copy(update={"run": config.run.model_copy(update=run)})
+    lines: list[dict] = []
+    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed)
+    model = train(config, data, Tokenizer(config.tokenizer_path), lines.append, save, state)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, lines
+
+
+@pytest.fixture(scope="module")
+def unbroken(config: TrainConfig):
+    return trained(config)
+
+
+def losses(lines: list[dict]) -> list[float]:
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def assert_close(ours: dict, theirs: dict, atol: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_the_learning_rate_warms_up_stays_and_decays_to_its_end():
+    run = Run(warmup_steps=9, constant_share=0.4, final_lr=0.02)
+    factors = [lr_factor(step, 200, run) for step in range(201)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[9:81] == [1.0] * 72
+    assert np.diff(factors[80:]) == pytest.approx(np.full(120, -0.98 / 120))  # a straight line
+    assert factors[200] == pytest.approx(0.02)
+    # The edges of the settings: all decay, no decay, more warm-up than steps.
+    assert lr_factor(0, 10, Run(warmup_steps=0, constant_share=0, final_lr=0)) == 1
+    assert lr_factor(9, 10, Run(warmup_steps=0, constant_share=1)) == 1
+    assert lr_factor(4, 5, Run(warmup_steps=99, constant_share=1)) == pytest.approx(0.05)
+
+
+def test_steps_follow_from_tokens():
+    assert total_steps(Run(tokens=8192, batch_rows=4), ModelConfig(context=256)) == 8
+    assert total_steps(Run(tokens=1), ModelConfig()) == 1
+
+
+def test_training_lowers_the_loss_and_logs_what_it_did(config: TrainConfig, unbroken):
+    _, lines = unbroken
+    by_step = losses(lines)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    # It begins as it should, knowing nothing: small embeddings make every token nearly equally likely.
+    assert by_step[0] == pytest.approx(math.log(400), abs=0.2)
+    assert np.mean(by_step[-3:]) < by_step[0] - 1.0
+    last = lines[-1]
+    assert last["step"] == last["steps"] == STEPS
+    assert last["tokens"] == STEPS * 8 * 32
+    assert set(last["val_bpb"]) == {"stories"}
+    assert last["sample"].startswith("Once upon a time")
+    assert last["epochs"]["stories"] > 0
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [5, 15])
+def test_a_resumed_run_ends_where_the_unbroken_one_does(config: TrainConfig, unbroken, step: int):
+    """Of the optimizers' moments, the average, the schedule and the data, anything lost would move the weights:
+    one step moves them by 0.02 in the matrices, some 20,000 times the tolerance."""
+    file = io.BytesIO()
+
+    def save(values: dict) -> None:
+        if values["step"] == step:
+            torch.save(values, file)
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained(config, save=save)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    weights, lines = trained(config, state)
+    assert_close(weights, unbroken[0], atol=1e-6)
+    assert losses(lines) == losses(unbroken[1])[step:]
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(config: TrainConfig, unbroken):
+    states: list[dict] = []
+    trained(config, save=states.append)
+    assert states[-1]["step"] == STEPS
+    weights, lines = trained(config, states[-1])
+    assert_close(weights, unbroken[0], atol=1e-6)
+    assert lines == []
+
+
+def test_two_micro_batches_are_one_batch(config: TrainConfig, unbroken):
+    """Apart by rounding, 0.0001 in the losses and 0.0006 in the weights; a wrong micro-batch in a single one of the
+    steps sets them apart by 0.03 and 0.003."""
+    weights, lines = trained(config, micro_rows=4)
+    assert losses(lines) == pytest.approx(losses(unbroken[1]), abs=1e-3)
+    assert_close(weights, unbroken[0], atol=2e-3)
+
+
+def test_two_workers_are_one(config: TrainConfig, unbroken, tmp_path: Path):
+    """Different rows on each of two gloo ranks, gradients averaged: the weights of one worker with all the rows."""
+    shared = config.model_copy(update={"run": config.run.model_copy(update={"micro_rows": 4})})
+    torch.multiprocessing.spawn(train_rank, (2, shared.model_dump(mode="json"), str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_close(ranks[0]["weights"], ranks[1]["weights"], atol=0)
+    assert ranks[0]["saved_steps"] == ranks[1]["saved_steps"] == [5, 10, 15, 20, STEPS]
+    assert losses(ranks[0]["lines"]) == pytest.approx(losses(unbroken[1]), abs=1e-3)
+    assert ranks[1]["lines"] == []
+    assert_close(ranks[0]["weights"], unbroken[0], atol=2e-3)
+
+
+def test_a_state_of_another_tokenizer_is_refused(config: TrainConfig):
+    states: list[dict] = []
+    trained(config, save=states.append, tokens=8 * 32)
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        trained(config, {**states[0], "tokenizer_sha256": "0" * 64})
+
+
+def test_settings_that_do_not_fit_are_named(config: TrainConfig, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"run\.batch_rows is 8"):
+        trained(config, micro_rows=3)
+    other = {"s": {"weight": 1, "train": [[1, *range(2, 99)]], "validation": [[1, 2]]}}
+    write_tokens(tmp_path / "tokens", other, vocab_size=500)
+    data = TokenData(tmp_path / "tokens", 32, seed=1)
+    with pytest.raises(ConfigError, match="vocab_size is 400, but the tokens were made with 500"):
+        train(config, data, Tokenizer(config.tokenizer_path), print, print)
+
+
+def random_model(config: TrainConfig) -> GPT:
+    """Weights large enough, and no projection zero, that every part of the model matters."""
+    model = GPT(config.model_config_)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.3, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def slow_bits_per_byte(model: GPT, tokenizer: Tokenizer, rows: np.ndarray) -> float:
+    """Token by token, in float64: -log2 p(next), over the bytes of the tokens that stand for text."""
+    bits = n_bytes = 0.0
+    for row in rows.tolist():
+        for i in range(1, len(row)):
+            if row[i] < 0 or row[i] == tokenizer.boundary_id:
+                continue
+            logits = model(torch.tensor([row[:i]]))[0, -1].double()
+            bits -= float(torch.log_softmax(logits, dim=0)[row[i]]) / math.log(2)
+            n_bytes += len(tokenizer.decode_bytes([row[i]]))
+    return bits / n_bytes
+
+
+def test_bits_per_byte_leave_out_boundaries_and_padding(config: TrainConfig):
+    tokenizer, model = Tokenizer(config.tokenizer_path), random_model(config)
+    row = (tokenizer.encode_document("A red kite — 😀.") + tokenizer.encode_document("A bear came by to see it."))[:33]
+    assert len(row) == 33
+    short = [*tokenizer.encode_document("Oh!"), *[-1] * 33][:33]
+    assert tokenizer.boundary_id in row[1:]
+    rows = np.array([row, short, row[::-1]])
+    piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes])
+    slow = slow_bits_per_byte(model, tokenizer, rows)
+    for batch_rows in (1, 2, 16):
+        assert bits_per_byte(model, torch.from_numpy(rows), piece_bytes, batch_rows) == pytest.approx(slow, rel=1e-5)
+
+
+@pytest.mark.parametrize("context", [2, 3, 7, 32])
+def test_evaluation_windows_score_every_token_once_with_context(context: int):
+    for n_tokens in range(2, 4 * context + 3):
+        scored: list[int] = []
+        for start, end, first in windows(n_tokens, context):
+            assert 0 <= start < end <= n_tokens - 1
+            assert end - start <= context  # what goes in
+            assert start == 0 or first - start >= context // 2
+            scored += range(first, end + 1)
+        assert scored == list(range(1, n_tokens))
+
+
+def test_the_engine_scores_as_training_does(config: TrainConfig):
+    """Two programs and one number: PyTorch's bits per byte, and TinyLM's engine on the exported weights."""
+    tokenizer, model, shape = Tokenizer(config.tokenizer_path), random_model(config), config.model_config_
+    tensors = averaged_tensors({"averaged": {f"module.{n}": tensor for n, tensor in model.state_dict().items()}})
+    engine, cache = Model(shape, tensors), KVCache(shape, WINDOWS_A_BATCH)
+    piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes])
+    for text in ("Anna had a kite.", "Otto the bear lived on a hill. "):
+        ids = tokenizer.encode_document(text)
+        assert len(ids) <= shape.context + 1
+        score = score_document(engine, tokenizer, text, cache)
+        assert (score.tokens, score.bytes) == (len(ids) - 1, len(text))
+        expected = bits_per_byte(model, torch.tensor([ids]), piece_bytes)
+        assert score.bits / score.bytes == pytest.approx(expected, rel=1e-4)

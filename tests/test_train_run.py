@@ -1,0 +1,296 @@
+"""The whole of training through its commands: everything appears, and a run that is killed loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from train_fixtures import ROOT, command_env, python
+
+from tinylm import LLM, SamplingParams
+
+STEPS = 240
+SECONDS_TO_WAIT = 240
+
+
+@dataclass
+class Demo:
+    """Where a run of the demo's commands lies, and how to run one more of them."""
+
+    directory: Path
+    ray_tmpdir: Path
+
+    def overrides(self, **more: object) -> list[str]:
+        settings = {
+            "workdir": self.directory,
+            "models_dir": self.directory / "models",
+            "prepare.collections.0.source": self.directory / "stories.txt",
+            "model.vocab_size": 512,
+            "run.tokens": STEPS * 8 * 128,
+            "run.validate_every_steps": 80,
+            "run.checkpoint_every_steps": 40,
+            "run.checkpoint_every_s": 0,
+            "export.evaluate_bytes": 10_000,
+            "export.n_samples": 3,
+            **more,
+        }
+        return [f"{key}={value}" for key, value in settings.items()]
+
+    def command(self, stage: str, **more: object) -> list[str]:
+        return ["-m", f"train.{stage}", "--config", "configs/train-demo.yaml", *self.overrides(**more)]
+
+    def run(self, stage: str, **more: object) -> subprocess.CompletedProcess:
+        result = python(self.command(stage, **more), self.ray_tmpdir, timeout_s=SECONDS_TO_WAIT)
+        assert result.returncode == 0, f"train.{stage}: {result.stderr[-3000:]}"
+        return result
+
+    @property
+    def run_dir(self) -> Path:
+        return self.directory / "runs" / "demo"
+
+    @property
+    def model_dir(self) -> Path:
+        return self.directory / "models" / "demo"
+
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in self.metrics_lines()]
+
+    def metrics_lines(self) -> list[str]:
+        path = self.run_dir / "metrics.jsonl"
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+@pytest.fixture(scope="session")
+def ray_tmpdir() -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp"))  # short: sockets lie in it
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory, ray_tmpdir: Path) -> Demo:
+    """The demo's stages, one after the other, as `make train-demo` runs them, with less text and fewer steps."""
+    demo = Demo(tmp_path_factory.mktemp("demo"), ray_tmpdir)
+    text = python(
+        ["-m", "train.demo_text", "--out", str(demo.directory / "stories.txt"), "--stories", "600"], ray_tmpdir
+    )
+    assert text.returncode == 0, text.stderr
+    for stage in ("prepare", "tokenizer", "encode", "run", "export"):
+        demo.run(stage)
+    return demo
+
+
+def assert_whole(metrics: list[dict]) -> None:
+    """Every logged and every validated step is there once, in order."""
+    assert [line["step"] for line in metrics if "loss" in line] == list(range(10, STEPS + 1, 10))
+    assert [line["step"] for line in metrics if "val_bpb" in line] == [80, 160, 240]
+    assert [line["step"] for line in metrics] == sorted(line["step"] for line in metrics)
+
+
+def test_metrics_tell_the_run(demo: Demo):
+    metrics = demo.metrics()
+    assert_whole(metrics)
+    assert all(line["steps"] == STEPS and line["tokens"] == line["step"] * 8 * 128 for line in metrics)
+    assert all(line["tokens_per_s"] > 0 for line in metrics if "loss" in line)
+    validations = [line for line in metrics if "val_bpb" in line]
+    assert all(set(line["val_bpb"]) == {"demo"} and line["sample"] for line in validations)
+    scores = [line["val_bpb"]["demo"] for line in validations]
+    assert scores[0] > scores[1] > scores[2]
+    assert scores[2] < 0.7  # letters by their frequency take more than 4
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and path.stat().st_size > 5000
+
+
+def test_the_run_leaves_checkpoints_and_a_curve(demo: Demo):
+    assert is_png(demo.run_dir / "curve.png")
+    assert len(list(demo.run_dir.glob("checkpoint_*/state.pt"))) == 2  # run.keep_checkpoints
+
+
+def test_the_exported_model_writes_the_demos_sentences(demo: Demo):
+    llm = LLM(demo.model_dir)
+    assert (llm.config.vocab_size, llm.config.hidden_size, llm.config.n_layers) == (512, 64, 2)
+    completion = llm.generate("Once upon a time", SamplingParams(max_tokens=60, temperature=0))[0]
+    assert completion.text.startswith(" there was a ")
+    assert " lived " in completion.text
+
+
+def test_the_model_directory_tells_people_what_it_is(demo: Demo):
+    evaluation = json.loads((demo.model_dir / "evaluation.json").read_text())
+    assert (evaluation["step"], evaluation["tokens_seen"]) == (STEPS, STEPS * 8 * 128)
+    score = evaluation["collections"]["demo"]["bits_per_byte"]
+    assert abs(score - evaluation["float32_bits_per_byte"]["demo"]) < 0.01
+    # Another program, on the same weights and nearly the same text.
+    assert score == pytest.approx(demo.metrics()[-1]["val_bpb"]["demo"], rel=0.1)
+    card = (demo.model_dir / "README.md").read_text()
+    assert f"| demo | {evaluation['collections']['demo']['documents']} |" in card
+    assert f"{score:.4f}" in card
+    assert "the whole of the planned run" in card
+    for linked in ("curve.png", "ATTRIBUTION.md", "samples.md", "evaluation.json"):
+        assert linked in card
+        assert (demo.model_dir / linked).is_file()
+    assert is_png(demo.model_dir / "curve.png")
+    samples = (demo.model_dir / "samples.md").read_text()
+    assert samples.count("## Seed ") == 3
+    assert samples.count("> Once upon a time") == 3
+    attribution = (demo.model_dir / "ATTRIBUTION.md").read_text()
+    assert "## demo" in attribution
+    assert "Stories made up by TinyLM's own train/demo_text.py" in attribution
+
+
+def evaluate(demo: Demo, *arguments: str) -> dict:
+    command = ["-m", "train.evaluate", "--model", str(demo.model_dir), "--json", *arguments]
+    result = python(command, demo.ray_tmpdir)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)["collections"]
+
+
+def test_evaluating_again_gives_the_cards_figures(demo: Demo, tmp_path: Path):
+    held_out = demo.directory / "text" / "demo.validation.parquet"
+    on_card = json.loads((demo.model_dir / "evaluation.json").read_text())["collections"]["demo"]
+    again = evaluate(demo, "--data", str(held_out), "--max-bytes", "10000")["demo"]
+    assert {key: again[key] for key in ("documents", "tokens", "bytes")} == {
+        key: on_card[key] for key in ("documents", "tokens", "bytes")
+    }
+    assert again["bits_per_byte"] == pytest.approx(on_card["bits_per_byte"], abs=1e-3)
+
+
+def test_text_alone_is_enough_to_evaluate(demo: Demo, tmp_path: Path):
+    """The demo's own stories cost little; the same letters in another order cost a lot."""
+    texts = pq.read_table(demo.directory / "text" / "demo.validation.parquet")["text"].to_pylist()[:5]
+    own, shuffled = tmp_path / "own.parquet", tmp_path / "shuffled.parquet"
+    pq.write_table(pa.table({"text": texts}), own)
+    pq.write_table(pa.table({"text": ["".join(sorted(text)) for text in texts]}), shuffled)
+    scores = evaluate(demo, "--data", str(own), str(shuffled))
+    assert set(scores) == {"own", "shuffled"}
+    assert scores["own"]["bytes"] == scores["shuffled"]["bytes"] == sum(len(text.encode()) for text in texts)
+    assert scores["own"]["bits_per_byte"] < 0.7
+    assert scores["shuffled"]["bits_per_byte"] > 2 * scores["own"]["bits_per_byte"]
+
+
+def test_attribution_names_every_author_of_text_trained_on():
+    from train.card import attribution_page
+    from train.config import load_config
+
+    def entry(weight: float, authors: list[str], attribution: str) -> dict:
+        train = {"licences": ["CC-BY-4.0", "CC-BY"], "author_names": authors}
+        return {"weight": weight, "source": "file.parquet", "attribution": attribution, "train": train}
+
+    manifest = {
+        "books": entry(0.5, ["Ann Bee", "Cé\n Dee"], "Picture books"),
+        "tales": entry(0.5, [], ""),
+        "held": entry(0, ["Not Trained On"], "Others"),
+    }
+    page = attribution_page(load_config(ROOT / "configs/train-demo.yaml"), manifest)
+    books, tales = page.split("## tales")
+    assert "Picture books" in books
+    assert "CC-BY-4.0; CC-BY" in books
+    assert "Authors (2):\n\n- Ann Bee\n- Cé Dee\n" in books
+    assert "file.parquet" in tales
+    assert "No author is named" in tales
+    assert "Not Trained On" not in page
+
+
+@pytest.mark.parametrize(
+    ("stage", "made_by"),
+    [("tokenizer", "prepare"), ("encode", "prepare"), ("run", "encode"), ("export", "run")],
+)
+def test_a_stage_too_early_names_the_command_to_run_first(tmp_path: Path, stage: str, made_by: str):
+    early = Demo(tmp_path, tmp_path)
+    result = python(early.command(stage), tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert f"run `python -m train.{made_by}` first" in lines[0]
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """Every process of this machine: pid -> (parent's pid, command line and environment)."""
+    found = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (directory / "cmdline").read_bytes() + b"\0" + (directory / "environ").read_bytes()
+        except OSError:  # gone, or not ours
+            continue
+        found[int(directory.name)] = (parent, words.decode(errors="replace"))
+    return found
+
+
+def family(root: int, mark: str) -> set[int]:
+    """`root`, every process that bears `mark`, and all their descendants: one driver and its Ray, and no other."""
+    found = processes()
+    members = {root} | {pid for pid, (_, words) in found.items() if mark in words and pid != os.getpid()}
+    while more := {pid for pid, (parent, _) in found.items() if parent in members} - members:
+        members |= more
+    return members
+
+
+def last_checkpoint_step(run_dir: Path) -> int:
+    try:
+        record = json.loads((run_dir / "checkpoint_manager_snapshot.json").read_text())
+        return record["latest_checkpoint_result"]["metrics"]["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(demo: Demo, tmp_path: Path):
+    """Power off: the driver and every process of its Ray are killed at once, amid the run, and it is started again."""
+    killed = Demo(tmp_path / "w", Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp")))
+    shutil.copytree(demo.directory / "tokens", killed.directory / "tokens")
+    shutil.copy(demo.directory / "tokenizer.model", killed.directory)
+    driver = subprocess.Popen(
+        [sys.executable, *killed.command("run")],
+        cwd=ROOT,
+        env=command_env(killed.ray_tmpdir),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + SECONDS_TO_WAIT
+        while not last_checkpoint_step(killed.run_dir):
+            assert driver.poll() is None, "the run ended before its first checkpoint"
+            assert time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.05)
+    finally:
+        members = family(driver.pid, str(killed.ray_tmpdir))
+        os.killpg(driver.pid, signal.SIGKILL)
+        for pid in members - {driver.pid}:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        driver.wait()
+    assert len(members) > 5  # Ray's own, and the worker
+    checkpoint, before = last_checkpoint_step(killed.run_dir), killed.metrics_lines()
+    assert 0 < checkpoint < STEPS
+    assert max(json.loads(line)["step"] for line in before[:-1]) < STEPS
+    with (killed.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 1')  # as if it had been cut off amid a line
+
+    killed.run("run")
+    shutil.rmtree(killed.ray_tmpdir, ignore_errors=True)
+    assert_whole(killed.metrics())
+    # The lines up to the checkpoint are those of the first run, times of day and all: their steps were not run again.
+    kept = [line for line in before[:-1] if json.loads(line)["step"] <= checkpoint]
+    assert len(kept) >= checkpoint // 10
+    assert killed.metrics_lines()[: len(kept)] == kept
+    assert last_checkpoint_step(killed.run_dir) == STEPS
+    ours, unbroken = (of.metrics()[-1]["val_bpb"]["demo"] for of in (killed, demo))
+    assert ours == pytest.approx(unbroken, rel=0.02)

@@ -1,0 +1,148 @@
+"""What the training tests share: small configs, Parquet files, tokens made without Ray, our commands as processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tinylm.tokenizer import Tokenizer
+from train.config import TrainConfig
+from train.demo_text import demo_text
+from train.prepare import prepare
+from train.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_MODEL = {"vocab_size": 400, "hidden_size": 32, "n_layers": 2, "n_heads": 2, "mlp_size": 64, "context": 32}
+
+
+def make_config(workdir: Path, collections: list[dict], **sections: object) -> TrainConfig:
+    """A config in `workdir` of the tiny model; collections need a name and a source only."""
+    prepare_section = {"collections": [{"weight": 1, **c} for c in collections], **sections.pop("prepare", {})}
+    values = {"name": "tiny", "workdir": workdir, "models_dir": workdir / "models", "model": TINY_MODEL}
+    return TrainConfig.model_validate({**values, "prepare": prepare_section, **sections})
+
+
+def write_parquet(path: Path, columns: dict[str, list]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def texts_of(config: TrainConfig, collection: str, split: str) -> list[str]:
+    return pq.read_table(config.text_dir / f"{collection}.{split}.parquet")["text"].to_pylist()
+
+
+def tree_bytes(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory by its relative name."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def prepared_stories(workdir: Path, n_stories: int = 300, **sections: object) -> TrainConfig:
+    """Prepared demo stories and their tokenizer in `workdir`."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "stories.txt").write_text(demo_text(n_stories, seed=3), encoding="utf-8")
+    config = make_config(
+        workdir,
+        [{"name": "stories", "source": str(workdir / "stories.txt")}],
+        prepare={"validation_share": 0.1},
+        **sections,
+    )
+    prepare(config)
+    train_tokenizer(config)
+    return config
+
+
+def write_tokens(directory: Path, collections: dict[str, dict], **index: object) -> None:
+    """Token shards in the format of `train.encode`: {name: {"weight": w, "train": [documents], "validation": [...]}}.
+
+    Written anew here, the obvious way, one shard a split: what `train.encode` writes is compared with it.
+    """
+    directory.mkdir(parents=True)
+    entries = {}
+    for name, collection in collections.items():
+        entry: dict = {"weight": collection["weight"]}
+        for split in ("train", "validation"):
+            if split in collection:
+                documents = collection[split]
+                shard = f"{name}.{split}-00000.npy"
+                np.save(directory / shard, np.array([token for document in documents for token in document], np.uint16))
+                n_tokens = sum(map(len, documents))
+                entry[split] = {"shards": [shard], "tokens": n_tokens, "documents": len(documents)}
+        entries[name] = entry
+    index = {"tokenizer_sha256": "none", "vocab_size": 400, "boundary_id": 1, **index, "collections": entries}
+    (directory / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def encode_plainly(config: TrainConfig, directory: Path) -> None:
+    """The tokens of prepared text, document by document, without Ray."""
+    tokenizer = Tokenizer(config.tokenizer_path)
+    collections = {}
+    for collection in config.prepare.collections:
+        splits = {
+            split: [tokenizer.encode_document(text) for text in texts_of(config, collection.name, split)]
+            for split in ("train", "validation")
+        }
+        collections[collection.name] = {"weight": collection.weight, **splits}
+    digest = hashlib.sha256(config.tokenizer_path.read_bytes()).hexdigest()
+    write_tokens(directory, collections, tokenizer_sha256=digest, vocab_size=tokenizer.vocab_size)
+
+
+def command_env(ray_tmpdir: Path) -> dict[str, str]:
+    """The environment of our commands in tests: a Ray of their own, never one that runs already."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {
+        **env,
+        "PYTHONPATH": str(ROOT),
+        "RAY_TMPDIR": str(ray_tmpdir),  # short, for the sockets in it
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def python(arguments: list[str], ray_tmpdir: Path, timeout_s: float = 300) -> subprocess.CompletedProcess:
+    """Run `python ARGUMENTS` in the repository's root; output as text."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=command_env(ray_tmpdir),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def train_rank(rank: int, world: int, settings: dict, directory: str) -> None:
+    """One rank of a gloo process group, as torch.multiprocessing spawns it: train, and keep what came of it."""
+    import torch
+    import torch.distributed as dist
+
+    from train.data import TokenData
+    from train.loop import train
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=world)
+    try:
+        config = TrainConfig.model_validate(settings)
+        data = TokenData(config.tokens_dir, config.model_config_.context, config.seed)
+        lines: list[dict] = []
+        saved_steps: list[int] = []
+        model = train(
+            config,
+            data,
+            Tokenizer(config.tokenizer_path),
+            lines.append,
+            lambda state: saved_steps.append(state["step"]),
+        )
+        kept = {"weights": model.state_dict(), "lines": lines, "saved_steps": saved_steps}
+        torch.save(kept, Path(directory) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
