@@ -176,6 +176,7 @@ def test_who_leaves_in_the_moment_of_being_admitted_leaves_the_queue(model, perm
             with pytest.raises(asyncio.CancelledError):
                 await tasks[-1]
             await empty(engine, permits)
+        assert not engine._waiters, "a service would remember every request that it ever had"
         return submitted
 
     sequences = on_engine(model, use, n_slots=1)

@@ -30,7 +30,7 @@ TIED = hnp.arrays(np.float32, st.integers(1, 12), elements=st.sampled_from([-1.0
         ("top_p", [0, 0.0, -0.5, 1.0001, NAN, INF, True, "1", None]),
         ("top_k", [-1, 0.5, 40.0, NAN, INF, True, "40", None]),
         ("min_p", [-0.01, 1.01, NAN, INF, False, "0", None]),
-        ("repetition_penalty", [0, 0.0, -1, 10.5, NAN, INF, True, "1", None, 10**400]),
+        ("repetition_penalty", [0, 0.0, 0.009, 1e-40, -1, 10.5, NAN, INF, True, "1", None, 10**400]),
         ("seed", [-1, 2**63, 0.0, NAN, True, "7"]),
         ("logprobs", [-1, 21, 1.0, NAN, True, "5"]),
     ],

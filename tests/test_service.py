@@ -27,6 +27,7 @@ from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
 START_LIMIT_S = 150
+SPREAD_LIMIT_S = 30
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
 PROMPTS = ["Once upon a time", "The little dog", '"Hello," said the bear.', "", "It was raining, and Tom was sad."]
 
@@ -125,10 +126,9 @@ def test_the_dashboard_opens_without_further_steps_and_shows_four_running_replic
 
 def test_the_load_is_spread_over_all_four_replicas(client: Client) -> None:
     seen: set[str] = set()
-    for _ in range(400):
+    deadline = time.monotonic() + SPREAD_LIMIT_S  # a proxy may hear of the last replica a moment after the rest
+    while len(seen) < 4 and time.monotonic() < deadline:
         seen.add(client.info().replica)
-        if len(seen) == 4:
-            break
     assert len(seen) == 4
 
 
@@ -184,7 +184,7 @@ def test_a_stream_comes_in_pieces_and_only_its_last_message_ends_it(stub: TinyLM
         ({"top_p": 0}, ["top_p", "above 0"]),
         ({"min_p": 2}, ["min_p", "0 to 1"]),
         ({"max_tokens": 0}, ["max_tokens", "at least 1"]),
-        ({"repetition_penalty": 0}, ["repetition_penalty", "above 0"]),
+        ({"repetition_penalty": 0}, ["repetition_penalty", "0.01 to 10"]),
         ({"seed": 2**64 - 1}, ["seed", str(2**63 - 1)]),
         ({"logprobs": 21}, ["logprobs", "21", "0 to 20"]),
         ({"stop": [""]}, ["stop", "1 to 256"]),

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinylm.text_stream import TextStream, earliest_stop
 
 TEXTS = st.text(max_size=40) | st.text("ab é🙂\u2581\n", max_size=40)
-# Few letters, so that stop strings overlap, hold each other and come again.
-LOOPING = st.text("ab🙂", max_size=20)
-STOPS = st.lists(st.text("ab🙂", min_size=1, max_size=4), max_size=4)
+
+
+@st.composite
+def texts_with_stops(draw):
+    """A text of few letters and stop strings, most of them parts of it: they overlap, hold each other, come again."""
+    text = draw(st.text("ab🙂", max_size=20))
+    starts = draw(st.lists(st.integers(0, max(0, len(text) - 1)), max_size=3))
+    parts = [text[start:][: draw(st.integers(1, 5))] for start in starts]
+    others = draw(st.lists(st.text("ab🙂", min_size=1, max_size=4), max_size=2))
+    return text, [part for part in parts if part] + others
+
+
+NESTED = ("xaba", ["aba", "b"])  # 'b' is complete first, though 'aba' began before it
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +57,9 @@ def test_pieces_joined_are_the_text(tokenizer, data, text):
     assert streamed(tokenizer, groups)[0] == text
 
 
-@given(st.data(), LOOPING, STOPS)
-def test_the_text_ends_before_the_stop_string_that_is_complete_first(tokenizer, data, text, stop):
+@given(st.data(), texts_with_stops() | st.just(NESTED))
+def test_the_text_ends_before_the_stop_string_that_is_complete_first(tokenizer, data, case):
+    text, stop = case
     groups = grouped(data.draw, tokenizer.encode(text))
     shown, stream = streamed(tokenizer, groups, stop)
     assert shown == cut(text, stop)
@@ -64,9 +75,10 @@ def test_a_stop_string_taken_from_the_text_is_found(tokenizer, data, text):
     assert stream.stopped
 
 
-@given(st.data(), LOOPING, STOPS)
-def test_nothing_shown_is_taken_back_and_nothing_certain_is_held(tokenizer, data, text, stop):
+@given(st.data(), texts_with_stops())
+def test_nothing_shown_is_taken_back_and_nothing_certain_is_held(tokenizer, data, case):
     """A user must not wait for text that no stop string can end any more."""
+    text, stop = case
     stream = TextStream(tokenizer, stop)
     shown, pushed = "", b""
     for group in grouped(data.draw, tokenizer.encode(text)):
@@ -97,8 +109,10 @@ def test_nothing_comes_after_a_stop(tokenizer):
     assert stream.finish() == ""
 
 
-@given(LOOPING, STOPS)
-def test_earliest_stop_says_where(text, stop):
+@given(texts_with_stops())
+@example(NESTED)
+def test_earliest_stop_says_where(case):
+    text, stop = case
     found = earliest_stop(text, stop)
     if found is None:
         assert not any(s in text for s in stop)

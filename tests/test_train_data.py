@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -47,6 +48,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path
     (workdir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
     ray_tmpdir = Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp"))
     result = python(["-c", ENCODE_TWICE, str(workdir / "config.yaml"), str(workdir)], ray_tmpdir)
+    shutil.rmtree(ray_tmpdir, ignore_errors=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return config, workdir
 

@@ -134,11 +134,12 @@ class Engine:
             assert sequence.slot is not None  # running sequences have one
             ids += sequence.next_ids(count)
             chunks.append(Chunk(sequence.slot, sequence.n_cached, count))
-            sequence.n_cached += count
-            if sequence.n_cached == sequence.n_tokens:
+            if sequence.n_cached + count == sequence.n_tokens:
                 sampled.append(sequence)
                 rows.append(len(ids) - 1)
         logits = self.model.forward(np.array(ids), chunks, self._cache, np.array(rows, int))
+        for sequence, count in batch:  # after the pass: one that was interrupted is made again
+            sequence.n_cached += count
         for sequence, scores in zip(sampled, logits, strict=True):
             self._append(sequence, scores)
         return ended + sampled

@@ -47,7 +47,7 @@ def launch(config: Path | None, wait_s: float) -> int:
     serve = shutil.which("serve", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if serve is None:
         raise ValueError("Ray Serve's command `serve` is not installed: pip install 'ray[serve]'")
-    # Handlers of our own, also where the shell that started us had interrupts ignored: the child inherits them as default.
+    # Handlers of our own, even where the shell had interrupts ignored: the child then begins with the default ones.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = subprocess.Popen(

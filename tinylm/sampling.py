@@ -41,7 +41,7 @@ class SamplingParams:
         _number("top_p", self.top_p, 0, 1, above=True)
         _whole("top_k", self.top_k, 0, None)
         _number("min_p", self.min_p, 0, 1)
-        _number("repetition_penalty", self.repetition_penalty, 0, 10, above=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 10)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop has {len(self.stop)} strings: at most {MAX_STOP_STRINGS} are allowed")
         for text in self.stop:

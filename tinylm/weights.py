@@ -116,7 +116,12 @@ def save_model(
         old = partial.with_name(partial.name + ".old")
         if directory.exists():
             directory.rename(old)
-        partial.rename(directory)
+        try:
+            partial.rename(directory)
+        except OSError:
+            if old.exists():
+                old.rename(directory)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
