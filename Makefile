@@ -3,7 +3,7 @@ PYTHON ?= python3
 CONFIG ?= configs/train.yaml
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 DEMO := configs/train-demo.yaml
 STAGES := prepare tokenizer encode run export
 
@@ -37,7 +37,7 @@ format: $(VENV)/development ## Format the code and mend what the linter can
 proto: $(VENV)/development ## Generate tinylm/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. tinylm/v1/tinylm.proto
 
-train: $(VENV)/development ## Prepare, tokenize, encode, train, export (CONFIG=configs/train.yaml)
+train: $(VENV)/development ## Prepare, tokenize, encode, train, evaluate and export (CONFIG=configs/train.yaml)
 	$(foreach stage,$(STAGES),$(BIN)/python -m train.$(stage) --config $(CONFIG) &&) true
 
 train-demo: $(VENV)/development ## The same in two minutes, on text that it makes itself
@@ -48,7 +48,8 @@ clean: ## Remove .venv and caches, never data or models
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("TinyLM needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/serving: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable .

@@ -178,8 +178,8 @@ class TinyLM:
 
 
 def _check_size(field: str, text: str) -> None:
-    if len(text) > MAX_TEXT_BYTES or (size := len(text.encode())) > MAX_TEXT_BYTES:
-        size = len(text.encode())
+    size = len(text.encode())
+    if size > MAX_TEXT_BYTES:
         raise ValueError(f"{field} has {size} bytes: it must have at most {MAX_TEXT_BYTES}")
 
 

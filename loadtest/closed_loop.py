@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 import grpc
 
+from tinylm.client import CHANNEL_OPTIONS, METADATA
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
-METADATA = (("application", "tinylm"),)
 PROMPTS = (
     "Once upon a time",
     "One day, a little girl named Lily",
     "There was once an old bear who lived in the woods. Every morning",
     '"Where are you going?" asked the fox.',
 )
+CALL_LIMIT_S = 60.0  # a call that takes longer counts as DEADLINE_EXCEEDED
 ERROR_PAUSE_S = 0.05  # after a failed call, so that a service that refuses is not asked in a busy loop
 
 
@@ -48,7 +49,7 @@ class Answer:
 
 async def run_load(load: Load, show: Callable[[float, int], None] = lambda elapsed_s, answers: None) -> list[Answer]:
     """Every answer that ended inside the measured time; `show` is called now and then with progress."""
-    channel_options = [("grpc.use_local_subchannel_pool", 1)]  # a connection for each client, as users would have
+    channel_options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # a connection for each client
     begin = time.perf_counter()
     end = begin + load.warmup_s + load.duration_s
     answers: list[Answer] = []
@@ -86,11 +87,11 @@ async def ask(stub: TinyLMStub, load: Load, turn: int) -> Answer:
     sent_at = time.perf_counter()
     try:
         if load.stream:
-            async for message in stub.GenerateStream(request, metadata=METADATA):
+            async for message in stub.GenerateStream(request, metadata=METADATA, timeout=CALL_LIMIT_S):
                 last = message
                 first_text_at = first_text_at or time.perf_counter()
         else:
-            last = await stub.Generate(request, metadata=METADATA)
+            last = await stub.Generate(request, metadata=METADATA, timeout=CALL_LIMIT_S)
     except grpc.aio.AioRpcError as error:
         status = error.code().name
     ended_at = time.perf_counter()

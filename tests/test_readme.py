@@ -91,7 +91,10 @@ def test_the_table_s_figures_are_those_of_the_committed_results() -> None:
     for path in (RESULTS / "load-haproxy.json", RESULTS / "load-python-proxy.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
         latency = result["latency_ms"]
-        row = f"| {result['requests_per_s']:.2f} | {latency['mean']:.0f} ms | {latency['p99']:.0f} ms |"
+        row = (
+            f"| {result['requests_per_s']:.2f} | {latency['mean']:.0f} ms | {latency['p99']:.0f} ms "
+            f"| {result['tokens_an_answer']:.1f} |"
+        )
         assert row in page
         assert (result["load"]["concurrency"], result["load"]["max_tokens"], result["load"]["duration_s"]) == (
             4,

@@ -1,98 +1,27 @@
-"""Tokens and rows: what is encoded decodes to the text, and the step number alone decides what training sees."""
+"""Shards and rows: no document is cut or lost, and the step number alone decides what training sees."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_fixtures import encode_plainly, prepared_stories, python, texts_of, tree_bytes, write_tokens
+from train_fixtures import write_tokens
 
-from tinylm.tokenizer import Tokenizer
-from train.config import ConfigError, TrainConfig
+from train.config import ConfigError
 from train.data import MIXTURE_BLOCK, Documents, ShuffledStream, TokenData
 from train.encode import _ShardWriter
 
 BOUNDARY = 1
 
-# One Ray for both: encode, and encode again over what is there.
-ENCODE_TWICE = """
-import shutil, sys
-from pathlib import Path
-from train.config import load_config
-from train.encode import encode
-
-config = load_config(Path(sys.argv[1]), ["encode.batch_documents=16", "encode.shard_tokens=1000"])
-for name in ("first", "second"):
-    encode(config)
-    shutil.copytree(config.tokens_dir, Path(sys.argv[2]) / name)
-"""
-
 
 def flat(lists: list[list]) -> list:
     return [item for items in lists for item in items]
-
-
-@pytest.fixture(scope="module")
-def encoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
-    """A config with prepared text and tokenizer, and a directory with the tokens of two runs of the stage."""
-    workdir = tmp_path_factory.mktemp("encode")
-    config = prepared_stories(workdir / "w", n_stories=200)
-    (workdir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-    ray_tmpdir = Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp"))
-    result = python(["-c", ENCODE_TWICE, str(workdir / "config.yaml"), str(workdir)], ray_tmpdir)
-    shutil.rmtree(ray_tmpdir, ignore_errors=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return config, workdir
-
-
-def tokens_of(directory: Path, split: str) -> list[np.ndarray]:
-    index = json.loads((directory / "index.json").read_text())
-    return [np.load(directory / shard) for shard in index["collections"]["stories"][split]["shards"]]
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_decoding_the_shards_gives_the_documents_in_order(encoded: tuple[TrainConfig, Path], split: str):
-    config, workdir = encoded
-    tokenizer = Tokenizer(config.tokenizer_path)
-    tokens = np.concatenate(tokens_of(workdir / "first", split))
-    starts = np.flatnonzero(tokens == tokenizer.boundary_id)
-    assert starts[0] == 0
-    decoded = [tokenizer.decode(document.tolist()) for document in np.split(tokens, starts[1:])]
-    assert decoded == texts_of(config, "stories", split)
-
-
-def test_two_runs_give_the_same_bytes(encoded: tuple[TrainConfig, Path]):
-    _, workdir = encoded
-    assert tree_bytes(workdir / "first") == tree_bytes(workdir / "second")
-
-
-def test_ray_encodes_as_one_document_after_another_would(encoded: tuple[TrainConfig, Path]):
-    config, workdir = encoded
-    encode_plainly(config, workdir / "plain")
-    plain, ours = (json.loads((workdir / name / "index.json").read_text()) for name in ("plain", "first"))
-    for split in ("train", "validation"):
-        assert (np.concatenate(tokens_of(workdir / "first", split)) == tokens_of(workdir / "plain", split)[0]).all()
-        for index in (plain, ours):
-            index["collections"]["stories"][split].pop("shards")
-    assert ours == plain
-
-
-def test_a_small_limit_gives_several_shards_of_whole_documents(encoded: tuple[TrainConfig, Path]):
-    _, workdir = encoded
-    shards = tokens_of(workdir / "first", "train")
-    assert len(shards) > 5
-    assert all(len(shard) <= 1000 and shard[0] == BOUNDARY for shard in shards)
-    # Full to the last document that fits.
-    first_lengths = [np.diff(np.append(np.flatnonzero(s == BOUNDARY), len(s)))[0] for s in shards[1:]]
-    assert all(len(s) + following > 1000 for s, following in zip(shards, first_lengths, strict=False))
 
 
 def test_a_document_longer_than_a_shard_is_kept_whole(tmp_path: Path):

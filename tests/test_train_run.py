@@ -14,15 +14,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from train_fixtures import ROOT, command_env, python
+from train_fixtures import ROOT, command_env, encode_plainly, python, texts_of, tree_bytes
 
 from tinylm import LLM, SamplingParams
+from tinylm.tokenizer import Tokenizer
+from train.card import attribution_page
+from train.config import TrainConfig, load_config
 
 STEPS = 240
-SECONDS_TO_WAIT = 240
+SHARD_TOKENS = 20_000
+SECONDS_TO_WAIT = 400
 
 
 @dataclass
@@ -38,6 +43,8 @@ class Demo:
             "models_dir": self.directory / "models",
             "prepare.collections.0.source": self.directory / "stories.txt",
             "model.vocab_size": 512,
+            "encode.shard_tokens": SHARD_TOKENS,
+            "encode.batch_documents": 64,
             "run.tokens": STEPS * 8 * 128,
             "run.validate_every_steps": 80,
             "run.checkpoint_every_steps": 40,
@@ -63,6 +70,10 @@ class Demo:
     @property
     def model_dir(self) -> Path:
         return self.directory / "models" / "demo"
+
+    @property
+    def config(self) -> TrainConfig:
+        return load_config(ROOT / "configs/train-demo.yaml", self.overrides())
 
     def metrics(self) -> list[dict]:
         return [json.loads(line) for line in self.metrics_lines()]
@@ -90,6 +101,35 @@ def demo(tmp_path_factory: pytest.TempPathFactory, ray_tmpdir: Path) -> Demo:
     for stage in ("prepare", "tokenizer", "encode", "run", "export"):
         demo.run(stage)
     return demo
+
+
+def shards(directory: Path, split: str) -> list[np.ndarray]:
+    index = json.loads((directory / "index.json").read_text())
+    return [np.load(directory / name) for name in index["collections"]["demo"][split]["shards"]]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_decoding_the_tokens_gives_the_documents_in_order(demo: Demo, split: str):
+    tokenizer = Tokenizer(demo.directory / "tokenizer.model")
+    tokens = np.concatenate(shards(demo.directory / "tokens", split))
+    starts = np.flatnonzero(tokens == tokenizer.boundary_id)
+    assert starts[0] == 0
+    decoded = [tokenizer.decode(document.tolist()) for document in np.split(tokens, starts[1:])]
+    assert decoded == texts_of(demo.config, "demo", split)
+
+
+def test_encoding_gives_the_same_bytes_every_time(demo: Demo, tmp_path: Path):
+    """Those that plain encoding gives, one document after the other: several workers must not change the order."""
+    tokens = tmp_path / "tokens"
+    encode_plainly(demo.config, tokens, SHARD_TOKENS)
+    assert tree_bytes(demo.directory / "tokens") == tree_bytes(tokens)
+
+
+def test_a_small_limit_gives_several_shards_of_whole_documents(demo: Demo):
+    parts = shards(demo.directory / "tokens", "train")
+    assert len(parts) > 3
+    boundary = Tokenizer(demo.directory / "tokenizer.model").boundary_id
+    assert all(len(part) <= SHARD_TOKENS and part[0] == boundary for part in parts)
 
 
 def assert_whole(metrics: list[dict]) -> None:
@@ -182,9 +222,6 @@ def test_text_alone_is_enough_to_evaluate(demo: Demo, tmp_path: Path):
 
 
 def test_attribution_names_every_author_of_text_trained_on():
-    from train.card import attribution_page
-    from train.config import load_config
-
     def entry(weight: float, authors: list[str], attribution: str) -> dict:
         train = {"licences": ["CC-BY-4.0", "CC-BY"], "author_names": authors}
         return {"weight": weight, "source": "file.parquet", "attribution": attribution, "train": train}

@@ -59,10 +59,10 @@ def prepared_stories(workdir: Path, n_stories: int = 300, **sections: object) ->
     return config
 
 
-def write_tokens(directory: Path, collections: dict[str, dict], **index: object) -> None:
+def write_tokens(directory: Path, collections: dict[str, dict], shard_tokens: int = 1_000_000, **index: object) -> None:
     """Token shards in the format of `train.encode`: {name: {"weight": w, "train": [documents], "validation": [...]}}.
 
-    Written anew here, the obvious way, one shard a split: what `train.encode` writes is compared with it.
+    Written anew here, the obvious way: what `train.encode` writes is compared with it.
     """
     directory.mkdir(parents=True)
     entries = {}
@@ -71,16 +71,22 @@ def write_tokens(directory: Path, collections: dict[str, dict], **index: object)
         for split in ("train", "validation"):
             if split in collection:
                 documents = collection[split]
-                shard = f"{name}.{split}-00000.npy"
-                np.save(directory / shard, np.array([token for document in documents for token in document], np.uint16))
+                shards: list[list[int]] = [[]]
+                for document in documents:
+                    if shards[-1] and len(shards[-1]) + len(document) > shard_tokens:
+                        shards.append([])
+                    shards[-1] += document
+                names = [f"{name}.{split}-{number:05d}.npy" for number in range(len(shards))]
+                for file, shard in zip(names, shards, strict=True):
+                    np.save(directory / file, np.array(shard, np.uint16))
                 n_tokens = sum(map(len, documents))
-                entry[split] = {"shards": [shard], "tokens": n_tokens, "documents": len(documents)}
+                entry[split] = {"shards": names, "tokens": n_tokens, "documents": len(documents)}
         entries[name] = entry
     index = {"tokenizer_sha256": "none", "vocab_size": 400, "boundary_id": 1, **index, "collections": entries}
     (directory / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def encode_plainly(config: TrainConfig, directory: Path) -> None:
+def encode_plainly(config: TrainConfig, directory: Path, shard_tokens: int = 1_000_000) -> None:
     """The tokens of prepared text, document by document, without Ray."""
     tokenizer = Tokenizer(config.tokenizer_path)
     collections = {}
@@ -91,7 +97,7 @@ def encode_plainly(config: TrainConfig, directory: Path) -> None:
         }
         collections[collection.name] = {"weight": collection.weight, **splits}
     digest = hashlib.sha256(config.tokenizer_path.read_bytes()).hexdigest()
-    write_tokens(directory, collections, tokenizer_sha256=digest, vocab_size=tokenizer.vocab_size)
+    write_tokens(directory, collections, shard_tokens, tokenizer_sha256=digest, vocab_size=tokenizer.vocab_size)
 
 
 def command_env(ray_tmpdir: Path) -> dict[str, str]:

@@ -99,7 +99,7 @@ def generate(
             sys.stdout.flush()
 
         _drain(_stream(text, params, model, server), show)
-        typer.echo()
+        typer.secho(next(shown, ""), bold=True)  # the prompt, if there was no piece at all; and the line's end
 
 
 def _stream(text: str, params: Any, model: Path, server: str | None) -> Generator[str, None, Any]:

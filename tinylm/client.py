@@ -23,6 +23,7 @@ from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 from tinylm.wire import FINISH_REASON_NAMES, request_from_params
 
 METADATA = (("application", "tinylm"),)
+CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)  # http_proxy of the environment is not meant for this
 # What a caller may see when a replica or the proxy dies under a call; a call that has produced nothing may be repeated.
 RETRIED = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED}
@@ -61,7 +62,7 @@ class Client:
         self.address = address
         self._timeout_s = timeout_s
         self._retries = retries
-        self._channel = grpc.insecure_channel(address)
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = TinyLMStub(self._channel)
 
     def generate(self, prompt: str, params: SamplingParams | None = None) -> ServedCompletion:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +29,8 @@ PYTHON_PROXY_CONFIG = Path("configs/serve-python-proxy.yaml")
 # Set unless the user has: workers at normal priority (Ray's default is nice 15), a dashboard on loopback that opens
 # without a token, no usage reports.
 ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+_DEFAULT_PORTS = {"grpc_options": 9000, "http_options": 8000}  # Serve's own
+_LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy of the environment
 _ANSI_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -42,14 +45,18 @@ def launch(config: Path | None, wait_s: float) -> int:
     config = config or pick_config()
     if not config.is_file():
         raise ValueError(f"no Serve config at {config}: run this from TinyLM's own directory, or give --config")
-    port = yaml.safe_load(config.read_text(encoding="utf-8")).get("grpc_options", {}).get("port", 9000)
-    address = f"localhost:{port}"
+    grpc_port, http_port = _ports(config)
+    address = f"localhost:{grpc_port}"
+    for port in (grpc_port, http_port):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                raise ValueError(f"port {port} is in use: stop what serves there, or change the port in {config}")
     serve = shutil.which("serve", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if serve is None:
         raise ValueError("Ray Serve's command `serve` is not installed: pip install 'ray[serve]'")
     # Handlers of our own, even where the shell had interrupts ignored: the child then begins with the default ones.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     server = subprocess.Popen(
         [serve, "run", str(config)],
         env={**ENVIRONMENT, **os.environ},
@@ -62,7 +69,7 @@ def launch(config: Path | None, wait_s: float) -> int:
         if _wait_until_ready(server, log, address, wait_s):
             print(
                 f"\nTinyLM is ready: gRPC on {address} ({config})\n"
-                f"  try it:     tinylm generate 'Once upon a time' --server {address}\n"
+                f"  try it:     {_own_command()} generate 'Once upon a time' --server {address}\n"
                 f"  dashboard:  {log.dashboard or 'http://127.0.0.1:8265'}/#/serve\n"
                 f"  stop:       Ctrl-C\n",
                 flush=True,
@@ -72,6 +79,22 @@ def launch(config: Path | None, wait_s: float) -> int:
         return 0
     finally:
         _stop(server)
+
+
+def _ports(config: Path) -> tuple[int, int]:
+    """The ports that a Serve config gives gRPC and HTTP; raises ValueError when it is no Serve config."""
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        ports = [(values.get(key) or {}).get("port", default) for key, default in _DEFAULT_PORTS.items()]
+        return int(ports[0]), int(ports[1])
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{config} is no Serve config: {error}") from None
+
+
+def _own_command() -> str:
+    """How a shell in this directory finds `tinylm`: by its name where that is on the path."""
+    own = Path(sys.executable).with_name("tinylm")
+    return "tinylm" if shutil.which("tinylm") == str(own) else os.path.relpath(own)
 
 
 class _Log:
@@ -116,7 +139,7 @@ def _wait_until_ready(server: subprocess.Popen[str], log: _Log, address: str, wa
 def _application_status(dashboard: str | None) -> tuple[str, str]:
     """Status and message that Serve's REST API has for the application (the first, should there be more)."""
     try:
-        with urllib.request.urlopen(f"{dashboard}/api/serve/applications/", timeout=5) as response:
+        with _LOOPBACK.open(f"{dashboard}/api/serve/applications/", timeout=5) as response:
             applications = json.load(response)["applications"].values()
     except (OSError, ValueError, KeyError):  # not there yet
         return "starting", ""

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from tinylm.tokenizer import Tokenizer
 from train.config import TrainConfig
-from train.stage import progress, require, run_stage, start_ray
+from train.stage import load_tokenizer, progress, replace_directory, require, run_stage, start_ray
 
 TOKEN_DTYPE = np.uint16
 
@@ -64,13 +64,12 @@ class _ShardWriter:
 def encode(config: TrainConfig) -> dict:
     """Run the stage; returns the index that it wrote."""
     require(config.text_dir / "manifest.json", "train.prepare")
-    require(config.tokenizer_path, "train.tokenizer")
+    tokenizer = load_tokenizer(config)
     import ray.data  # slow to import, and only the running of the stage needs it
 
     start_ray()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts documents
-    tokenizer = Tokenizer(config.tokenizer_path)
     partial = config.tokens_dir.with_name("tokens.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -108,8 +107,7 @@ def encode(config: TrainConfig) -> dict:
                 entry[split] = {"shards": writer.shards, "tokens": n_tokens, "documents": n_documents}
             index["collections"][collection.name] = entry
     (partial / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(config.tokens_dir, ignore_errors=True)
-    partial.rename(config.tokens_dir)
+    replace_directory(partial, config.tokens_dir)
     for name, entry in index["collections"].items():
         counts = ", ".join(f"{split} {entry[split]['tokens']:,}" for split in ("train", "validation") if split in entry)
         print(f"{name}: {counts} tokens")

@@ -3,7 +3,7 @@
     python -m train.evaluate --model models/stories-8m --data FILE.parquet [MORE.parquet ...] [--json]
 
 Any Parquet file with a `text` column will do; a `collection` column groups it. A document longer than the context is
-read in windows that overlap by half, so that every token but a document's first has at least half a context before it.
+read in windows that overlap by half: beyond its first half context, every token has at least that much before it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,10 @@ def read_documents(paths: list[Path], max_bytes: int | None = None) -> list[tupl
         except (pa.ArrowInvalid, OSError) as error:
             raise ConfigError(f"{path} is not a readable Parquet file: {error}") from None
         for row in table:
-            collection, text = row.get("collection") or path.stem, row["text"] or ""
+            given, text = row.get("collection"), row["text"] or ""
+            collection = path.stem if given is None else str(given)
+            if not isinstance(text, str):
+                raise ConfigError(f"{path}: column 'text' holds {type(text).__name__}, not text")
             size = len(text.encode())
             if text and (
                 max_bytes is None or taken.get(collection, 0) + size <= max_bytes or not taken.get(collection)

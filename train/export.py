@@ -8,6 +8,7 @@ ATTRIBUTION.md, evaluation.json, samples.md and curve.png. All of it appears at 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import tempfile
@@ -20,14 +21,14 @@ import torch
 from tinylm.llm import LLM
 from tinylm.model import Model
 from tinylm.sampling import SamplingParams
-from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, quantize_rows, save_model
 from train.card import attribution_page, model_card, samples_page
 from train.config import ConfigError, TrainConfig
 from train.curve import draw_curve
 from train.evaluate import evaluate, read_documents
+from train.loop import check_state
 from train.run import STATE_FILE, metrics_path
-from train.stage import require, run_stage
+from train.stage import load_tokenizer, require, run_stage
 
 
 def last_state(config: TrainConfig) -> dict[str, Any]:
@@ -58,11 +59,13 @@ def averaged_tensors(state: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def export(config: TrainConfig) -> None:
     """Run the stage."""
+    require(config.text_dir / "manifest.json", "train.prepare")
+    tokenizer = load_tokenizer(config)
     state = last_state(config)
+    check_state(state, config, hashlib.sha256(config.tokenizer_path.read_bytes()).hexdigest())
     shape = config.model_config_
     tensors = averaged_tensors(state)
     quantized: dict[str, Tensor] = {n: quantize_rows(t) if t.ndim == 2 else t for n, t in tensors.items()}
-    tokenizer = Tokenizer(config.tokenizer_path)
     manifest = json.loads((config.text_dir / "manifest.json").read_text(encoding="utf-8"))
     documents = read_documents(
         [config.text_dir / f"{name}.validation.parquet" for name in manifest], config.export.evaluate_bytes

@@ -94,6 +94,26 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def check_fits(config: TrainConfig, data: TokenData, world: int) -> None:
+    """Raise ConfigError when the settings don't fit the data or the number of workers."""
+    run, shape = config.run, config.model_config_
+    if run.batch_rows % (world * run.micro_rows):
+        raise ConfigError(
+            f"run.batch_rows is {run.batch_rows}: it must be a multiple of "
+            f"run.micro_rows x run.workers ({run.micro_rows} x {world})"
+        )
+    if data.vocab_size != shape.vocab_size:
+        raise ConfigError(f"model.vocab_size is {shape.vocab_size}, but the tokens were made with {data.vocab_size}")
+
+
+def check_state(state: dict[str, Any], config: TrainConfig, tokenizer_sha256: str) -> None:
+    """Raise ConfigError when a checkpoint was made with another tokenizer or another shape of the model."""
+    if state["tokenizer_sha256"] != tokenizer_sha256:
+        raise ConfigError("the checkpoint was trained with another tokenizer: remove the run's directory to begin anew")
+    if ModelConfig(**state["config"]["model"]) != config.model_config_:
+        raise ConfigError("the checkpoint was trained with another model: remove the run's directory to begin anew")
+
+
 def train(
     config: TrainConfig,
     data: TokenData,
@@ -111,24 +131,14 @@ def train(
     run, shape, device = config.run, config.model_config_, torch.device(device)
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    if run.batch_rows % (world * run.micro_rows):
-        raise ConfigError(
-            f"run.batch_rows is {run.batch_rows}: it must be a multiple of "
-            f"run.micro_rows x workers ({run.micro_rows} x {world})"
-        )
-    if data.vocab_size != shape.vocab_size:
-        raise ConfigError(f"model.vocab_size is {shape.vocab_size}, but the tokens were made with {data.vocab_size}")
-
+    check_fits(config, data, world)
     torch.manual_seed(config.seed)
     model = GPT(shape, seed=config.seed).to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay))
     optimizers = make_optimizers(model, run)
     step, wall_before = 0, 0.0
     if state is not None:
-        if state["tokenizer_sha256"] != data.tokenizer_sha256:
-            raise ConfigError(
-                "the checkpoint was trained with another tokenizer: remove the run's directory to begin anew"
-            )
+        check_state(state, config, data.tokenizer_sha256)
         model.load_state_dict(state["model"])
         averaged.load_state_dict(state["averaged"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):

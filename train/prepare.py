@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.config import Collection, ConfigError, TrainConfig
-from train.stage import progress, run_stage
+from train.stage import progress, replace_directory, run_stage
 
 SPLITS = ("train", "validation")
 SCHEMA = pa.schema([(name, pa.string()) for name in ("text", "collection", "source", "author", "licence")])
@@ -204,8 +204,7 @@ def prepare(config: TrainConfig) -> dict:
             }
             bar.update(task, total=sum(c.documents for c in counts.values()))
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(config.text_dir, ignore_errors=True)
-    partial.rename(config.text_dir)
+    replace_directory(partial, config.text_dir)
     for name, entry in manifest.items():
         print(
             f"{name}: {entry['train']['documents']:,} documents to train on ({entry['train']['bytes'] / 1e6:.1f} MB), "

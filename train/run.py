@@ -9,6 +9,7 @@ The loop itself is `train.loop`, the rows are `train.data`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import threading
@@ -19,8 +20,8 @@ from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, TrainConfig
 from train.curve import draw_curve
 from train.data import TokenData
-from train.loop import total_steps
-from train.stage import progress, require, run_stage, start_ray
+from train.loop import check_fits, total_steps
+from train.stage import load_tokenizer, progress, require, run_stage, start_ray
 
 STATE_FILE = "state.pt"
 # glibc gives freed memory back to the kernel and takes it anew at every step, unless told otherwise: on machines where
@@ -126,14 +127,18 @@ def _follow(path: Path, config: TrainConfig, done: threading.Event) -> None:
 def run(config: TrainConfig) -> None:
     """Run the stage to its end, or go on with it."""
     require(config.tokens_dir / "index.json", "train.encode")
-    require(config.tokenizer_path, "train.tokenizer")
+    load_tokenizer(config)
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = config.model_copy(update={"workdir": config.workdir.resolve(), "models_dir": config.models_dir.resolve()})
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    TokenData(config.tokens_dir, config.model_config_.context, config.seed)  # its errors belong here, not in a worker
+    # Errors of the settings belong here, not in a worker that Ray would start again.
+    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed)
+    check_fits(config, data, config.run.workers)
+    if data.tokenizer_sha256 != hashlib.sha256(config.tokenizer_path.read_bytes()).hexdigest():
+        raise ConfigError(f"{config.tokens_dir} was made with another tokenizer: run `python -m train.encode` again")
     start_ray(env_vars=KEEP_FREED_MEMORY)
     trainer = TorchTrainer(
         _worker,
@@ -157,6 +162,7 @@ def run(config: TrainConfig) -> None:
     except ray.train.TrainingFailedError as error:
         causes = getattr(error, "worker_failures", None) or {}
         cause = next(iter(causes.values()), error)
+        cause = getattr(cause, "_base_exc", cause)  # without the worker's traceback
         raise ConfigError(f"training failed: {cause}") from error
     finally:
         done.set()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tinylm.tokenizer import Tokenizer
+from tinylm.weights import ModelError
 from train.config import ConfigError, TrainConfig, command_line, load_config
 
 
@@ -18,16 +22,35 @@ def run_stage(description: str | None, stage: Callable[[TrainConfig], Any]) -> N
     arguments = command_line(description).parse_args()
     try:
         stage(load_config(arguments.config, arguments.overrides))
-    except ConfigError as error:
+    except (ConfigError, ModelError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def require(path: Any, made_by: str) -> None:
+def require(path: Path, made_by: str) -> None:
     """Raise ConfigError, naming the command that makes it, when a stage's input is not there."""
     if not path.exists():
         raise ConfigError(f"{path} is missing: run `python -m {made_by}` first")
+
+
+def replace_directory(new: Path, place: Path) -> None:
+    """Put `new` where `place` is: two renames, and only then is the old removed."""
+    old = place.with_name(place.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The tokenizer of the work directory; raises ConfigError when it is missing or damaged."""
+    require(config.tokenizer_path, "train.tokenizer")
+    try:
+        return Tokenizer(config.tokenizer_path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def start_ray(env_vars: dict[str, str] | None = None) -> None:
