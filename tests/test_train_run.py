@@ -243,17 +243,34 @@ def test_attribution_names_every_author_of_text_trained_on():
 
 @pytest.mark.parametrize(
     ("stage", "made_by"),
-    [("tokenizer", "prepare"), ("encode", "prepare"), ("run", "encode"), ("export", "run")],
+    [("tokenizer", "prepare"), ("encode", "prepare"), ("run", "encode"), ("export", "prepare")],
 )
 def test_a_stage_too_early_names_the_command_to_run_first(tmp_path: Path, stage: str, made_by: str):
     early = Demo(tmp_path, tmp_path)
-    result = python(early.command(stage), tmp_path)
+    assert f"run `python -m train.{made_by}` first" in only_line_of_failure(early, stage)
+
+
+def test_exporting_a_run_that_never_was_names_the_command_to_run_first(demo: Demo):
+    assert "run `python -m train.run` first" in only_line_of_failure(demo, "export", name="another")
+
+
+def only_line_of_failure(demo: Demo, stage: str, **more: object) -> str:
+    result = python(demo.command(stage, **more), demo.ray_tmpdir)
     assert result.returncode == 1
     assert result.stdout == ""
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
-    assert f"run `python -m train.{made_by}` first" in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("run.batch_rows", 10), ("run.workers", 3), ("model.vocab_size", 600), ("model.context", 500_000)],
+)
+def test_settings_that_do_not_fit_are_one_line_before_any_worker_starts(demo: Demo, key: str, value: int):
+    shown = {"run.workers": "x 3)", "model.context": "one row of 500001"}.get(key, f"is {value}")
+    assert shown in only_line_of_failure(demo, "run", **{key: value})
 
 
 def processes() -> dict[int, tuple[int, str]]:
