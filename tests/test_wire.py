@@ -18,7 +18,7 @@ PARAMS = st.builds(
     top_p=st.floats(0, 1, exclude_min=True),
     top_k=st.integers(0, UINT32),
     min_p=st.floats(0, 1),
-    repetition_penalty=st.floats(0, 10, exclude_min=True),
+    repetition_penalty=st.floats(0.01, 10),
     stop=st.lists(st.text(min_size=1, max_size=20), max_size=16).map(tuple),
     seed=st.none() | st.integers(0, 2**63 - 1),
     logprobs=st.none() | st.integers(0, 20),
