@@ -9,7 +9,7 @@ STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve test check format proto train train-demo clean
+.PHONY: help setup setup-dev serve test check format proto peers parts train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -37,6 +37,12 @@ format: $(VENV)/development ## Format the code and mend what the linter can
 proto: $(VENV)/development ## Generate tinylm/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. tinylm/v1/tinylm.proto
 
+peers: $(VENV)/peers ## Compare the engine with llama.cpp, ONNX Runtime and PyTorch; writes docs/results/peers.json
+	$(BIN)/python -m loadtest.peers --out docs/results/peers.json --plot docs/images/peers.png
+
+parts: $(VENV)/serving ## Where the time of a decode step goes; writes docs/results/parts.json
+	$(BIN)/python -m loadtest.parts --out docs/results/parts.json
+
 train: $(VENV)/development ## Prepare, tokenize, encode, train, evaluate and export (CONFIG=configs/train.yaml)
 	$(foreach stage,$(STAGES),$(BIN)/python -m train.$(stage) --config $(CONFIG) &&) true
 
@@ -58,3 +64,7 @@ $(VENV)/serving: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/development: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[train,test,dev]'
 	touch $@ $(VENV)/serving
+
+$(VENV)/peers: pyproject.toml constraints.txt | $(VENV)/bin/python
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(PIP) --editable '.[peers]'
+	touch $@

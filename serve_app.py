@@ -21,6 +21,7 @@ import tinylm
 from tinylm.async_engine import AsyncEngine, EngineDied
 from tinylm.completion import Completion, CompletionBuilder
 from tinylm.engine import Engine, EngineFull
+from tinylm.kernels import KernelName, Precision
 from tinylm.llm import load
 from tinylm.sampling import TokenLogprobs
 from tinylm.v1 import tinylm_pb2 as pb
@@ -40,7 +41,9 @@ class AppArgs(BaseModel):
     slots: int = Field(default=16, ge=1, le=1024)  # requests decoded together
     max_waiting: int = Field(default=64, ge=0)  # requests queued behind them; more are refused
     prefill_tokens: int = Field(default=64, ge=1)  # prompt tokens a step takes while others decode
-    blas_threads: int = Field(default=1, ge=1)  # of one replica
+    kernels: KernelName = "auto"  # compiled ones where they can be, else NumPy
+    precision: Precision = "auto"  # of activations and KV cache: int8, float32
+    blas_threads: int = Field(default=1, ge=1)  # of one replica, for the numpy kernels
 
 
 def build_app(args: AppArgs) -> serve.Application:
@@ -61,8 +64,8 @@ class TinyLM:
     """One replica: an engine with its own weights in memory and its own KV cache."""
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it, on the replica's loop
-        self._tokenizer, model = load(args.model)
-        self._config, self._weights = model.config, model.weights
+        self._tokenizer, model = load(args.model, args.kernels, args.precision)
+        self._config, self._weights, self._arithmetic = model.config, model.weight_type, model.arithmetic
         self._name = args.model.name
         self._slots = args.slots
         engine = Engine(model, args.slots, args.max_waiting, args.prefill_tokens)
@@ -128,6 +131,7 @@ class TinyLM:
             heads=config.n_heads,
             context=config.context,
             weights=self._weights,
+            arithmetic=self._arithmetic,
             slots=self._slots,
             replica=self._replica,
             version=tinylm.__version__,

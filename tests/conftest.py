@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+from kernel_fixtures import quantized
 from threadpoolctl import ThreadpoolController
 
 from tinylm import LLM, ModelConfig, SamplingParams
@@ -83,6 +84,12 @@ def tiny_tensors(random_gpt, tiny_config):
 
 
 @pytest.fixture(scope="session")
+def tiny_quantized(tiny_tensors):
+    """The same as `save_model` stores them: what the numba kernels take."""
+    return quantized(tiny_tensors)
+
+
+@pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory, stories_dir, tiny_config, tiny_tensors):
     """A whole model directory with random weights; copy it before changing it."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
@@ -105,14 +112,14 @@ def tiny(tokenizer, tiny_model):
 def assert_same_greedy():
     """Greedy answers must be the same tokens, but for a tie that only rounding decides."""
 
-    def check(llm, prompt_ids, ours, theirs):
+    def check(llm, prompt_ids, ours, theirs, tie=1e-3):
         if ours == theirs:
             return
         split = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
         assert split is not None, f"one answer ends after {min(len(ours), len(theirs))} tokens, the other goes on"
         scores = llm.logits([*prompt_ids, *ours[:split]])[-1]
         gap = abs(float(scores[ours[split]] - scores[theirs[split]]))
-        assert gap < 1e-3, f"token {split} is {ours[split]} or {theirs[split]}, {gap} apart: not a tie"
+        assert gap < tie, f"token {split} is {ours[split]} or {theirs[split]}, {gap} apart: not a tie"
 
     return check
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import aclosing
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -12,15 +13,14 @@ import pytest
 from tinylm import SamplingParams
 from tinylm.async_engine import AsyncEngine, EngineDied
 from tinylm.engine import Engine, EngineFull
-from tinylm.model import Model
+from tinylm.model import Model, ModelRunner
 
 LONG = SamplingParams(temperature=0, max_tokens=10**6)
 
 
-@pytest.fixture
-def model(tiny_config, tiny_tensors):
-    """One of its own for each test: some break it."""
-    return Model(tiny_config, tiny_tensors)
+@pytest.fixture(scope="module")
+def model(tiny_config, tiny_quantized):
+    return Model(tiny_config, tiny_quantized)
 
 
 def on_engine(model, use, **sizes):
@@ -71,22 +71,37 @@ def test_concurrent_tasks_get_what_the_synchronous_engine_gives(model, prompts):
 
 
 @pytest.fixture
-def permits(model, monkeypatch):
+def replace_step(monkeypatch):
+    """Call with f(step, *arguments): what the model's steps shall be in every engine made from now on."""
+
+    def replace(new):
+        make = ModelRunner.__init__
+
+        def make_and_replace(runner, *arguments, **sizes):
+            make(runner, *arguments, **sizes)
+            runner.step = partial(new, runner.step)
+
+        monkeypatch.setattr(ModelRunner, "__init__", make_and_replace)
+
+    return replace
+
+
+@pytest.fixture
+def permits(replace_step):
     """The model makes a step only when a permit is released: who leaves can be seen to leave in time."""
     permits = threading.Semaphore(0)
-    forward = model.forward
 
-    def paced(*arguments):
+    def paced(step, *arguments):
         assert permits.acquire(timeout=10)
-        return forward(*arguments)
+        step(*arguments)
 
-    monkeypatch.setattr(model, "forward", paced)
+    replace_step(paced)
     return permits
 
 
-async def empty(engine, permits):
-    """Step by step until the engine has nothing left to do."""
-    while engine.engine.has_work:
+async def end(sequences, permits):
+    """Step by step until all of them have ended. (The engine's own lists are in between while it admits one.)"""
+    while any(sequence.finish_reason is None for sequence in sequences):
         permits.acquire(blocking=False)  # never more than one lies ready, and none is left for who comes next
         permits.release()
         await asyncio.sleep(0.001)
@@ -160,7 +175,7 @@ def test_who_leaves_before_a_token_leaves_the_queue(model, permits, turns):
         permits.release()
         with pytest.raises(ValueError, match="no tokens"):  # answered after all that was asked before it
             await answer(engine, [], LONG)
-        await empty(engine, permits)
+        await end(submitted, permits)
         return submitted
 
     assert {sequence.finish_reason for sequence in on_engine(model, use, n_slots=2)} <= {"cancelled"}
@@ -177,7 +192,7 @@ def test_who_leaves_in_the_moment_of_being_admitted_leaves_the_queue(model, perm
             tasks.append(asyncio.create_task(answer(engine, [1, 5 + i], LONG)))
             with pytest.raises(asyncio.CancelledError):
                 await tasks[-1]
-            await empty(engine, permits)
+            await end(submitted, permits)
         assert not engine._waiters, "a service would remember every request that it ever had"
         return submitted
 
@@ -216,7 +231,7 @@ def test_refusals_reach_the_one_who_asked_and_nobody_else(model, greedy):
     assert len(on_engine(model, use).tokens) == greedy.max_tokens
 
 
-def test_a_full_engine_says_so(model, greedy):
+def test_a_full_engine_says_so(model, greedy, replace_step):
     async def use(engine):
         results = await asyncio.gather(*[answer(engine, [1, i], greedy) for i in range(2, 9)], return_exceptions=True)
         refused = [r for r in results if isinstance(r, EngineFull)]
@@ -226,8 +241,7 @@ def test_a_full_engine_says_so(model, greedy):
         return refused
 
     release = threading.Event()
-    forward = model.forward
-    model.forward = lambda *arguments: release.wait(20) and forward(*arguments)
+    replace_step(lambda step, *arguments: release.wait(20) and step(*arguments))
 
     async def held(engine):
         """All seven are asked for before any step ends."""
@@ -246,21 +260,20 @@ def test_a_timeout_ends_an_answer_with_what_there_is(model):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_dies_tells_all_who_wait(model, monkeypatch):
+def test_an_engine_that_dies_tells_all_who_wait(model, replace_step):
     """Whoever runs, waits in the queue, is on the way to it, or comes later: an error, never an endless wait."""
     broken, in_step = threading.Event(), threading.Event()
-    forward = model.forward
     calls = []
 
-    def failing(*arguments):
+    def failing(step, *arguments):
         calls.append(1)
         if len(calls) < 3:
-            return forward(*arguments)
+            return step(*arguments)
         in_step.set()
         assert broken.wait(20)
         raise MemoryError("no memory left")
 
-    monkeypatch.setattr(model, "forward", failing)
+    replace_step(failing)
 
     async def use(engine):
         tasks = [asyncio.create_task(answer(engine, [1, 5 + i], LONG)) for i in range(4)]
@@ -279,17 +292,16 @@ def test_an_engine_that_dies_tells_all_who_wait(model, monkeypatch):
     on_engine(model, use, n_slots=2)
 
 
-def test_a_stalled_step_is_noticed(model, greedy):
+def test_a_stalled_step_is_noticed(model, greedy, replace_step):
     """`check` is what a service's health check asks: a hung thread must not look healthy."""
     release, in_step = threading.Event(), threading.Event()
-    forward = model.forward
 
-    def hanging(*arguments):
+    def hanging(step, *arguments):
         in_step.set()
         assert release.wait(20)
-        return forward(*arguments)
+        step(*arguments)
 
-    model.forward = hanging
+    replace_step(hanging)
 
     async def use(engine):
         engine.check(stalled_s=0)  # without work there is nothing to stall

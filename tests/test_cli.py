@@ -138,6 +138,9 @@ def test_info_tells_shape_and_size(succeed, stories_dir):
     assert {name: facts[name] for name in config} == config
     assert facts["parameters"] == 7_870_656
     assert facts["weights"] == "int8"
+    assert facts["arithmetic"] == tinylm.LLM(stories_dir).model.arithmetic
+    chosen = succeed("info", "--json", "--kernels", "numpy", "--precision", "int8")
+    assert json.loads(chosen)["arithmetic"] == "numpy, int8"
     assert facts["bytes_on_disk"] == sum(path.stat().st_size for path in stories_dir.iterdir())
     assert facts["version"] == tinylm.__version__
     assert "7,870,656" in succeed("info")
@@ -151,6 +154,8 @@ def test_info_tells_shape_and_size(succeed, stories_dir):
         ("-n", "0", "max_tokens is 0"),
         ("--top-p", "0", "top_p is 0.0"),
         ("--stop", "", "stop holds a string of length 0"),
+        ("--kernels", "cuda", "kernels is 'cuda'"),
+        ("--precision", "int4", "precision is 'int4'"),
     ],
 )
 def test_a_bad_setting_is_one_line(fail, option, value, told):

@@ -1,4 +1,7 @@
-"""The forward pass: equal to PyTorch, whatever is cached, batched or chunked, and blind to the future."""
+"""The forward pass: equal to PyTorch, whatever is cached, batched or chunked, and blind to the future.
+
+On both kernels, in float32: what rounding to int8 does is `test_kernels`' business.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_fixtures import dequantized, logits_of, quantized, random_tensors
 
 from tinylm import ModelConfig
-from tinylm.kv_cache import KVCache
-from tinylm.model import Chunk, Model
-from tinylm.weights import QuantizedMatrix, load_model
+from tinylm.llm import load
+from tinylm.model import Chunk, Model, ModelRunner
+from tinylm.weights import load_model
 
 TOLERANCE = 1e-4
-
-
-def logits_of(model, ids):
-    """All positions at once, from nothing cached: (T, vocab)."""
-    cache = KVCache(model.config, n_slots=1)
-    return model.forward(np.array(ids), [Chunk(0, 0, len(ids))], cache, np.arange(len(ids)))
+KERNELS = ["numpy", "numba"]
 
 
 def torch_logits(gpt, ids):
     with torch.no_grad():
         return gpt(torch.tensor([ids]))[0].numpy()
+
+
+def with_weights(gpt, weights):
+    """The PyTorch model, every weight of it replaced."""
+    gpt.load_state_dict({name: torch.from_numpy(np.array(weight)) for name, weight in weights.items()})
+    return gpt
 
 
 def as_arrays(gpt):
@@ -35,60 +40,69 @@ def ids_of(rng, count, vocab_size=4096):
     return rng.integers(0, vocab_size, size=count).tolist()
 
 
-@pytest.fixture(scope="module")
-def tiny_gpt(random_gpt, tiny_config):
-    return random_gpt(tiny_config)
-
-
-@pytest.fixture(scope="module")
-def tiny_exact(tiny_gpt):
-    """The small model in float32, so that nothing but the arithmetic can differ."""
-    return Model(tiny_gpt.config, as_arrays(tiny_gpt))
+@pytest.fixture(scope="module", params=KERNELS)
+def tiny_exact(request, tiny_config, tiny_quantized):
+    """The small model without rounding of what it computes, so that nothing but the arithmetic can differ."""
+    return Model(tiny_config, tiny_quantized, request.param, "float32")
 
 
 # --- equal to PyTorch
 
 
-def test_the_full_shape_computes_what_pytorch_does(random_gpt):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_full_shape_computes_what_pytorch_does(random_gpt, kernels):
     """16 layers, all 256 positions: a wrong angle, mask or scale anywhere would show."""
     gpt = random_gpt(ModelConfig())
+    tensors = quantized(as_arrays(gpt))
     ids = ids_of(np.random.default_rng(0), 256)
-    expected = torch_logits(gpt, ids)
-    actual = logits_of(Model(gpt.config, as_arrays(gpt)), ids)
+    expected = torch_logits(with_weights(gpt, dequantized(tensors)), ids)
+    actual = logits_of(Model(gpt.config, tensors, kernels, "float32"), ids)
     assert expected.std() > 0.5, "logits near 0 would agree by themselves"
     assert np.abs(actual - expected).max() < TOLERANCE
 
 
+def test_float32_weights_compute_what_pytorch_does(random_gpt, tiny_config):
+    """What training holds, before it is quantized: the numpy kernels take it as it is."""
+    gpt = random_gpt(tiny_config)
+    model = Model(tiny_config, as_arrays(gpt))
+    assert (model.weight_type, model.arithmetic) == ("float32", "numpy, float32")
+    ids = ids_of(np.random.default_rng(4), 64)
+    assert np.abs(logits_of(model, ids) - torch_logits(gpt, ids)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @settings(max_examples=20)
 @given(st.data())
-def test_any_shape_computes_what_pytorch_does(random_gpt, data):
+def test_any_shape_computes_what_pytorch_does(random_gpt, kernels, data):
     heads = data.draw(st.integers(1, 4))
     config = ModelConfig(
         vocab_size=data.draw(st.integers(2, 50)),
-        hidden_size=heads * 2 * data.draw(st.integers(1, 8)),
+        hidden_size=heads * 2 * data.draw(st.integers(1, 20)),
         n_layers=data.draw(st.integers(1, 3)),
         n_heads=heads,
         mlp_size=data.draw(st.integers(1, 40)),
-        context=16,
+        context=data.draw(st.integers(16, 40)),
         norm_eps=data.draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
         rope_theta=data.draw(st.sampled_from([100.0, 10000.0])),
     )
-    gpt = random_gpt(config, seed=data.draw(st.integers(0, 99)))
-    ids = data.draw(st.lists(st.integers(0, config.vocab_size - 1), min_size=1, max_size=16))
-    actual = logits_of(Model(config, as_arrays(gpt)), ids)
-    assert np.abs(actual - torch_logits(gpt, ids)).max() < TOLERANCE
+    tensors = random_tensors(config, seed=data.draw(st.integers(0, 99)))
+    gpt = with_weights(random_gpt(config), dequantized(tensors))
+    ids = data.draw(st.lists(st.integers(0, config.vocab_size - 1), min_size=1, max_size=config.context))
+    expected = torch_logits(gpt, ids)
+    actual = logits_of(Model(config, tensors, kernels, "float32"), ids)
+    assert np.abs(actual - expected).max() < TOLERANCE * max(1, np.abs(expected).max())
 
 
-def test_the_committed_int8_model_computes_what_pytorch_does_with_its_weights(stories, stories_dir, random_gpt):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_committed_model_computes_what_pytorch_does_with_its_weights(stories_dir, random_gpt, kernels):
     config, tensors = load_model(stories_dir)
-    weights = {n: t.dequantize() if isinstance(t, QuantizedMatrix) else t for n, t in tensors.items()}
-    gpt = random_gpt(config)  # every weight of which is replaced
-    gpt.load_state_dict({name: torch.from_numpy(np.array(weight)) for name, weight in weights.items()})
-    ids = stories.tokenizer.encode_document("Once upon a time there was a small fox. " * 12)[:120]
+    gpt = with_weights(random_gpt(config), dequantized(tensors))
+    tokenizer, model = load(stories_dir, kernels, "float32")
+    ids = tokenizer.encode_document("Once upon a time there was a small fox. " * 12)[:120]
     ids += ids_of(np.random.default_rng(1), 256 - len(ids))  # sense and nonsense, to the end of the context
     expected = torch_logits(gpt, ids)
     scale = max(1.0, float(np.abs(expected).max()) / 10)  # trained logits are larger than random ones
-    assert np.abs(stories.logits(ids) - expected).max() < TOLERANCE * scale
+    assert np.abs(logits_of(model, ids) - expected).max() < TOLERANCE * scale
 
 
 # --- cached, chunked, batched
@@ -99,13 +113,13 @@ def test_the_committed_int8_model_computes_what_pytorch_does_with_its_weights(st
 def test_a_cache_filled_in_any_chunks_gives_the_same_logits(tiny_exact, data):
     """Prefill in one go, token by token, and everything between."""
     ids = data.draw(st.lists(st.integers(0, 4095), min_size=1, max_size=64))
-    cache = KVCache(tiny_exact.config, n_slots=2)
+    runner = ModelRunner(tiny_exact, 2, 64, 64)
     slot = data.draw(st.integers(0, 1))
     rows, start = [], 0
     while start < len(ids):
         count = data.draw(st.integers(1, len(ids) - start))
         chunk = Chunk(slot, start, count)
-        rows.append(tiny_exact.forward(np.array(ids[start : start + count]), [chunk], cache, np.arange(count)))
+        rows.append(runner.forward(np.array(ids[start : start + count]), [chunk], np.arange(count)).copy())
         start += count
     assert np.abs(np.concatenate(rows) - logits_of(tiny_exact, ids)).max() < TOLERANCE
 
@@ -118,15 +132,16 @@ def test_sequences_in_one_batch_do_not_see_each_other(tiny_exact, data):
     slots = data.draw(st.permutations(range(6)))[:n]
     sequences = [data.draw(st.lists(st.integers(0, 4095), min_size=1, max_size=20)) for _ in range(n)]
     begun = [data.draw(st.integers(0, len(ids) - 1)) for ids in sequences]
-    cache = KVCache(tiny_exact.config, n_slots=6)
-    cache.keys[:], cache.values[:] = 1e3, 1e3  # what an earlier sequence left in a slot must not matter
+    runner = ModelRunner(tiny_exact, 6, 100, 100)
+    for slot in range(6):  # what an earlier sequence left in a slot must not matter
+        runner.forward(np.arange(64) * 7 + slot, [Chunk(slot, 0, 64)], np.array([0]))
     for ids, slot, count in zip(sequences, slots, begun, strict=True):
         if count:
-            tiny_exact.forward(np.array(ids[:count]), [Chunk(slot, 0, count)], cache, np.array([0]))
+            runner.forward(np.array(ids[:count]), [Chunk(slot, 0, count)], np.array([0]))
     rest = [ids[count:] for ids, count in zip(sequences, begun, strict=True)]
     chunks = [Chunk(slot, count, len(ids)) for slot, count, ids in zip(slots, begun, rest, strict=True)]
     together = np.concatenate([np.array(ids) for ids in rest])
-    logits = tiny_exact.forward(together, chunks, cache, np.arange(len(together)))
+    logits = runner.forward(together, chunks, np.arange(len(together)))
     alone = [logits_of(tiny_exact, ids)[count:] for ids, count in zip(sequences, begun, strict=True)]
     assert np.abs(logits - np.concatenate(alone)).max() < TOLERANCE
 
@@ -134,11 +149,11 @@ def test_sequences_in_one_batch_do_not_see_each_other(tiny_exact, data):
 def test_only_the_rows_asked_for_are_scored(tiny_exact):
     ids = ids_of(np.random.default_rng(2), 20)
     whole = logits_of(tiny_exact, ids)
-    cache = KVCache(tiny_exact.config, n_slots=1)
-    some = tiny_exact.forward(np.array(ids), [Chunk(0, 0, 20)], cache, np.array([19, 3]))
+    runner = ModelRunner(tiny_exact, 1, 20, 2)
+    some = runner.forward(np.array(ids), [Chunk(0, 0, 20)], np.array([19, 3]))
     assert some.shape == (2, 4096)
     assert np.abs(some - whole[[19, 3]]).max() < TOLERANCE
-    none = tiny_exact.forward(np.array(ids), [Chunk(0, 0, 20)], cache, np.array([], int))
+    none = runner.forward(np.array(ids), [Chunk(0, 0, 20)], np.array([], int))
     assert none.shape == (0, 4096)
 
 
@@ -165,7 +180,17 @@ def test_the_order_of_tokens_matters(tiny_exact):
     assert np.abs(forward - shuffled).max() > 0.01
 
 
-def test_a_cache_is_as_large_as_it_says():
-    config = ModelConfig()
-    cache = KVCache(config, n_slots=3)
-    assert cache.nbytes == 2 * 16 * 3 * 256 * 192 * 4
+@pytest.mark.parametrize(
+    ("settings", "bytes_a_head"),
+    [
+        (("numpy", "float32"), 32 * 4),
+        (("numpy", "int8"), 32 * 4),  # rounded, but held as float32
+        (("numba", "float32"), 32 * 4),
+        (("numba", "int8"), 32 + 4),  # a byte a number and a scale
+    ],
+)
+def test_a_cache_is_as_large_as_it_says(settings, bytes_a_head):
+    """What a slot costs is what decides how many a machine can serve."""
+    config = ModelConfig(vocab_size=50, hidden_size=192, n_heads=6, n_layers=2, mlp_size=8, context=256)
+    runner = ModelRunner(Model(config, random_tensors(config, seed=0), *settings), 3, 1, 1)
+    assert runner.cache_bytes == 2 * 2 * 3 * 256 * 6 * bytes_a_head

@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tinylm import SamplingParams
-from tinylm.sampling import distribution, penalize, sample, token_logprobs
+from tinylm import ModelConfig, SamplingParams
+from tinylm.batch import Batch
+from tinylm.kernels.numpy import penalize
+from tinylm.sampling import token_logprobs
 
 NAN, INF = float("nan"), float("inf")
 LOGITS = hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(-20, 20, width=32))
+# Scores that are equal or clearly apart, so that rounding never decides which is likelier.
+APART = hnp.arrays(np.float32, st.integers(1, 40), elements=st.integers(-1280, 1280).map(lambda n: n / 64))
 # Few different values: ties everywhere.
 TIED = hnp.arrays(np.float32, st.integers(1, 12), elements=st.sampled_from([-1.0, 0.0, 1.0]))
+EPSILON = 2e-5  # of a probability: what the compiled kernel's float32 may round away
+
+
+@pytest.fixture(scope="module", params=["numpy", "numba"])
+def kernels(request):
+    return importlib.import_module(f"tinylm.kernels.{request.param}")
+
+
+def choose(kernels, logits, slots, uniforms, params, seen):
+    """The token of each row: logits (R, vocab), slots (R,), uniforms (R,); params and seen (S, vocab) by slot."""
+    n, vocab_size = logits.shape
+    config = ModelConfig(vocab_size, hidden_size=2, n_layers=1, n_heads=1, mlp_size=1, context=1, boundary_id=0)
+    batch = Batch.empty(config, n_slots=len(params), n_tokens=2 * n, n_rows=n)
+    for slot, chosen in enumerate(params):
+        batch.set_params(slot, chosen)
+    batch.rows[:] = np.arange(2 * n)[::-2]  # half of the tokens, in an order of their own
+    batch.slots[batch.rows] = slots
+    batch.seen[:] = seen
+    batch.uniforms[:] = uniforms
+    batch.logits[:] = 1e9  # of padding, which is no token
+    batch.logits[:, :vocab_size] = logits
+    kernels.sample(kernels.make_scratch(config, 2 * n, n), batch, n)
+    np.testing.assert_array_equal(batch.logits[:, :vocab_size], logits)  # they are still needed for log-probabilities
+    return batch.chosen.tolist()
+
+
+@pytest.fixture(scope="module")
+def draw(kernels):
+    """logits (vocab,), params, uniforms -> the token that each of these random numbers draws."""
+
+    def draw(logits, params, uniforms, seen=False):
+        other = SamplingParams(temperature=0, repetition_penalty=5.0)
+        both_seen = np.stack([np.ones(len(logits), bool), np.broadcast_to(seen, len(logits))])
+        n = len(uniforms)
+        return choose(kernels, np.tile(logits, (n, 1)), [1] * n, uniforms, [other, params], both_seen)
+
+    return draw
 
 
 # --- the limits of every setting
@@ -88,96 +130,145 @@ def test_one_stop_string_need_not_be_wrapped():
 # --- which tokens are kept
 
 
-def slow_distribution(logits, params):
-    """The documented rule, step by step on a plain list: tokens and probabilities, likeliest first."""
-    ranked = sorted(range(len(logits)), key=lambda token: (-float(logits[token]), token))
-    if params.top_k:
-        ranked = ranked[: params.top_k]
-    peak = float(logits[ranked[0]])
-    weights = [math.exp((float(logits[token]) - peak) / params.temperature) for token in ranked]
-    if params.top_p < 1:
-        total, reached, kept = sum(weights), 0.0, 0
-        for weight in weights:
-            assume(abs(reached - params.top_p * total) > 1e-9 * total)  # else rounding decides
-            if reached >= params.top_p * total:
-                break
-            reached += weight
-            kept += 1
-        ranked, weights = ranked[:kept], weights[:kept]
-    if params.min_p:
-        assume(all(abs(weight - params.min_p * weights[0]) > 1e-9 or weight == weights[0] for weight in weights))
-        kept = sum(weight >= params.min_p * weights[0] for weight in weights)
-        ranked, weights = ranked[:kept], weights[:kept]
-    return ranked, [weight / sum(weights) for weight in weights]
-
-
-@given(
-    LOGITS | TIED,
-    st.floats(0.05, 10),
-    st.just(1.0) | st.floats(0.001, 0.999),
-    st.just(0) | st.integers(1, 40),
-    st.just(0.0) | st.floats(0.001, 1),
-)
-def test_exactly_the_tokens_of_the_obvious_rule_are_kept(logits, temperature, top_p, top_k, min_p):
-    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-    expected_tokens, expected = slow_distribution(logits, params)
-    tokens, probabilities = distribution(logits, params)
-    assert tokens.tolist() == expected_tokens
-    np.testing.assert_allclose(probabilities, expected, rtol=1e-9)
-    assert probabilities.sum() == pytest.approx(1)
-
-
-@given(LOGITS, st.floats(0.05, 10), st.floats(0.001, 0.999))
-def test_the_nucleus_is_large_enough_and_no_larger(logits, temperature, top_p):
-    everything = distribution(logits, SamplingParams(temperature=temperature, top_p=1))[1]
-    kept = len(distribution(logits, SamplingParams(temperature=temperature, top_p=top_p))[0])
-    assert everything[:kept].sum() >= top_p - 1e-9
-    assert everything[: kept - 1].sum() <= top_p + 1e-9
-
-
-@given(LOGITS | TIED, st.integers(1, 40))
-def test_top_k_keeps_k_tokens_and_none_that_is_likelier_is_left_out(logits, top_k):
-    tokens, _ = distribution(logits, SamplingParams(temperature=1, top_p=1, top_k=top_k))
-    assert len(tokens) == min(top_k, len(logits))
-    left_out = np.delete(logits, tokens)
-    assert left_out.max(initial=-np.inf) <= logits[tokens].min()
-
-
-@given(LOGITS | TIED, st.floats(0.001, 1))
-def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(logits, min_p):
-    everything = np.exp(logits.astype(float) - logits.max())
-    assume(np.abs(everything - min_p)[everything < 1].min(initial=1) > 1e-9)
-    tokens, _ = distribution(logits, SamplingParams(temperature=1, top_p=1, min_p=min_p))
-    assert sorted(tokens) == np.flatnonzero(everything >= min_p).tolist()
-
-
-def test_truncations_follow_one_another():
-    """Probabilities .4 .3 .2 .1: of top_k's three, .44 and .33 reach top_p .7, which of all four would need .2 too."""
-    logits = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
-    keep = {"temperature": 1, "top_p": 0.75}
-    assert distribution(logits, SamplingParams(**keep))[0].tolist() == [3, 2, 1]
-    assert distribution(logits, SamplingParams(**keep, top_k=3))[0].tolist() == [3, 2]
-    assert distribution(logits, SamplingParams(**keep, top_k=3, min_p=0.8))[0].tolist() == [3]
-
-
-@given(LOGITS, st.sampled_from([1e-9, 1e-3, 10.0]))
-def test_extreme_temperatures_give_probabilities(logits, temperature):
-    tokens, probabilities = distribution(logits, SamplingParams(temperature=temperature))
-    assert np.isfinite(probabilities).all()
-    assert probabilities.sum() == pytest.approx(1)
-    assert logits[tokens[0]] == logits.max()
-
-
-# --- penalty, greedy, drawing
-
-
 def slow_penalty(logits, seen, penalty):
     punished = []
-    for score, was_seen in zip(logits, seen, strict=True):
+    for score, was_seen in zip(logits, np.broadcast_to(seen, len(logits)), strict=True):
         if was_seen:
             score = score / np.float32(penalty) if score > 0 else score * np.float32(penalty)
         punished.append(score)
     return np.array(punished, np.float32)
+
+
+def slow_distribution(logits, params):
+    """The documented rule, step by step on a plain list.
+
+    Returns {token: probability} in the order of their ids, and how near it came to a limit: as a share of it.
+    """
+    peak = float(logits.max())
+    weights = {token: math.exp((float(score) - peak) / params.temperature) for token, score in enumerate(logits)}
+    margin = 1.0
+    ranked = sorted(weights, key=lambda token: (-weights[token], token))
+    if params.top_k:
+        ranked = ranked[: params.top_k]
+    if params.top_p < 1:
+        total, reached, kept = math.fsum(weights[token] for token in ranked), 0.0, 0
+        for token in ranked:
+            margin = min(margin, abs(reached / total - params.top_p))
+            if reached >= params.top_p * total:
+                break
+            reached += weights[token]
+            kept += 1
+        ranked = ranked[:kept]
+    if params.min_p:
+        margin = min([margin, *(abs(weight / params.min_p - 1) for weight in weights.values() if weight < 1)])
+    kept_weights = {token: weights[token] for token in sorted(ranked) if weights[token] >= params.min_p}
+    total = math.fsum(kept_weights.values())
+    return {token: weight / total for token, weight in kept_weights.items()}, margin
+
+
+def assert_draws(draw, logits, params, seen=False):
+    """Each kept token has the numbers from where those of lower ids end, as many as its probability; nobody else any.
+
+    Tried just inside both ends of a token's share, for some fifty: that shows who is kept and how likely each is.
+    """
+    expected, margin = slow_distribution(slow_penalty(logits, seen, params.repetition_penalty), params)
+    assume(margin > EPSILON)  # else rounding decides
+    ends = np.cumsum(list(expected.values()))
+    begins = ends - list(expected.values())
+    tried = np.flatnonzero(ends - begins > 3 * EPSILON)
+    tried = tried[np.unique(np.linspace(0, len(tried) - 1, 50).round().astype(int))]
+    inside = np.concatenate([begins[tried] + EPSILON, ends[tried] - EPSILON])
+    first, last, *drawn = draw(logits, params, [0.0, 1 - 2**-53, *inside], seen)
+    assert drawn == [list(expected)[i] for i in tried] * 2
+    assert {first, last} <= set(expected)
+
+
+SETTINGS = {
+    "temperature": st.floats(0.05, 10),
+    "top_p": st.just(1.0) | st.floats(0.001, 0.999),
+    "top_k": st.just(0) | st.integers(1, 40),
+    "min_p": st.just(0.0) | st.floats(0.001, 1),
+}
+
+
+@given(APART | TIED, st.builds(SamplingParams, **SETTINGS))
+@example(
+    np.array([0, -2.3, -2.3, -2.3, *[-4.6] * 30], np.float32),
+    SamplingParams(temperature=1, top_p=0.9, top_k=40, min_p=0.02),  # tokens below min_p still count for top_p
+)
+@example(np.zeros(12, np.float32), SamplingParams(temperature=1, top_p=0.49, top_k=7))
+def test_exactly_the_tokens_of_the_obvious_rule_are_drawn(draw, logits, params):
+    assert_draws(draw, logits, params)
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([255, 256, 257, 1000, 4096]),
+    st.sampled_from([0.0, 0.02, 0.5, 2.0]),
+    st.builds(SamplingParams, **{**SETTINGS, "top_k": st.just(0) | st.integers(1, 5000)}),
+)
+@example(0, 4096, 0.0, SamplingParams(temperature=1, top_p=0.33333))
+@example(0, 4096, 0.0, SamplingParams(temperature=1, top_p=1, top_k=300))
+def test_the_same_of_a_whole_vocabulary(draw, seed, n, spread, params):
+    """Kernels look at the likeliest few first, which must not show: flat, tied and peaked scores of many tokens."""
+    logits = np.random.default_rng(seed).normal(0, spread, n)
+    assert_draws(draw, (np.round(logits * 64) / 64).astype(np.float32), params)
+
+
+@given(LOGITS, st.floats(0.05, 10), st.floats(0.001, 0.999), st.data())
+def test_no_token_outside_the_nucleus_is_drawn(draw, logits, temperature, top_p, data):
+    """The likelier ones must fall short of top_p."""
+    params = SamplingParams(temperature=temperature, top_p=top_p)
+    uniforms = data.draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=20))
+    weights = np.exp((logits.astype(float) - logits.max()) / temperature)
+    for token in draw(logits, params, uniforms):
+        likelier = weights[weights > weights[token] * (1 + EPSILON)].sum() / weights.sum()
+        assert likelier <= top_p + EPSILON
+
+
+def tokens_drawn(draw, logits, params):
+    """The tokens that a hundred even numbers draw."""
+    return sorted(set(draw(logits, params, np.linspace(0, 1, 100, endpoint=False))))
+
+
+@pytest.mark.parametrize("n", [5, 300, 4096])
+def test_of_equal_tokens_the_lower_ids_are_kept(draw, n):
+    logits = np.zeros(n, np.float32)
+    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, top_k=3)) == [0, 1, 2]
+    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=2.5 / n)) == [0, 1, 2]
+    logits[-2:] = 1
+    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, top_k=3)) == [0, n - 2, n - 1]
+    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, top_k=1)) == [n - 2]
+    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, min_p=1)) == [n - 2, n - 1]
+
+
+def test_truncations_follow_one_another(draw):
+    """Probabilities .4 .3 .2 .1: of top_k's three, .44 and .33 reach top_p .75, which of all four would need .2 too."""
+    logits = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
+    keep = {"temperature": 1, "top_p": 0.75}
+    assert tokens_drawn(draw, logits, SamplingParams(**keep)) == [1, 2, 3]
+    assert tokens_drawn(draw, logits, SamplingParams(**keep, top_k=3)) == [2, 3]
+    assert tokens_drawn(draw, logits, SamplingParams(**keep, top_k=3, min_p=0.8)) == [3]
+
+
+@given(APART | TIED, st.sampled_from([1e-300, 1e-38, 1e-9, 1e-3]), st.sampled_from([0.0, 0.5, 1 - 2**-53]))
+def test_temperatures_next_to_0_draw_the_likeliest(draw, logits, temperature, uniform):
+    """Division by them overflows: neither an error nor a token that is less likely may come of it."""
+    [token] = draw(logits, SamplingParams(temperature=temperature), [uniform])
+    assert logits[token] == logits.max()
+
+
+@given(APART, st.sampled_from([0.0, 0.5, 1 - 2**-53]), st.floats(-1e4, 1e4, width=32))
+def test_scores_of_any_size_give_a_token(draw, logits, uniform, height):
+    """What softmax computes must depend on differences alone: e^1000 overflows, e^-1000 vanishes."""
+    logits = (logits + np.float32(height)).astype(np.float32)
+    [token] = draw(logits, SamplingParams(temperature=1, top_p=0.5), [uniform])
+    weights = np.exp(logits.astype(float) - logits.max())
+    assert weights[weights > weights[token] * (1 + EPSILON)].sum() <= (0.5 + EPSILON) * weights.sum()
+
+
+# --- penalty, greedy, drawing
 
 
 @given(st.data(), LOGITS, st.floats(0.01, 10))
@@ -185,7 +276,8 @@ def slow_penalty(logits, seen, penalty):
 def test_the_penalty_is_that_of_the_obvious_loop(data, logits, penalty):
     seen = np.ones(3, bool) if data is None else data.draw(hnp.arrays(bool, len(logits)))
     before = logits.copy()
-    np.testing.assert_array_equal(penalize(logits, seen, penalty), slow_penalty(logits, seen, penalty))
+    punished = penalize(logits[None], seen[None], np.array([[penalty]]))
+    np.testing.assert_array_equal(punished[0], slow_penalty(logits, seen, penalty))
     np.testing.assert_array_equal(logits, before)  # the model's own scores are still needed for log-probabilities
 
 
@@ -193,17 +285,25 @@ def test_the_penalty_is_that_of_the_obvious_loop(data, logits, penalty):
 def test_a_penalty_above_1_never_makes_a_seen_token_likelier(logits, penalty):
     """Dividing a negative score would."""
     seen = np.arange(len(logits)) % 2 == 0
-    punished = penalize(logits, seen, penalty)
+    punished = penalize(logits[None], seen[None], np.array([[penalty]]))[0]
     assert (punished[seen] <= logits[seen]).all()
     np.testing.assert_array_equal(punished[~seen], logits[~seen])
 
 
+@given(APART | TIED, st.sampled_from([0.5, 1.0, 1.75, 4.0]), st.floats(0.5, 2), st.sampled_from([1.0, 0.7]))
+def test_the_penalty_comes_before_temperature_and_truncation(draw, logits, penalty, temperature, top_p):
+    """Probabilities of penalized draws are those of penalized scores."""
+    seen = np.arange(len(logits)) % 3 == 0
+    params = SamplingParams(temperature=temperature, top_p=top_p, repetition_penalty=penalty)
+    assert_draws(draw, logits, params, seen)
+
+
 @given(LOGITS | TIED, st.sampled_from([1.0, 1.7]))
-def test_temperature_0_is_the_likeliest_and_the_lower_of_equals(logits, penalty):
+def test_temperature_0_is_the_likeliest_and_the_lower_of_equals(draw, logits, penalty):
     seen = np.arange(len(logits)) % 3 == 0
     punished = slow_penalty(logits, seen, penalty).tolist()
     params = SamplingParams(temperature=0, repetition_penalty=penalty, top_p=0.5, top_k=2)
-    assert sample(logits, params, seen, np.random.default_rng()) == punished.index(max(punished))
+    assert draw(logits, params, [0.0, 0.7, 1 - 2**-53], seen) == [punished.index(max(punished))] * 3
 
 
 @pytest.mark.parametrize(
@@ -217,32 +317,34 @@ def test_temperature_0_is_the_likeliest_and_the_lower_of_equals(logits, penalty)
         {"temperature": 1, "top_p": 0.9, "repetition_penalty": 1.5},
     ],
 )
-def test_tokens_are_drawn_as_often_as_their_probability_says(settings):
+def test_tokens_are_drawn_as_often_as_their_probability_says(draw, settings):
     """Chi-square over 20,000 draws; what is left out must never come."""
     params = SamplingParams(**settings)
     logits = np.array([1.5, -0.5, 0.0, 2.0, 1.0, -3.0, 0.7, 1.9], np.float32)
     seen = np.arange(8) == 3
-    rng = np.random.default_rng(20)
     n = 20_000
-    counts = np.bincount([sample(logits, params, seen, rng) for _ in range(n)], minlength=8)
-    tokens, probabilities = distribution(penalize(logits, seen, params.repetition_penalty), params)
+    counts = np.bincount(draw(logits, params, np.random.default_rng(20).random(n), seen), minlength=8)
+    distribution, margin = slow_distribution(slow_penalty(logits, seen, params.repetition_penalty), params)
+    assert margin > EPSILON
+    tokens, probabilities = list(distribution), np.array(list(distribution.values()))
     assert counts[tokens].sum() == n
     chi_square = ((counts[tokens] - n * probabilities) ** 2 / (n * probabilities)).sum()
     freedom = len(tokens) - 1
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
 
 
-@given(LOGITS, st.integers(0, 2**63 - 1), st.floats(0.1, 3))
-def test_a_draw_takes_one_number_whatever_is_kept(logits, seed, temperature):
-    """So that a seed gives the same text on every version that keeps the same tokens."""
-    for params in (
-        SamplingParams(temperature=temperature, top_p=1),
-        SamplingParams(temperature=temperature, top_k=1),
-    ):
-        rng, other = np.random.default_rng(seed), np.random.default_rng(seed)
-        sample(logits, params, np.zeros(len(logits), bool), rng)
-        other.random()
-        assert rng.random() == other.random()
+@given(st.integers(0, 2**32 - 1), st.integers(2, 200), st.lists(st.builds(SamplingParams, **SETTINGS), min_size=1))
+def test_rows_of_a_batch_do_not_see_each_other(kernels, seed, vocab_size, params):
+    """Each has its own scores, settings, seen tokens and random number, whatever slot and row it has."""
+    rng, n = np.random.default_rng(seed), len(params)
+    params += [SamplingParams(temperature=0), SamplingParams(repetition_penalty=3.0)]
+    slots = rng.permutation(n + 2)[:n]
+    logits, uniforms = rng.normal(0, 3, (n, vocab_size)).astype(np.float32), rng.random(n)
+    seen = rng.random((n + 2, vocab_size)) < 0.3
+    together = choose(kernels, logits, slots, uniforms, params, seen)
+    for i, slot in enumerate(slots):
+        alone = choose(kernels, logits[i : i + 1], [0], uniforms[i], [params[slot]], seen[slot])
+        assert alone == [together[i]]
 
 
 # --- log-probabilities

@@ -242,6 +242,7 @@ def test_tokens_and_model_are_the_library_s(client: Client, stories: LLM) -> Non
     info = client.info()
     assert (info.name, info.parameters, info.weights) == ("stories-8m", stories.config.n_parameters, "int8")
     assert (info.vocab_size, info.context, info.layers) == (4096, 256, 16)
+    assert info.arithmetic == stories.model.arithmetic
 
 
 def test_reflection_shows_the_service_to_general_clients(service: Service) -> None:

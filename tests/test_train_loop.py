@@ -12,12 +12,11 @@ import torch
 from train_fixtures import encode_plainly, prepared_stories, train_rank, write_tokens
 
 from tinylm.config import ModelConfig
-from tinylm.kv_cache import KVCache
 from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, Run, TrainConfig
 from train.data import TokenData
-from train.evaluate import WINDOWS_A_BATCH, score_document, windows
+from train.evaluate import make_runner, score_document, windows
 from train.export import averaged_tensors
 from train.loop import bits_per_byte, lr_factor, total_steps, train
 from train.model import GPT
@@ -231,12 +230,12 @@ def test_the_engine_scores_as_training_does(config: TrainConfig):
     """Two programs and one number: PyTorch's bits per byte, and TinyLM's engine on the exported weights."""
     tokenizer, model, shape = Tokenizer(config.tokenizer_path), random_model(config), config.model_config_
     tensors = averaged_tensors({"averaged": {f"module.{n}": tensor for n, tensor in model.state_dict().items()}})
-    engine, cache = Model(shape, tensors), KVCache(shape, WINDOWS_A_BATCH)
+    runner = make_runner(Model(shape, tensors))
     piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes])
     for text in ("Anna had a kite.", "Otto the bear lived on a hill. "):
         ids = tokenizer.encode_document(text)
         assert len(ids) <= shape.context + 1
-        score = score_document(engine, tokenizer, text, cache)
+        score = score_document(runner, tokenizer, text)
         assert (score.tokens, score.bytes) == (len(ids) - 1, len(text))
         expected = bits_per_byte(model, torch.tensor([ids]), piece_bytes)
         assert score.bits / score.bytes == pytest.approx(expected, rel=1e-4)

@@ -108,7 +108,7 @@ def test_the_committed_model_is_whole(stories_dir):
     tokenizer, model = load(stories_dir)
     assert model.config == ModelConfig()
     assert tokenizer.vocab_size == model.config.vocab_size
-    assert model.weights == "int8"
+    assert model.weight_type == "int8"
 
 
 # --- damage is refused by name

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from tinylm import __version__
@@ -25,6 +26,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Model = Annotated[Path, typer.Option("--model", "-m", help="A model directory.", metavar="DIR")]
+Kernels = Annotated[str, typer.Option(help="How to compute: numba (compiled), numpy, or auto.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="Of activations: int8, float32, or auto.")]
 Server = Annotated[
     Optional[str], typer.Option("--server", "-s", help="Ask a running service instead.", metavar="HOST:PORT")
 ]
@@ -44,6 +47,11 @@ def _one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(err=True)
         raise typer.Exit(130) from None
+
+
+def _loading() -> Status:
+    """Something that moves, on a terminal, while a model is loaded: the first time, that takes some ten seconds."""
+    return Console(stderr=True).status("loading the model (the first time, its kernels are compiled)")
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,6 +84,8 @@ def generate(
         Optional[int], typer.Option(help="With --json: log-probabilities and so many alternatives.")
     ] = None,
     model: Model = DEFAULT_MODEL,
+    kernels: Kernels = "auto",
+    precision: PrecisionOption = "auto",
     server: Server = None,
     as_json: Json = False,
 ) -> None:
@@ -88,7 +98,7 @@ def generate(
             max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop or ()), seed, logprobs
         )
         if as_json:
-            completion = _drain(_stream(text, params, model, server), lambda piece: None)
+            completion = _drain(_stream(text, params, server, model, kernels, precision), lambda piece: None)
             typer.echo(json.dumps({"prompt": text, **dataclasses.asdict(completion)}))
             return
         shown = iter([text])  # the prompt is shown with the first piece, so that an error stands alone
@@ -98,15 +108,19 @@ def generate(
             typer.echo(piece, nl=False)
             sys.stdout.flush()
 
-        _drain(_stream(text, params, model, server), show)
+        _drain(_stream(text, params, server, model, kernels, precision), show)
         typer.secho(next(shown, ""), bold=True)  # the prompt, if there was no piece at all; and the line's end
 
 
-def _stream(text: str, params: Any, model: Path, server: str | None) -> Generator[str, None, Any]:
+def _stream(
+    text: str, params: Any, server: str | None, model: Path, kernels: str, precision: str
+) -> Generator[str, None, Any]:
     if server is None:
         from tinylm.llm import LLM
 
-        return LLM(model).stream(text, params)
+        with _loading():
+            llm = LLM(model, n_slots=1, kernels=kernels, precision=precision)
+        return llm.stream(text, params)
     from tinylm.client import Client
 
     return Client(server).stream(text, params)
@@ -124,10 +138,16 @@ def _drain(stream: Generator[str, None, Any], show: Callable[[str], None]) -> An
 
 
 @app.command()
-def info(model: Model = DEFAULT_MODEL, server: Server = None, as_json: Json = False) -> None:
-    """Show a model's shape and size, in a directory or behind a service."""
+def info(
+    model: Model = DEFAULT_MODEL,
+    kernels: Kernels = "auto",
+    precision: PrecisionOption = "auto",
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Show a model's shape and size and how it is computed, in a directory or behind a service."""
     with _one_line_errors():
-        facts = _model_facts(model) if server is None else _service_facts(server)
+        facts = _model_facts(model, kernels, precision) if server is None else _service_facts(server)
         if as_json:
             typer.echo(json.dumps(facts))
             return
@@ -137,16 +157,17 @@ def info(model: Model = DEFAULT_MODEL, server: Server = None, as_json: Json = Fa
         Console().print(table)
 
 
-def _model_facts(directory: Path) -> dict[str, Any]:
+def _model_facts(directory: Path, kernels: str, precision: str) -> dict[str, Any]:
     from tinylm.llm import load
 
-    _, loaded = load(directory)
+    _, loaded = load(directory, kernels, precision)
     size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
     return {
         "model": str(directory),
         "parameters": loaded.config.n_parameters,
         **dataclasses.asdict(loaded.config),
-        "weights": loaded.weights,
+        "weights": loaded.weight_type,
+        "arithmetic": loaded.arithmetic,
         "bytes_on_disk": size,
         "version": __version__,
     }
@@ -187,6 +208,56 @@ def tokenize(
         for (token, _), piece in zip(tokens, shown, strict=True):
             typer.echo(f"{token:6d}  {piece!r}")
         typer.echo(f"{len(tokens)} tokens", err=True)
+
+
+@app.command()
+def bench(
+    batches: Annotated[str, typer.Option(help="Sequences decoded at once.", metavar="N,N,...")] = "1,2,4,8,16,32",
+    prompts: Annotated[str, typer.Option(help="Lengths of prompts.", metavar="N,N,...")] = "16,64,192",
+    model: Model = DEFAULT_MODEL,
+    kernels: Kernels = "auto",
+    precision: PrecisionOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the engine on one core: decoding, prompts, shares of what the core can do; then a line of JSON."""
+    from rich.progress import Progress
+
+    from tinylm import bench as benchmark
+    from tinylm.llm import load
+    from tinylm.model import ModelRunner
+
+    with _one_line_errors():
+        sizes, lengths = _numbers("--batches", batches), _numbers("--prompts", prompts)
+        with _loading():
+            _, loaded = load(model, kernels, precision)
+            ModelRunner(loaded, n_slots=1, n_tokens=1, n_rows=1)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("measuring", total=len(sizes) + len(lengths))
+            report = benchmark.run(loaded, sizes, lengths, lambda: progress.advance(task))
+    if not as_json:
+        console = Console()
+        console.print(
+            f"{report.arithmetic}; the core reads {report.bandwidth_gb_per_s:.1f} GB/s "
+            f"and does {report.peak_gmac_per_s:.0f} billion multiply-adds a second"
+        )
+        table = Table("batch", "ms a step", "tokens/s", "MB a step", "of bandwidth", "of peak")
+        for row in report.decode:
+            megabytes, shares = row.bytes_per_step / 1e6, (row.share_of_bandwidth, row.share_of_peak)
+            figures = (f"{row.step_ms:.3f}", f"{row.tokens_per_s:,.0f}", f"{megabytes:.1f}")
+            table.add_row(str(row.batch), *figures, *(f"{share:.0%}" for share in shares))
+        console.print(table)
+        table = Table("prompt tokens", "ms to the first token", "tokens/s")
+        for prompt in report.prefill:
+            table.add_row(str(prompt.prompt_tokens), f"{prompt.first_token_ms:.2f}", f"{prompt.tokens_per_s:,.0f}")
+        console.print(table)
+    typer.echo(json.dumps(report.as_dict()))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}: it must be whole numbers with commas between them") from None
 
 
 @app.command()

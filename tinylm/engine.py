@@ -1,7 +1,8 @@
 """Continuous batching: which sequences' tokens go through the model in a step, and what becomes of each result.
 
-Synchronous and single-threaded: whoever holds an engine calls `step` until nothing is left. Token ids in, token ids
-out; text is `tinylm.llm`'s business, threads and event loops are `tinylm.async_engine`'s.
+A slot keeps the keys and values of the sequence that left it until another comes: a prompt that begins like an earlier
+one is not read again so far. Synchronous and single-threaded: whoever holds an engine calls `step` until nothing is
+left. Token ids in, token ids out; text is `tinylm.llm`'s business, threads and event loops are `tinylm.async_engine`'s.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Literal
 
 import numpy as np
 
-from tinylm.kv_cache import KVCache
-from tinylm.model import Chunk, Model
-from tinylm.sampling import SamplingParams, TokenLogprobs, sample, token_logprobs
+from tinylm.model import Model, ModelRunner
+from tinylm.sampling import SamplingParams, TokenLogprobs, token_logprobs
+
+LEAST_TO_COPY = 16  # tokens of a prefix that another slot holds: fewer are sooner computed again
 
 FinishReason = Literal["stop", "length", "timeout", "cancelled"]
 
@@ -33,12 +35,13 @@ class Sequence:
     params: SamplingParams
     deadline: float | None
     rng: np.random.Generator
-    seen: np.ndarray  # (vocab,) bool: tokens of the prompt and the answer, for the repetition penalty
+    uniform: float = 0.0  # the random number that the next token is drawn with
     tokens: list[int] = field(default_factory=list)  # of the answer, without the boundary that ends it
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a token, if asked for
     finish_reason: FinishReason | None = None
     slot: int | None = None
     n_cached: int = 0
+    n_reused: int = 0  # tokens of the prompt whose keys and values were there already
     submitted_at: float = field(default_factory=time.monotonic)
     admitted_at: float | None = None
     first_token_at: float | None = None
@@ -72,12 +75,20 @@ class Engine:
         self.model = model
         self.config = model.config
         self.n_slots = n_slots
-        self._cache = KVCache(model.config, n_slots)
+        n_tokens = max(model.config.context, n_slots + prefill_tokens)
+        self._runner = ModelRunner(model, n_slots, n_tokens=n_tokens, n_rows=n_slots)
         self._max_waiting = max_waiting
         self._prefill_tokens = prefill_tokens
-        self._free_slots = list(range(n_slots))
+        self._free_slots = deque(range(n_slots))  # the longest free first
+        self._cached: list[list[int]] = [[] for _ in range(n_slots)]  # the tokens whose keys and values a slot holds
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order they were admitted
+        self._next_deadline = float("inf")  # no sequence has an earlier one
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the KV cache holds when all slots are full."""
+        return self._runner.cache_bytes
 
     @property
     def n_running(self) -> int:
@@ -103,10 +114,11 @@ class Engine:
             raise EngineFull(
                 f"{self.n_running} requests are running and {self.n_waiting} waiting, the limit: try later"
             )
-        seen = np.zeros(self.config.vocab_size, bool)
-        seen[prompt] = True
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        sequence = Sequence(prompt, params, deadline, np.random.default_rng(params.seed), seen)
+        if deadline is not None:
+            self._next_deadline = min(self._next_deadline, deadline)
+        sequence = Sequence(prompt, params, deadline, np.random.default_rng(params.seed))
+        sequence.uniform = sequence.rng.random()
         self._waiting.append(sequence)
         return sequence
 
@@ -119,53 +131,90 @@ class Engine:
         """Admit what fits, put one batch through the model, sample. Returns the sequences that gained or ended."""
         ended = self._expire()
         while self._waiting and self._free_slots:
-            sequence = self._waiting.popleft()
-            sequence.slot = self._free_slots.pop()
-            sequence.admitted_at = time.monotonic()
-            self._running.append(sequence)
-        batch = self._batch()
-        if not batch:
+            self._admit(self._waiting.popleft())
+        parts = self._parts()
+        if not parts:
             return ended
-        ids: list[int] = []
-        chunks: list[Chunk] = []
-        sampled: list[Sequence] = []
-        rows: list[int] = []
-        for sequence, count in batch:
-            assert sequence.slot is not None  # running sequences have one
-            ids += sequence.next_ids(count)
-            chunks.append(Chunk(sequence.slot, sequence.n_cached, count))
-            if sequence.n_cached + count == sequence.n_tokens:
-                sampled.append(sequence)
-                rows.append(len(ids) - 1)
-        logits = self.model.forward(np.array(ids), chunks, self._cache, np.array(rows, int))
-        for sequence, count in batch:  # after the pass: one that was interrupted is made again
+        sampled = self._fill_batch(parts)
+        batch = self._runner.batch
+        self._runner.step(sum(count for _, count in parts), len(sampled))
+        for sequence, count in parts:  # after the pass: one that was interrupted is made again
+            self._cached[sequence.slot] += sequence.next_ids(count)  # type: ignore[index]  # running: it has a slot
             sequence.n_cached += count
-        for sequence, scores in zip(sampled, logits, strict=True):
-            self._append(sequence, scores)
+        for row, (sequence, token) in enumerate(zip(sampled, batch.chosen[: len(sampled)].tolist(), strict=True)):
+            self._append(sequence, token, batch.logits[row, : self.config.vocab_size])
         return ended + sampled
 
     def _expire(self) -> list[Sequence]:
         now = time.monotonic()
-        late = [s for s in (*self._running, *self._waiting) if s.deadline is not None and s.deadline <= now]
+        if now < self._next_deadline:
+            return []
+        waited_for = [s for s in (*self._running, *self._waiting) if s.deadline is not None]
+        late = [s for s in waited_for if s.deadline <= now]  # type: ignore[operator]
         for sequence in late:
             self._finish(sequence, "timeout")
+        self._next_deadline = min((s.deadline for s in waited_for if s not in late), default=float("inf"))  # type: ignore[type-var, assignment]
         return late
 
-    def _batch(self) -> list[tuple[Sequence, int]]:
+    def _admit(self, sequence: Sequence) -> None:
+        """Give a sequence a slot, with as much of its prompt as any slot still holds the keys and values of."""
+        shared = [_common_prefix(sequence.prompt, cached) for cached in self._cached]
+        slot = max(self._free_slots, key=shared.__getitem__)
+        n_reused = shared[slot]
+        source = max(range(self.n_slots), key=shared.__getitem__)
+        if not n_reused:
+            slot = self._free_slots[0]
+        if shared[source] >= n_reused + LEAST_TO_COPY:
+            n_reused = shared[source]
+            slot = self._free_slots[0]
+            self._runner.copy_prefix(source, slot, n_reused)
+        self._free_slots.remove(slot)
+        self._cached[slot] = sequence.prompt[:n_reused]
+        sequence.slot, sequence.n_cached, sequence.n_reused = slot, n_reused, n_reused
+        sequence.admitted_at = time.monotonic()
+        batch = self._runner.batch
+        batch.set_params(slot, sequence.params)
+        batch.seen[slot] = False
+        batch.seen[slot, sequence.prompt] = True
+        self._running.append(sequence)
+
+    def _parts(self) -> list[tuple[Sequence, int]]:
         """Running sequences and how many tokens of each go in: one of those decoding, a share of those in prefill."""
-        decoding = [s for s in self._running if s.n_tokens - s.n_cached == 1]
-        batch = [(sequence, 1) for sequence in decoding]
-        budget = self._prefill_tokens if decoding else self.config.context
+        parts = [(s, 1) for s in self._running if s.n_tokens - s.n_cached == 1]
+        if len(parts) == len(self._running):
+            return parts
+        budget = self._prefill_tokens if parts else self.config.context
         for sequence in self._running:
             pending = sequence.n_tokens - sequence.n_cached
             if pending > 1 and budget > 0:
                 count = min(pending, budget)
                 budget -= count
-                batch.append((sequence, count))
-        return batch
+                parts.append((sequence, count))
+        return parts
 
-    def _append(self, sequence: Sequence, logits: np.ndarray) -> None:
-        token = sample(logits, sequence.params, sequence.seen, sequence.rng)
+    def _fill_batch(self, parts: list[tuple[Sequence, int]]) -> list[Sequence]:
+        """Write the parts' tokens into the batch. Returns the sequences that get a token from it, a row each."""
+        ids: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        sampled: list[Sequence] = []
+        for sequence, count in parts:
+            ids += sequence.next_ids(count)
+            slots += [sequence.slot] * count  # type: ignore[list-item]
+            positions += range(sequence.n_cached, sequence.n_cached + count)
+            if sequence.n_cached + count == sequence.n_tokens:
+                rows.append(len(ids) - 1)
+                sampled.append(sequence)
+        batch = self._runner.batch
+        batch.ids[: len(ids)] = ids
+        batch.slots[: len(ids)] = slots
+        batch.positions[: len(ids)] = positions
+        batch.rows[: len(rows)] = rows
+        batch.uniforms[: len(rows)] = [sequence.uniform for sequence in sampled]
+        return sampled
+
+    def _append(self, sequence: Sequence, token: int, logits: np.ndarray) -> None:
         if sequence.first_token_at is None:
             sequence.first_token_at = time.monotonic()
         if token == self.config.boundary_id:
@@ -174,7 +223,8 @@ class Engine:
         if sequence.params.logprobs is not None:  # before its token, so that no other thread sees the token alone
             sequence.logprobs.append(token_logprobs(logits, token, sequence.params.logprobs))
         sequence.tokens.append(token)
-        sequence.seen[token] = True
+        sequence.uniform = sequence.rng.random()
+        self._runner.batch.seen[sequence.slot, token] = True
         if len(sequence.tokens) >= sequence.params.max_tokens or sequence.n_tokens >= self.config.context:
             self._finish(sequence, "length")
 
@@ -187,6 +237,12 @@ class Engine:
             self._running.remove(sequence)
             self._free_slots.append(sequence.slot)
             sequence.slot = None
+
+
+def _common_prefix(prompt: list[int], cached: list[int]) -> int:
+    """How many tokens both begin with, the prompt's last left out: what follows it must be computed."""
+    limit = min(len(prompt) - 1, len(cached))
+    return next((i for i in range(limit) if prompt[i] != cached[i]), limit)
 
 
 def check_prompt(prompt: SequenceOf[int], vocab_size: int, context: int) -> None:

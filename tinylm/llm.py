@@ -13,15 +13,17 @@ from threadpoolctl import ThreadpoolController
 
 from tinylm.completion import Completion, CompletionBuilder
 from tinylm.engine import Engine
-from tinylm.kv_cache import KVCache
-from tinylm.model import Chunk, Model
+from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.sampling import SamplingParams
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import TOKENIZER, ModelError, load_model
 
 
-def load(directory: Path | str) -> tuple[Tokenizer, Model]:
-    """Load a model directory; raises ModelError naming what is missing, damaged, or does not fit together."""
+def load(directory: Path | str, kernels: str = "auto", precision: str = "auto") -> tuple[Tokenizer, Model]:
+    """Load a model directory; raises ModelError naming what is missing, damaged, or does not fit together.
+
+    kernels, precision: as `Model` takes them; ValueError when they can't be.
+    """
     config, tensors = load_model(directory)
     try:
         tokenizer = Tokenizer(Path(directory) / TOKENIZER)
@@ -33,7 +35,7 @@ def load(directory: Path | str) -> tuple[Tokenizer, Model]:
     ):
         if theirs != ours:
             raise ModelError(f"{Path(directory) / TOKENIZER}: {name} is {theirs}, the model's config says {ours}")
-    return tokenizer, Model(config, tensors)
+    return tokenizer, Model(config, tensors, kernels, precision)
 
 
 class LLM:
@@ -43,9 +45,19 @@ class LLM:
     >>> llm.generate("Once upon a time", SamplingParams(max_tokens=16, temperature=0))[0].text
     """
 
-    def __init__(self, model: Path | str = "models/stories-8m", n_slots: int = 16, threads: int = 1) -> None:
-        """threads: of the matrix library; more than 1 helps long prompts only."""
-        self._set_up(*load(model), n_slots, threads)
+    def __init__(
+        self,
+        model: Path | str = "models/stories-8m",
+        n_slots: int = 16,
+        threads: int = 1,
+        kernels: str = "auto",
+        precision: str = "auto",
+    ) -> None:
+        """kernels, precision: as `Model` takes them.
+
+        threads: of NumPy's matrix library; more than 1 helps the numpy kernels with long prompts only.
+        """
+        self._set_up(*load(model, kernels, precision), n_slots, threads)
 
     @classmethod
     def from_parts(cls, tokenizer: Tokenizer, model: Model, n_slots: int = 16, threads: int = 1) -> LLM:
@@ -110,8 +122,8 @@ class LLM:
         if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= self.config.vocab_size:
             raise ValueError(f"ids must be whole numbers from 0 to {self.config.vocab_size - 1}")
         with self._blas.limit(limits=self._threads):
-            cache = KVCache(self.config, n_slots=1)
-            return self.model.forward(array, [Chunk(0, 0, len(array))], cache, np.arange(len(array)))
+            runner = ModelRunner(self.model, 1, len(array), len(array))
+            return runner.forward(array, [Chunk(0, 0, len(array))], np.arange(len(array))).copy()
 
     def _step(self) -> None:
         with self._blas.limit(limits=self._threads):

@@ -1,6 +1,6 @@
-"""The transformer's forward pass over a batch of sequences, each adding any number of tokens to its cache.
+"""The model and the room it runs in: token ids to logits or to next tokens, by kernels that are chosen once.
 
-Prefill and decode are the same call. Samples nothing, schedules nothing: `tinylm.engine` says which tokens go in.
+Prefill and decode are the same call. Schedules nothing: `tinylm.engine` says which tokens go in.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tinylm.batch import Batch
 from tinylm.config import ModelConfig
-from tinylm.kernels import numpy as kernels
-from tinylm.kv_cache import KVCache
+from tinylm.kernels import choose
 from tinylm.weights import QuantizedMatrix, Tensor
 
 
@@ -25,67 +25,63 @@ class Chunk:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    attention_norm: np.ndarray  # (hidden,)
-    qkv: np.ndarray  # (3 * hidden, hidden)
-    out: np.ndarray  # (hidden, hidden)
-    mlp_norm: np.ndarray  # (hidden,)
-    up: np.ndarray  # (mlp, hidden)
-    down: np.ndarray  # (hidden, mlp)
-
-
 class Model:
-    """A loaded model: `forward` turns token ids into logits, reading and growing a KV cache."""
+    """A loaded model: its weights, in the form that its kernels want. Shared by any number of runners."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Tensor], kernels: str = "auto", precision: str = "auto"
+    ) -> None:
+        """kernels: "numba", "numpy"; precision: "int8" (what enters a matmul, keys and values), "float32"; or "auto".
+
+        Raises ValueError when they don't exist, or don't go together with the weights.
+        """
+        quantized = isinstance(tensors["model.embed_tokens.weight"], QuantizedMatrix)
         self.config = config
-        self.weights = "int8" if isinstance(tensors["model.embed_tokens.weight"], QuantizedMatrix) else "float32"
-        self._embedding = kernels.prepare(tensors["model.embed_tokens.weight"])  # (vocab, hidden)
-        self._norm = np.asarray(tensors["model.norm.weight"], np.float32)
-        self._layers = []
-        for i in range(config.n_layers):
-            layer = f"model.layers.{i}."
-            q, k, v = (tensors[f"{layer}self_attn.{proj}_proj.weight"] for proj in "qkv")
-            self._layers.append(
-                _Layer(
-                    attention_norm=np.asarray(tensors[layer + "input_layernorm.weight"], np.float32),
-                    qkv=kernels.prepare(q, k, v),
-                    out=kernels.prepare(tensors[layer + "self_attn.o_proj.weight"]),
-                    mlp_norm=np.asarray(tensors[layer + "post_attention_layernorm.weight"], np.float32),
-                    up=kernels.prepare(tensors[layer + "mlp.up_proj.weight"]),
-                    down=kernels.prepare(tensors[layer + "mlp.down_proj.weight"]),
-                )
-            )
-        self._cos, self._sin = kernels.rope_tables(config.context, config.head_dim, config.rope_theta)
+        self.weight_type = "int8" if quantized else "float32"
+        self.kernels, self.precision = choose(kernels, precision, quantized)
+        self.weights = self.kernels.prepare(config, tensors, self.precision)
 
-    def forward(self, ids: np.ndarray, chunks: Sequence[Chunk], cache: KVCache, rows: np.ndarray) -> np.ndarray:
+    @property
+    def arithmetic(self) -> str:
+        """For people: the kernels, the instructions they use, and what they round to."""
+        return f"{self.kernels.describe()}, {self.precision}"
+
+
+class ModelRunner:
+    """A model with room to run in: a KV cache of `n_slots` sequences, and the arrays of a step.
+
+    A step takes at most `n_tokens` tokens and gives at most `n_rows` rows of logits. The caller writes the first of
+    each into `batch`; between steps it may read `batch.logits`, (n_rows, vocab and padding), and `batch.chosen`.
+    """
+
+    def __init__(self, model: Model, n_slots: int, n_tokens: int, n_rows: int) -> None:
+        self.model = model
+        self.batch = Batch.empty(model.config, n_slots, n_tokens, n_rows)
+        self._kernels = model.kernels
+        self._cache = model.kernels.make_cache(model.config, n_slots, model.precision)
+        self._scratch = model.kernels.make_scratch(model.config, n_tokens, n_rows)
+        self.step = model.kernels.warm_up(model.weights, self._cache, self._scratch, self.batch)
+        """(n_tokens, n_rows): put the batch's first tokens through the model and choose one for each of its rows."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the KV cache holds when it is full."""
+        return self._kernels.cache_bytes(self._cache)
+
+    def forward(self, ids: np.ndarray, chunks: Sequence[Chunk], rows: np.ndarray) -> np.ndarray:
         """Put the chunks' tokens through the model and into the cache.
 
         ids: (T,) the tokens of all chunks, end to end. rows: (R,) which of the T positions want logits.
-        Returns (R, vocab) float32: for each such position the scores of the token after it.
+        Returns (R, vocab) float32, valid until the next call: for each such position the scores of the token after it.
         """
-        config = self.config
-        positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
-        cos, sin = self._cos[positions], self._sin[positions]  # (T, head_dim)
-        x = kernels.embed(self._embedding, ids)  # (T, hidden)
-        attended = np.empty((len(ids), config.n_heads, config.head_dim), np.float32)
-        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
-            normed = kernels.rms_norm(x, layer.attention_norm, config.norm_eps)
-            qkv = kernels.linear(normed, layer.qkv).reshape(len(ids), 3 * config.n_heads, config.head_dim)
-            rotated = kernels.rotate(qkv[:, : 2 * config.n_heads], cos, sin)
-            q, k = rotated[:, : config.n_heads], rotated[:, config.n_heads :]
-            v = qkv[:, 2 * config.n_heads :]
-            first = 0
-            for chunk in chunks:
-                last, end = first + chunk.count, chunk.start + chunk.count
-                keys[chunk.slot, :, chunk.start : end] = k[first:last].transpose(1, 0, 2)
-                values[chunk.slot, :, chunk.start : end] = v[first:last].transpose(1, 0, 2)
-                attended[first:last] = kernels.attention(
-                    q[first:last], keys[chunk.slot, :, :end], values[chunk.slot, :, :end]
-                )
-                first = last
-            x = x + kernels.linear(attended.reshape(len(ids), -1), layer.out)
-            hidden = kernels.gelu(kernels.linear(kernels.rms_norm(x, layer.mlp_norm, config.norm_eps), layer.up))
-            x = x + kernels.linear(hidden, layer.down)
-        return kernels.linear(kernels.rms_norm(x[rows], self._norm, config.norm_eps), self._embedding)
+        n_tokens, n_rows, batch = len(ids), len(rows), self.batch
+        batch.ids[:n_tokens] = ids
+        batch.slots[:n_tokens] = np.concatenate([np.full(c.count, c.slot) for c in chunks])
+        batch.positions[:n_tokens] = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
+        batch.rows[:n_rows] = np.asarray(rows, int) % n_tokens
+        self._kernels.forward(self.model.weights, self._cache, self._scratch, batch, n_tokens, n_rows)
+        return batch.logits[:n_rows, : self.model.config.vocab_size]
+
+    def copy_prefix(self, source: int, target: int, n_tokens: int) -> None:
+        """Give slot `target` the keys and values of the first `n_tokens` tokens of slot `source`."""
+        self._kernels.copy_prefix(self._cache, source, target, n_tokens)

@@ -1,6 +1,6 @@
-"""From logits to the next token: the settings a user chooses, and the arithmetic that follows them.
+"""The settings by which a user chooses tokens, and log-probabilities.
 
-Works on one position's logits; which positions, and what becomes of the token, is the engine's business.
+Choosing tokens by those settings is the kernels' business (`sample` there); when to end, the engine's.
 """
 
 from __future__ import annotations
@@ -73,51 +73,6 @@ class TokenLogprobs:
 
     logprob: float  # of the token that was chosen
     top: tuple[tuple[int, float], ...]  # (token, logprob) of the likeliest, best first
-
-
-def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """Repetition penalty (Keskar et al. 2019): scores of seen tokens are divided by it if positive, else multiplied.
-
-    logits (vocab,); seen (vocab,) bool. Returns a new array, or the same one when the penalty is 1.
-    """
-    if penalty == 1:
-        return logits
-    punished = np.where(logits > 0, logits / np.float32(penalty), logits * np.float32(penalty))
-    return np.where(seen, punished, logits)
-
-
-def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that may come next and their probabilities, likeliest first.
-
-    In turn: temperature, top_k, top_p (Holtzman et al. 2019), min_p (Nguyen et al. 2024), each on what the last left.
-    logits (vocab,) after any penalty; temperature above 0. Returns tokens (n,) and probabilities (n,) summing to 1.
-    """
-    order = np.argsort(-logits, kind="stable")
-    if params.top_k:
-        order = order[: params.top_k]
-    scaled = (logits[order].astype(np.float64) - float(logits[order[0]])) / params.temperature
-    weights = np.exp(scaled)
-    keep = len(order)
-    if params.top_p < 1:
-        cumulative = np.cumsum(weights)
-        keep = int(np.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1
-    if params.min_p:
-        keep = min(keep, int(np.count_nonzero(weights >= params.min_p)))
-    weights = weights[:keep]
-    return order[:keep], weights / weights.sum()
-
-
-def sample(logits: np.ndarray, params: SamplingParams, seen: np.ndarray, rng: np.random.Generator) -> int:
-    """The next token: the likeliest at temperature 0 (the lower id on a tie), else drawn from `distribution`.
-
-    Draws one number from `rng` a token, whatever the settings keep.
-    """
-    logits = penalize(logits, seen, params.repetition_penalty)
-    if params.temperature == 0:
-        return int(np.argmax(logits))
-    tokens, probabilities = distribution(logits, params)
-    i = int(np.searchsorted(np.cumsum(probabilities), rng.random(), side="right"))
-    return int(tokens[min(i, len(tokens) - 1)])
 
 
 def token_logprobs(logits: np.ndarray, token: int, n_top: int) -> TokenLogprobs:

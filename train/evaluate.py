@@ -22,9 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from tinylm.kv_cache import KVCache
 from tinylm.llm import load
-from tinylm.model import Chunk, Model
+from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
 from train.config import ConfigError
@@ -64,13 +63,19 @@ def windows(n_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
         start += context // 2
 
 
+def make_runner(model: Model) -> ModelRunner:
+    """Room for a batch of windows, each of whose tokens is scored."""
+    size = WINDOWS_A_BATCH * model.config.context
+    return ModelRunner(model, WINDOWS_A_BATCH, size, size)
+
+
 def score_document(
-    model: Model, tokenizer: Tokenizer, text: str, cache: KVCache, advance: Callable[[int], None] = lambda tokens: None
+    runner: ModelRunner, tokenizer: Tokenizer, text: str, advance: Callable[[int], None] = lambda tokens: None
 ) -> Score:
-    """Score of one document, the boundary before it given; the cache has WINDOWS_A_BATCH slots."""
+    """Score of one document, the boundary before it given, by a runner that `make_runner` made."""
     ids = np.array(tokenizer.encode_document(text))
     score = Score(documents=1, tokens=len(ids) - 1, bytes=len(text.encode()))
-    spans = list(windows(len(ids), model.config.context))
+    spans = list(windows(len(ids), runner.model.config.context))
     for i in range(0, len(spans), WINDOWS_A_BATCH):
         batch = spans[i : i + WINDOWS_A_BATCH]
         chunks = [Chunk(slot, 0, end - start) for slot, (start, end, _) in enumerate(batch)]
@@ -80,7 +85,7 @@ def score_document(
             targets.append(ids[first : end + 1])
             offset += end - start
         fed = np.concatenate([ids[start:end] for start, end, _ in batch])
-        logits = model.forward(fed, chunks, cache, np.concatenate(rows)).astype(np.float64)
+        logits = runner.forward(fed, chunks, np.concatenate(rows)).astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         target = np.concatenate(targets)
         nats = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(target)), target]
@@ -94,12 +99,12 @@ def evaluate(
 ) -> dict[str, Score]:
     """Scores by collection of (collection, text) pairs, behind a progress bar."""
     scores: dict[str, Score] = {}
-    cache = KVCache(model.config, WINDOWS_A_BATCH)
+    runner = make_runner(model)
     # One BLAS thread: a second one waits by spinning, and next to any other work that is many times slower.
     with progress("bytes") as bar, threadpool_limits(1, user_api="blas"):
         task = bar.add_task(title, total=sum(len(text) for _, text in documents))
         for collection, text in documents:
-            one = score_document(model, tokenizer, text, cache)
+            one = score_document(runner, tokenizer, text)
             total = scores.setdefault(collection, Score())
             total.documents += one.documents
             total.tokens += one.tokens
@@ -145,19 +150,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/stories-8m"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE.parquet")
     parser.add_argument("--max-bytes", type=int, help="of each collection, the first documents of so much text")
+    parser.add_argument("--kernels", default="auto", help="numba, numpy or auto (the default)")
+    parser.add_argument("--precision", default="auto", help="of activations and KV cache: int8, float32 or auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parser.parse_args()
     try:
         documents = read_documents(arguments.data, arguments.max_bytes)
-        tokenizer, model = load(arguments.model)
-    except (ConfigError, ModelError) as error:
+        tokenizer, model = load(arguments.model, arguments.kernels, arguments.precision)
+    except (ConfigError, ModelError, ValueError) as error:
         sys.exit(f"error: {error}")
     scores = evaluate(model, tokenizer, documents)
     if arguments.json:
         collections = {name: score.summary() for name, score in scores.items()}
-        print(
-            json.dumps({"model": str(arguments.model), "weights": model.weights, "collections": collections}, indent=2)
-        )
+        how = {"model": str(arguments.model), "weights": model.weight_type, "arithmetic": model.arithmetic}
+        print(json.dumps({**how, "collections": collections}, indent=2))
         return
     table = Table("collection", "documents", "tokens", "bytes", "bits per byte")
     for name, score in scores.items():

@@ -71,8 +71,9 @@ def export(config: TrainConfig) -> None:
         [config.text_dir / f"{name}.validation.parquet" for name in manifest], config.export.evaluate_bytes
     )
     exact = evaluate(Model(shape, tensors), tokenizer, documents, "float32")
+    rounded = evaluate(Model(shape, quantized, precision="float32"), tokenizer, documents, "int8 weights")
     model = Model(shape, quantized)
-    stored = evaluate(model, tokenizer, documents, "int8")
+    served = evaluate(model, tokenizer, documents, model.arithmetic)
     run = state["config"]["run"]
     evaluation = {
         "step": state["step"],
@@ -80,8 +81,10 @@ def export(config: TrainConfig) -> None:
         "planned_tokens": run["tokens"],
         "training_wall_s": round(state["wall_s"], 1),
         "training_machine": state["machine"],
+        "arithmetic": model.arithmetic,
+        "collections": {name: score.summary() for name, score in served.items()},
+        "int8_weights_bits_per_byte": {name: score.summary()["bits_per_byte"] for name, score in rounded.items()},
         "float32_bits_per_byte": {name: score.summary()["bits_per_byte"] for name, score in exact.items()},
-        "collections": {name: score.summary() for name, score in stored.items()},
     }
     params = [
         SamplingParams(
@@ -110,9 +113,10 @@ def export(config: TrainConfig) -> None:
     print(f"{directory}: step {state['step']}, {evaluation['tokens_seen']:,} tokens seen")
     before, after = sum(t.nbytes for t in tensors.values()), (directory / "model.safetensors").stat().st_size
     print(f"size: float32 {before:,} bytes, int8 {after:,} bytes ({after / before:.1%})")
-    for name in stored:
-        full, small = exact[name].summary()["bits_per_byte"], stored[name].summary()["bits_per_byte"]
-        print(f"{name}: bits per byte float32 {full:.4f}, int8 {small:.4f} ({small - full:+.4f})")
+    for name in served:
+        full, weights, small = (scores[name].summary()["bits_per_byte"] for scores in (exact, rounded, served))
+        print(f"{name}: bits per byte float32 {full:.4f}, int8 weights {weights:.4f} ({weights - full:+.4f}), ", end="")
+        print(f"as served ({model.arithmetic}) {small:.4f} ({small - full:+.4f})")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""How fast the engine is on one core, and how far from what the core can do: `tinylm bench`.
+
+Whole steps of the engine, sampling and Python included, in CPU seconds of the thread that runs them. Serving is
+`loadtest`'s business, and so are other engines (`loadtest.peers`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from statistics import median
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from tinylm.engine import Engine
+from tinylm.model import Model
+from tinylm.sampling import SamplingParams
+
+PROMPT_TOKENS = 32  # of each sequence that is decoded
+DECODE_STEPS = 64
+ROUNDS = 5
+TEXT_TOKENS = 2000
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decoding with so many sequences at once, each from PROMPT_TOKENS on for DECODE_STEPS."""
+
+    batch: int
+    step_ms: float  # median
+    tokens_per_s: float
+    bytes_per_step: int  # the weights once, and the keys and values of the mean length
+    share_of_bandwidth: float  # bytes_per_step against what the core reads in that time
+    share_of_peak: float  # multiply-adds of the matmuls against what the core does in that time
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt of so many tokens, from nothing to its first token."""
+
+    prompt_tokens: int
+    first_token_ms: float  # median
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Report:
+    arithmetic: str
+    bandwidth_gb_per_s: float  # of one core, on a buffer as large as the weights
+    peak_gmac_per_s: float
+    decode: list[Decode]
+    prefill: list[Prefill]
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def run(
+    model: Model, batches: Sequence[int], prompts: Sequence[int], advance: Callable[[], None] = lambda: None
+) -> Report:
+    """Measure; calls `advance` len(batches) + len(prompts) times on the way."""
+    for field, values, most in (("batches", batches, 1024), ("prompts", prompts, model.config.context - 1)):
+        for value in values:
+            if not 1 <= value <= most:
+                raise ValueError(f"{field} has {value}: each must be 1 to {most}")
+    with ThreadpoolController().limit(limits=1, user_api="blas"):
+        weight_bytes = model.kernels.weight_bytes(model.weights)
+        bandwidth, peak = measure_bandwidth(weight_bytes), model.kernels.measure_peak()
+        decode = []
+        text = _own_text(model, TEXT_TOKENS)
+        for batch in batches:
+            decode.append(_decode(model, text, batch, weight_bytes, bandwidth, peak))
+            advance()
+        prefill = []
+        for n_tokens in prompts:
+            prefill.append(_prefill(model, text, n_tokens))
+            advance()
+    return Report(model.arithmetic, bandwidth / 1e9, peak / 1e9, decode, prefill)
+
+
+def measure_bandwidth(n_bytes: int) -> float:
+    """Bytes a CPU second that one core reads of a buffer of `n_bytes`, at most."""
+    buffer = np.ones(n_bytes // 4, np.float32)
+    best = 0.0
+    for _ in range(200):
+        begin = time.thread_time()
+        buffer @ buffer
+        best = max(best, buffer.nbytes / (time.thread_time() - begin))
+    return best
+
+
+def _own_text(model: Model, n_tokens: int) -> list[int]:
+    """So many tokens by the model itself, since text unlike any that it was trained on is drawn from differently."""
+    engine, seed = Engine(model, n_slots=1), 0
+    tokens: list[int] = []
+    while len(tokens) < n_tokens:
+        sequence = engine.submit([model.config.boundary_id], SamplingParams(max_tokens=model.config.context, seed=seed))
+        while engine.has_work:
+            engine.step()
+        tokens += [model.config.boundary_id, *sequence.tokens]
+        seed += 1
+    return tokens[:n_tokens]
+
+
+def _decode(model: Model, text: list[int], batch: int, weight_bytes: int, bandwidth: float, peak: float) -> Decode:
+    engine, prompts = Engine(model, n_slots=batch), _prompts(text, PROMPT_TOKENS)
+    step_s = median(median(_step_times(engine, prompts)) for _ in range(ROUNDS))
+    config = model.config
+    length = min(PROMPT_TOKENS + DECODE_STEPS / 2, config.context)
+    n_bytes = weight_bytes + int(batch * length * engine.cache_bytes / (engine.n_slots * config.context))
+    multiply_adds = batch * (config.n_parameters - config.hidden_size * (2 * config.n_layers + 1))
+    return Decode(
+        batch=batch,
+        step_ms=step_s * 1e3,
+        tokens_per_s=batch / step_s,
+        bytes_per_step=n_bytes,
+        share_of_bandwidth=n_bytes / step_s / bandwidth,
+        share_of_peak=multiply_adds / step_s / peak,
+    )
+
+
+def _step_times(engine: Engine, prompts: Iterator[list[int]]) -> list[float]:
+    """CPU seconds of decode steps with a full batch; a sequence that ends early makes room for another, untimed."""
+    times: list[float] = []
+    running: list = []
+    while len(times) < DECODE_STEPS:
+        if missing := engine.n_slots - engine.n_running:
+            for _ in range(missing):
+                running.append(engine.submit(next(prompts), SamplingParams(max_tokens=DECODE_STEPS + 1)))
+            engine.step()
+            continue
+        begin = time.thread_time()
+        engine.step()
+        times.append(time.thread_time() - begin)
+    for sequence in running:
+        engine.cancel(sequence)
+    return times
+
+
+def _prompts(text: list[int], n_tokens: int) -> Iterator[list[int]]:
+    """Pieces of the text for ever, the first token of each unlike any other's, so that none is in a cache already."""
+    for i in count():
+        begin = 37 * i % (len(text) - n_tokens)
+        yield [2 + i % 4000, *text[begin + 1 : begin + n_tokens]]
+
+
+def _prefill(model: Model, text: list[int], n_tokens: int) -> Prefill:
+    engine, times = Engine(model, n_slots=1), []
+    for prompt in islice(_prompts(text, n_tokens), 4 * ROUNDS):
+        engine.submit(prompt, SamplingParams(max_tokens=1))
+        begin = time.thread_time()
+        engine.step()
+        times.append(time.thread_time() - begin)
+    first_token_s = median(times)
+    return Prefill(n_tokens, first_token_s * 1e3, n_tokens / first_token_s)

@@ -1,0 +1,223 @@
+"""A builder of LLVM IR that speaks of vectors of LANES numbers: sums, exponentials, dot products of bytes.
+
+Which instructions a dot product becomes is decided when it is compiled, from the CPU's features as Numba sees them
+(the variables NUMBA_CPU_NAME and NUMBA_CPU_FEATURES override those). All of them give the same numbers, bit for bit:
+sums of bytes are exact, and all else is what IEEE 754 says, in one order. The loops are in `tinylm.kernels.simd`.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.registry import cpu_target
+
+LANES = 16
+
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+BYTES = ir.VectorType(I8, 4 * LANES)
+INTS = ir.VectorType(I32, LANES)
+FLOATS = ir.VectorType(F32, LANES)
+
+LOG2_E = 1.4426950408889634
+ROUNDER = 1.5 * 2**23  # added to a small float32, it leaves no bits for a fraction
+# 2^x on [-1/2, 1/2], constant term first: minimax with 2^0 = 1 held, relative error 1e-7.
+EXP2 = (1.0, 0.6931469775991349, 0.24022242084970577, 0.05550733743352955, 0.00967151265822045, 0.0013264727160435896)
+
+
+FORMS = {"avx-vnni": "avxvnni", "avx2": "avx2", "sse2": "sse2"}  # and the feature that each needs, best first
+
+
+def cpu_features() -> frozenset[str]:
+    """The instruction sets that code is compiled for, in LLVM's names."""
+    features = cpu_target.target_context.codegen().magic_tuple()[2]
+    return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
+
+
+def dot_product() -> str:
+    """The form that dot products of bytes take: the instruction set that it is written for, or 'portable'."""
+    features = cpu_features()
+    if {"avx512f", "avx512bw", "avx512vnni"} <= features:
+        return "avx512-vnni"
+    return next((form for form, name in FORMS.items() if name in features), "portable")
+
+
+class Emitter:
+    """An IR builder with the few operations that the loops below are made of. Offsets count an array's elements."""
+
+    def __init__(self, context, builder, signature, args) -> None:
+        self.b = builder
+        self.form = dot_product()
+        self.args = []  # the intrinsic's own, an array's as a pointer to its first element
+        self._shapes = {}
+        for kind, value in zip(signature.args, args, strict=True):
+            if isinstance(kind, types.Array):
+                array = cgutils.create_struct_proxy(kind)(context, builder, value=value)
+                data = array.data
+                self._shapes[data] = cgutils.unpack_tuple(builder, array.shape)
+                self.args.append(data)
+            else:
+                self.args.append(value)
+
+    def load(self, array, offset, kind):
+        return self.b.load(self._at(array, offset, kind), align=1)
+
+    def store(self, value, array, offset):
+        self.b.store(value, self._at(array, offset, value.type), align=1)
+
+    def _at(self, array, offset, kind):
+        return self.b.bitcast(self.b.gep(array, [offset]), kind.as_pointer())
+
+    def index(self, base, step, times):
+        """base + step * times."""
+        step = I64(step) if isinstance(step, int) else step
+        times = I64(times) if isinstance(times, int) else times
+        return self.b.add(base, self.b.mul(step, times))
+
+    def floats(self, number: float):
+        return ir.Constant(FLOATS, [number] * LANES)
+
+    def ints(self, number: int):
+        return ir.Constant(INTS, [number] * LANES)
+
+    def splat(self, scalar):
+        """A vector with `scalar` in each lane."""
+        vector = ir.VectorType(scalar.type, LANES)
+        first = self.b.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
+        return self._shuffle(first, first, [0] * LANES)
+
+    def _shuffle(self, a, b, lanes: list[int]):
+        return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+    def call(self, name: str, kind, *args):
+        function_type = ir.FunctionType(kind, [a.type for a in args])
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, function_type, name), args)
+
+    def fma(self, a, b, c):
+        """a * b + c."""
+        return self.call("llvm.fma.v16f32", FLOATS, a, b, c)
+
+    def smaller(self, a, b):
+        return self.b.select(self.b.fcmp_ordered("<", a, b), a, b)
+
+    def larger(self, a, b):
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    def magnitude(self, x):
+        return self.b.bitcast(self.b.and_(self.b.bitcast(x, INTS), self.ints(0x7FFFFFFF)), FLOATS)
+
+    def sum_of_lanes(self, vector):
+        return self.reduce(vector, self.b.fadd)
+
+    def largest_lane(self, vector):
+        return self.reduce(vector, self.larger)
+
+    def reduce(self, vector, combine):
+        """One number from all lanes, halves first: the same order on every machine."""
+        for n in (8, 4, 2, 1):
+            low, high = (self._shuffle(vector, vector, list(range(i, i + n))) for i in (0, n))
+            vector = combine(low, high)
+        return self.b.extract_element(vector, I32(0))
+
+    def blocks(self, n):
+        """How many vectors hold n elements."""
+        return self.b.sdiv(self.b.add(n, I64(LANES - 1)), I64(LANES))
+
+    def first_lanes(self, n):
+        """(LANES,) bool: the lanes below `n`."""
+        return self.b.icmp_signed("<", ir.Constant(INTS, list(range(LANES))), self.splat(self.b.trunc(n, I32)))
+
+    def inverse_scale(self, largest, steps: float):
+        """steps / largest, or 0 for 0: what numbers up to `largest` are multiplied by to be rounded."""
+        some = self.b.fcmp_ordered(">", largest, F32(0))
+        return self.b.select(some, self.b.fdiv(F32(steps), largest), F32(0))
+
+    def to_ints(self, x, inverse, offset: float = 0.0):
+        """floor(x * inverse + offset + 1/2) as int32, for what is not negative then."""
+        return self.b.fptosi(self.fma(x, inverse, self.floats(offset + 0.5)), INTS)
+
+    def to_bytes(self, ints):
+        return self.b.trunc(ints, ir.VectorType(I8, LANES))
+
+    def exp2(self, x):
+        """2^x, relative error 2e-7, for any x: the ends of float32's range are held."""
+        bounded = self.larger(self.smaller(x, self.floats(126.0)), self.floats(-126.0))
+        shifted = self.b.fadd(bounded, self.floats(ROUNDER))  # its low bits are the nearest whole number
+        rest = self.b.fsub(bounded, self.b.fsub(shifted, self.floats(ROUNDER)))
+        power = self.floats(EXP2[-1])
+        for coefficient in reversed(EXP2[:-1]):
+            power = self.fma(power, rest, self.floats(coefficient))
+        exponent = self.b.shl(self.b.bitcast(shifted, INTS), self.ints(23))
+        return self.b.bitcast(self.b.add(self.b.bitcast(power, INTS), exponent), FLOATS)
+
+    @property
+    def sums(self):
+        """The type that `dot` adds up in: LANES sums, or twice as many halves of them."""
+        return INTS if self.form.endswith("vnni") else ir.VectorType(I32, 2 * LANES)
+
+    def dot(self, total, unsigned, signed):
+        """total + for each of LANES the sum of four products of bytes, (4 * LANES,) each; `folded` gives the sums."""
+        if self.form == "avx512-vnni":
+            return self.call("llvm.x86.avx512.vpdpbusd.512", INTS, total, unsigned, signed)
+        if self.form == "avx-vnni":
+            ints = ir.VectorType(I32, 8)
+            parts = zip(self._parts(total, 8), self._parts(unsigned, 32), self._parts(signed, 32), strict=True)
+            return self._joined([self.call("llvm.x86.avx512.vpdpbusd.256", ints, *part) for part in parts])
+        return self.b.add(total, self._sums_of_pairs(unsigned, signed))
+
+    def _sums_of_pairs(self, unsigned, signed):
+        """(2 * LANES,) sums of two products each, of bytes made 16-bit words: even SSE2 has an instruction for it."""
+        pairs = {"avx2": ("llvm.x86.avx2.pmadd.wd", 16), "sse2": ("llvm.x86.sse2.pmadd.wd", 8)}.get(self.form)
+        if pairs is None:
+            words = ir.VectorType(I16, 4 * LANES)
+            products = self.b.mul(self.b.zext(unsigned, words), self.b.sext(signed, words))  # below 2^15: no overflow
+            products = self.b.sext(products, ir.VectorType(I32, 4 * LANES))
+            odd, even = (self._shuffle(products, products, list(range(i, 4 * LANES, 2))) for i in (1, 0))
+            return self.b.add(even, odd)
+        name, n = pairs
+        words, ints = ir.VectorType(I16, n), ir.VectorType(I32, n // 2)
+        parts = zip(self._parts(unsigned, n), self._parts(signed, n), strict=True)
+        return self._joined([self.call(name, ints, self.b.zext(a, words), self.b.sext(b, words)) for a, b in parts])
+
+    def folded(self, total):
+        """LANES sums of what `dot` added up."""
+        if self.sums is INTS:
+            return total
+        even, odd = (self._shuffle(total, total, list(range(i, 2 * LANES, 2))) for i in (0, 1))
+        return self.b.add(even, odd)
+
+    def _parts(self, vector, n: int) -> list:
+        count = vector.type.count
+        return [self._shuffle(vector, vector, list(range(i, i + n))) for i in range(0, count, n)]
+
+    def _joined(self, vectors: list):
+        while len(vectors) > 1:
+            pairs = zip(vectors[0::2], vectors[1::2], strict=True)
+            vectors = [self._shuffle(a, b, list(range(2 * a.type.count))) for a, b in pairs]
+        return vectors[0]
+
+    def sum_of(self, pointers):
+        """The sum of four totals of `dot`, folded."""
+        a, b, c, d = (self.b.load(pointer) for pointer in pointers)
+        return self.folded(self.b.add(self.b.add(a, b), self.b.add(c, d)))
+
+    def count(self, chosen):
+        """How many lanes are chosen."""
+        return self.b.zext(self.call("llvm.ctpop.i16", I16, self.b.bitcast(chosen, I16)), I64)
+
+    def store_chosen(self, vector, array, offset, chosen):
+        """Store the lanes that are chosen, side by side."""
+        name = "llvm.masked.compressstore.v16" + ("f32" if vector.type is FLOATS else "i32")
+        pointer = self.b.bitcast(self.b.gep(array, [offset]), vector.type.element.as_pointer())
+        self.call(name, ir.VoidType(), vector, pointer, chosen)
+
+    def totals(self, kind, n: int):
+        """Where `n` vectors add up, zeros to begin with; the optimizer keeps them in registers."""
+        pointers = [cgutils.alloca_once(self.b, kind) for _ in range(n)]
+        for pointer in pointers:
+            self.b.store(ir.Constant(kind, None), pointer)
+        return pointers
+
+    def row(self, array, i, columns: int | ir.Value = 0):
+        """The offset of a (rows, columns) array's element in row `i`; `array` is an argument of the intrinsic."""
+        width = self._shapes[array][1]
+        return self.index(I64(columns) if isinstance(columns, int) else columns, width, i)
