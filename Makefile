@@ -66,5 +66,6 @@ $(VENV)/development: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/serving
 
 $(VENV)/peers: pyproject.toml constraints.txt | $(VENV)/bin/python
-	CMAKE_ARGS="-DGGML_NATIVE=ON" $(PIP) --editable '.[peers]'
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-march=native -DCMAKE_CXX_FLAGS=-march=native -DLLAVA_BUILD=OFF" \
+		$(PIP) --no-binary llama-cpp-python --editable '.[peers]'
 	touch $@

@@ -110,3 +110,17 @@ def test_the_model_card_s_figures_are_those_of_its_evaluation() -> None:
     assert f"{evaluation['tokens_seen']:,} tokens seen" in card
     for name, score in evaluation["collections"].items():
         assert re.search(rf"\| {name} \|.*\| {score['bits_per_byte']:.4f} \|", card)
+
+
+def test_the_engine_page_s_tables_are_the_committed_results() -> None:
+    page = Path("docs/engine.md").read_text(encoding="utf-8")
+    peers = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
+    for peer in peers["peers"].values():
+        assert " | ".join(f"{peer['cases'][case]['tokens_per_cpu_s']:,.0f}" for case in peers["cases"]) in page
+    for ratios in peers["ratios"].values():
+        assert " | ".join(f"{ratio:.2f}" for ratio in ratios.values()) in page
+    for row in json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))["decode"]:
+        assert f"| {row['batch']} | {row['step_ms']:.3f} | {row['tokens_per_s']:,.0f} |" in page
+    for name, micros in json.loads((RESULTS / "parts.json").read_text(encoding="utf-8"))["microseconds"]["16"].items():
+        assert f"| {name} |" in page
+        assert f"| {micros:.0f} us |" in page

@@ -3,6 +3,10 @@
 It knows no architecture quite like TinyLM's. The nearest is Arcee's, the same but for relu(x)^2 instead of GELU, which
 is cheaper and so in its favour. Its weights are Q8_0 or Q4_0 throughout, the embedding included, and queries, keys and
 values are one matrix; its vocabulary has no texts, since only token ids are exchanged.
+
+It is to be compiled with -march=native throughout (see "peers" in pyproject.toml). GGML_NATIVE alone is not enough: by
+GCC 12 some of its kernels return without `vzeroupper`, after which samplers compiled for plain x86-64 take ten times as
+long. Its samplers in the graph, float32 keys and values, and types that differ between the two were slower, not faster.
 """
 
 from __future__ import annotations
@@ -125,8 +129,9 @@ class _Batch:
 
 
 class LlamaQ8:
-    version = f"llama-cpp-python {llama.__version__}"
+    version = f"llama-cpp-python {llama.__version__}, {llama.llama_print_system_info().decode().strip(' |')}"
     kind = "Q8_0"
+    repacks = False  # has other kernels for this kind, for weights in tiles
 
     def __init__(
         self,
@@ -138,7 +143,7 @@ class LlamaQ8:
         n_ubatch: int = 512,
         repack: bool = True,
     ) -> None:
-        """kv: the type of keys and values; q8_0 needs flash attention. repack: weights in tiles, where it knows how."""
+        """kv: the type of keys and values; q8_0 needs flash attention. repack: weights in tiles."""
         self._model = _model(directory, self.kind, repack)
         config, _ = float32_tensors(directory)
         self._vocab_size, self._n_sequences = config.vocab_size, batch
@@ -157,8 +162,8 @@ class LlamaQ8:
         self._batch = _Batch()
         self._samplers = [_sampler(seed) for seed in range(batch)]
 
-    @staticmethod
-    def settings_to_try(case: Case) -> list[Settings]:
+    @classmethod
+    def settings_to_try(cls, case: Case) -> list[Settings]:
         attention = [
             {"flash_attention": True, "kv": "f16"},
             {"flash_attention": True, "kv": "q8_0"},
@@ -168,7 +173,8 @@ class LlamaQ8:
             others: list[Settings] = [{"n_ubatch": n} for n in (512, 64)]
         else:
             others = [{"kv_unified": unified} for unified in ((False, True) if case.batch > 1 else (False,))]
-        return [{**a, **b, "repack": repack} for repack, b, a in itertools.product((True, False), others, attention)]
+        weights: list[Settings] = [{"repack": True}, {"repack": False}] if cls.repacks else [{}]
+        return [{**a, **b, **c} for c, b, a in itertools.product(weights, others, attention)]
 
     def prefill(self, prompt: np.ndarray) -> int:
         self.start(prompt[None])
@@ -231,3 +237,4 @@ def _sampler(seed: int) -> Any:
 
 class LlamaQ4(LlamaQ8):
     kind = "Q4_0"
+    repacks = True

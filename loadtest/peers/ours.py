@@ -29,8 +29,8 @@ class TinyLM:
         self._sequences: list[Sequence] = []
         self._seed = 0
 
-    @staticmethod
-    def settings_to_try(case: Case) -> list[Settings]:
+    @classmethod
+    def settings_to_try(cls, case: Case) -> list[Settings]:
         return [{"kernels": "numba", "precision": "int8"}]
 
     def prefill(self, prompt: np.ndarray) -> int:
@@ -73,12 +73,12 @@ class TinyLM:
 
 
 class TinyLMFloat32(TinyLM):
-    @staticmethod
-    def settings_to_try(case: Case) -> list[Settings]:
+    @classmethod
+    def settings_to_try(cls, case: Case) -> list[Settings]:
         return [{"kernels": "numba", "precision": "float32"}]
 
 
 class TinyLMNumPy(TinyLM):
-    @staticmethod
-    def settings_to_try(case: Case) -> list[Settings]:
+    @classmethod
+    def settings_to_try(cls, case: Case) -> list[Settings]:
         return [{"kernels": "numpy", "precision": precision} for precision in ("float32", "int8")]

@@ -44,8 +44,8 @@ class Peer(Protocol):
         """directory: of the model, as `tinylm.weights` reads it; files made from it may be put beside it."""
         ...
 
-    @staticmethod
-    def settings_to_try(case: Case) -> list[Settings]:
+    @classmethod
+    def settings_to_try(cls, case: Case) -> list[Settings]:
         """Of these the fastest is measured; the first is the usual one."""
         ...
 

@@ -111,8 +111,8 @@ class PyTorch(Stepwise):
         self._cache = torch.zeros(config.n_layers, 2, batch, config.n_heads, config.context, config.head_dim)
         self._position = 0
 
-    @staticmethod
-    def settings_to_try(case: Case) -> list[Settings]:
+    @classmethod
+    def settings_to_try(cls, case: Case) -> list[Settings]:
         return [{}]
 
     def reset(self) -> None:
@@ -133,6 +133,6 @@ class PyTorch(Stepwise):
 
 
 class PyTorchInt8(PyTorch):
-    @staticmethod
-    def settings_to_try(case: Case) -> list[Settings]:
+    @classmethod
+    def settings_to_try(cls, case: Case) -> list[Settings]:
         return [{"engine": engine} for engine in ("x86", "fbgemm", "onednn")]

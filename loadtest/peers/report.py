@@ -27,7 +27,7 @@ def summarize(rounds: list[Measurement]) -> dict[str, Any]:
 def ratios(rates: dict[str, dict[str, float]], cases: list[str]) -> dict[str, dict[str, float]]:
     """rates: tokens per CPU second by peer and case -> what TinyLM makes of each case, over the best of the others."""
     found: dict[str, dict[str, float]] = {}
-    for label, begins in ((f"{OURS} / best of the others", ""), (f"{OURS} / best of {LLAMA}", LLAMA)):
+    for label, begins in ((f"{OURS} / best other", ""), (f"{OURS} / {LLAMA}", LLAMA)):
         others = [name for name in rates if name.startswith(begins) and not name.startswith(OURS)]
         if OURS in rates and others:
             found[label] = {c: round(rates[OURS][c] / max(rates[name][c] for name in others), 2) for c in cases}
@@ -39,11 +39,12 @@ def make_table(result: dict[str, Any]) -> Table:
     rates = rates_of(result)
     best = {case: max(rate[case] for rate in rates.values()) for case in cases}
     title = f"tokens per CPU second on one core, and their share of the best; median of {result['rounds']} rounds"
-    table = Table("peer", title=title)
+    table = Table(title=title)
+    table.add_column("peer", no_wrap=True)
     for case in cases:
         table.add_column(case, justify="right")
     for i, (name, rate) in enumerate(rates.items(), 1):
-        cells = [f"{rate[case]:.0f} {rate[case] / best[case]:.2f}" for case in cases]
+        cells = [f"{rate[case]:.0f}\n{rate[case] / best[case]:.2f}" for case in cases]
         table.add_row(name, *cells, end_section=i == len(rates))
     for label, values in result["ratios"].items():
         table.add_row(label, *(f"{values[case]:.2f}" for case in cases))
@@ -77,7 +78,8 @@ def save_plot(path: Path, result: dict[str, Any], batches: list[int]) -> None:
     left.set_xticks(batches, [str(batch) for batch in batches])
     left.minorticks_off()
     left.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    left.set_ylim(top=3 * left.get_ylim()[1])  # room for the legend
+    left.legend(fontsize=8, loc="upper left", ncols=3)
     times = [result["peers"][name]["cases"][Case("prefill", 1).label]["cpu_ms"] for name in names]
     bars = right.barh(names, times, color=[colors[name] for name in names])
     right.bar_label(bars, [f"{t:.1f}" for t in times], padding=3)

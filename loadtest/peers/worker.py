@@ -108,13 +108,14 @@ class Worker:
         self._process.join()
 
     def _ask(self, *command: Any) -> Any:
-        self._pipe.send(command)
-        return self._answer()
+        return self._answer(command)
 
-    def _answer(self) -> Any:
+    def _answer(self, command: tuple[Any, ...] | None = None) -> Any:
         try:
+            if command is not None:
+                self._pipe.send(command)
             good, value = self._pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join()
             raise PeerError(f"its process ended with status {self._process.exitcode}") from None
         if not good:
