@@ -136,7 +136,8 @@ def measure(n: int) -> dict[str, float]:
         whole = median(_seconds(engine.step) for _ in range(8))
         if engine.n_running == n:
             break
-    assert engine is not None
+    else:
+        raise RuntimeError(f"{n} sequences never lasted for {LENGTH} tokens")
     runner = engine._runner
     compiled = median(_seconds(lambda: runner.step(n, n)) for _ in range(50))
     arrays = (model.weights.shape, model.weights, runner._cache, runner._scratch, runner.batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from train.evaluate import make_runner, score_document, windows
 from train.export import averaged_tensors
 from train.loop import bits_per_byte, lr_factor, total_steps, train
 from train.model import GPT
+from train.muon import Muon, orthogonalize
 
 STEPS = 24
 RUN = {
@@ -239,3 +241,37 @@ def test_the_engine_scores_as_training_does(config: TrainConfig):
         assert (score.tokens, score.bytes) == (len(ids) - 1, len(text))
         expected = bits_per_byte(model, torch.tensor([ids]), piece_bytes)
         assert score.bits / score.bytes == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_muon_is_pytorchs_up_to_its_bfloat16(shape: tuple[int, int]):
+    """PyTorch rounds to 8 bits of mantissa in each of five iterations; an entry moves by some 0.02."""
+    generator = torch.Generator().manual_seed(3)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    optimizers = [Muon([ours], **settings), torch.optim.Muon([theirs], **settings)]
+    for _ in range(5):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    assert (ours - 1).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_orthogonalized_matrices_keep_their_directions(shape: tuple[int, int]):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = left.T @ orthogonalize(matrix) @ right.T
+    assert (found - found.diagonal().diag()).abs().max() < 1e-9
+    well_inside = singular / singular.norm() > 0.02
+    assert (found.diagonal()[well_inside] > 0.6).all()
+    assert (found.diagonal() < 1.3).all()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_training_is_training(config: TrainConfig, unbroken):
+    weights, lines = trained(config, compile=True)
+    assert losses(lines) == pytest.approx(losses(unbroken[1]), abs=1e-3)
+    assert_close(weights, unbroken[0], atol=2e-3)

@@ -85,6 +85,7 @@ class Run(_Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     workers: int = Field(default=1, ge=1)
     threads: int = Field(default=2, ge=1)  # of one worker
+    compile: bool = False  # the forward and backward pass, by torch.compile: a minute at the start, and a C++ compiler
     max_failures: int = Field(default=3, ge=0)  # of a worker, before the run gives up
     sample_prompt: str = "Once upon a time"
 

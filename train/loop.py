@@ -24,6 +24,7 @@ from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, Run, TrainConfig
 from train.data import TokenData
 from train.model import GPT
+from train.muon import Muon
 
 LN2 = 0.6931471805599453
 
@@ -45,9 +46,15 @@ def make_optimizers(model: GPT, run: Run) -> list[torch.optim.Optimizer]:
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
-        torch.optim.Muon(matrices, lr=run.muon_lr, momentum=run.muon_momentum, weight_decay=run.weight_decay),
+        Muon(matrices, lr=run.muon_lr, momentum=run.muon_momentum, weight_decay=run.weight_decay),
         torch.optim.AdamW(others, lr=run.adamw_lr, betas=run.adamw_betas, weight_decay=0.0),
     ]
+
+
+def mean_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    """Nats a token of rows (B, context + 1), each token predicted from those before it in its row."""
+    logits = model(rows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -151,6 +158,7 @@ def train(
     if world > 1:
         wrapped = parallel = nn.parallel.DistributedDataParallel(model)
         no_sync = parallel.no_sync  # gradients are averaged once a step, at its last micro-batch
+    loss_of = torch.compile(mean_loss) if run.compile else mean_loss
     peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes], device=device)
     steps = total_steps(run, shape)
@@ -175,8 +183,7 @@ def train(
             last = micro == micro_batches - 1
             with nullcontext() if last else no_sync():
                 with autocast:
-                    logits = wrapped(rows[:, :-1])
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten()) / micro_batches
+                    loss = loss_of(wrapped, rows) / micro_batches
                 loss.backward()
             loss_sum += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)

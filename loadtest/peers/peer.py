@@ -5,6 +5,7 @@ Knows none of the engines; the worker makes them and holds the clock.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -70,23 +71,23 @@ class Peer(Protocol):
         ...
 
 
-class Stepwise:
+class Stepwise(ABC):
     """The part of a peer that is the same wherever forward pass and sampling are two calls from Python.
 
     Tokens and logits are arrays or tensors, as the peer likes.
     """
 
+    @abstractmethod
     def reset(self) -> None:
         """Forget all sequences."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, ids: Any) -> Any:
         """The next tokens (B, T) of each sequence -> logits (B, vocab) after the last of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, logits: Any) -> Any:
         """Logits (B, vocab) -> tokens (B, 1) drawn from them."""
-        raise NotImplementedError
 
     def prefill(self, prompt: np.ndarray) -> int:
         self.start(prompt[None])
@@ -107,5 +108,5 @@ class Stepwise:
             scores = self.forward(following[:, column : column + 1])
         return np.array(scores, np.float32)
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None:  # noqa: B027  (not abstract: most have nothing to give back)
+        """Nothing to give back."""

@@ -23,8 +23,14 @@ ROUNDER = 1.5 * 2**23  # added to a small float32, it leaves no bits for a fract
 # 2^x on [-1/2, 1/2], constant term first: minimax with 2^0 = 1 held, relative error 1e-7.
 EXP2 = (1.0, 0.6931469775991349, 0.24022242084970577, 0.05550733743352955, 0.00967151265822045, 0.0013264727160435896)
 
-
-FORMS = {"avx-vnni": "avxvnni", "avx2": "avx2", "sse2": "sse2"}  # and the feature that each needs, best first
+# The forms of a dot product, best first, and the features of the CPU that each needs.
+FORMS = {
+    "avx512-vnni": {"avx512f", "avx512bw", "avx512vnni"},
+    "avx-vnni": {"avxvnni"},
+    "avx2": {"avx2"},
+    "sse2": {"sse2"},
+    "portable": set(),
+}
 
 
 def cpu_features() -> frozenset[str]:
@@ -34,11 +40,9 @@ def cpu_features() -> frozenset[str]:
 
 
 def dot_product() -> str:
-    """The form that dot products of bytes take: the instruction set that it is written for, or 'portable'."""
+    """The form that dot products of bytes take: one of FORMS."""
     features = cpu_features()
-    if {"avx512f", "avx512bw", "avx512vnni"} <= features:
-        return "avx512-vnni"
-    return next((form for form, name in FORMS.items() if name in features), "portable")
+    return next(form for form, needed in FORMS.items() if needed <= features)
 
 
 class Emitter:

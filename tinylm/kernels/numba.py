@@ -32,7 +32,7 @@ from tinylm.weights import QuantizedMatrix, Tensor
 LANES, TILE, NEVER = simd.LANES, simd.TILE, simd.NEVER
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 CACHE_LINE, HUGE_PAGE = 64, 2**21  # bytes
-NOTHING = np.float32(1e-37)  # the mass of a token that is never drawn; the least that `simd.exp2` gives is below it
+NOTHING = np.float32(1e-37)  # the mass of a token that is never drawn; the least that `Emitter.exp2` gives is below it
 GREATEST_FACTOR = 1e30  # of scores: a temperature next to 0 divides by no less than its inverse
 
 

@@ -17,10 +17,11 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from tinylm.batch import COLUMNS
 from tinylm.kernels.emitter import BYTES, F32, FLOATS, I32, I64, INTS, LANES, LOG2_E, Emitter
 
-BLOCKS = 4  # vectors of outputs that a matmul makes at a time
-TILE = BLOCKS * LANES  # rows of weights
+TILE = COLUMNS  # rows of weights, and so columns of what a matmul makes at a time
+BLOCKS = TILE // LANES
 NEVER = -1e30  # the score of a token that doesn't count
 
 
@@ -92,16 +93,23 @@ matmul_exact_1, matmul_exact_4 = (_matmul(n, exact=True) for n in (1, 4))
 # --- rows of floats, whole vectors at a time: n_blocks is their number
 
 
+def _combined(e, x, at, n_blocks, combine, first=None):
+    """A vector that begins as `first`, or zeros, and takes in each vector of x by combine(it, the vector)."""
+    (result,) = e.totals(FLOATS, 1)
+    if first is not None:
+        e.b.store(first, result)
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        value = e.load(x, e.index(at, LANES, loop.index), FLOATS)
+        e.b.store(combine(e.b.load(result), value), result)
+    return e.b.load(result)
+
+
 @intrinsic
 def sum_of_squares(typing, x, at, n_blocks):
     def codegen(context, builder, signature, args):
         e = Emitter(context, builder, signature, args)
         x, at, n_blocks = e.args
-        (total,) = e.totals(FLOATS, 1)
-        with cgutils.for_range(builder, n_blocks) as loop:
-            value = e.load(x, e.index(at, LANES, loop.index), FLOATS)
-            builder.store(e.fma(value, value, builder.load(total)), total)
-        return e.sum_of_lanes(builder.load(total))
+        return e.sum_of_lanes(_combined(e, x, at, n_blocks, lambda sums, value: e.fma(value, value, sums)))
 
     return types.float32(x, at, n_blocks), codegen
 
@@ -113,11 +121,7 @@ def total(typing, x, at, n_blocks):
     def codegen(context, builder, signature, args):
         e = Emitter(context, builder, signature, args)
         x, at, n_blocks = e.args
-        (sums,) = e.totals(FLOATS, 1)
-        with cgutils.for_range(builder, n_blocks) as loop:
-            value = e.load(x, e.index(at, LANES, loop.index), FLOATS)
-            builder.store(builder.fadd(value, builder.load(sums)), sums)
-        return e.sum_of_lanes(builder.load(sums))
+        return e.sum_of_lanes(_combined(e, x, at, n_blocks, builder.fadd))
 
     return types.float32(x, at, n_blocks), codegen
 
@@ -146,11 +150,8 @@ def round_to_bytes(typing, x, at, n_blocks, out, out_at):
     def codegen(context, builder, signature, args):
         e = Emitter(context, builder, signature, args)
         x, at, n_blocks, out, out_at = e.args
-        (greatest,) = e.totals(FLOATS, 1)
-        with cgutils.for_range(builder, n_blocks) as loop:
-            value = e.magnitude(e.load(x, e.index(at, LANES, loop.index), FLOATS))
-            builder.store(e.larger(value, builder.load(greatest)), greatest)
-        largest = e.largest_lane(builder.load(greatest))
+        magnitudes = _combined(e, x, at, n_blocks, lambda best, value: e.larger(e.magnitude(value), best))
+        largest = e.largest_lane(magnitudes)
         inverse = e.splat(e.inverse_scale(largest, 127.0))
         with cgutils.for_range(builder, n_blocks) as loop:
             ints = e.to_ints(e.load(x, e.index(at, LANES, loop.index), FLOATS), inverse, 128.0)
@@ -184,12 +185,8 @@ def largest(typing, x, at, n_blocks):
     def codegen(context, builder, signature, args):
         e = Emitter(context, builder, signature, args)
         x, at, n_blocks = e.args
-        (greatest,) = e.totals(FLOATS, 1)
-        builder.store(e.load(x, at, FLOATS), greatest)
-        with cgutils.for_range(builder, n_blocks) as loop:
-            value = e.load(x, e.index(at, LANES, loop.index), FLOATS)
-            builder.store(e.larger(value, builder.load(greatest)), greatest)
-        return e.largest_lane(builder.load(greatest))
+        first = e.load(x, at, FLOATS)
+        return e.largest_lane(_combined(e, x, at, n_blocks, lambda best, value: e.larger(value, best), first))
 
     return types.float32(x, at, n_blocks), codegen
 

@@ -1,0 +1,59 @@
+"""The benchmarks run as their pages say, and what they report adds up. Speed itself is never judged here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_the_engine_s_benchmark_reports_what_it_was_asked_for():
+    """A table for people, and on the last line JSON for scripts."""
+    lines = run("tinylm.cli", "bench", "--batches", "1,3", "--prompts", "5").splitlines()
+    assert len(lines) > 5
+    report = json.loads(lines[-1])
+    assert [row["batch"] for row in report["decode"]] == [1, 3]
+    assert [row["prompt_tokens"] for row in report["prefill"]] == [5]
+    for row in report["decode"]:
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_ms"] * 1e3)
+        assert row["bytes_per_step"] > 7_800_000 + row["batch"] * 32 * 6912  # the weights, and at least the prompts
+        assert 0 < row["share_of_peak"] < 1
+
+
+@pytest.mark.parametrize("arguments", [["--batches", "0"], ["--batches", "1,x"], ["--prompts", "256"]])
+def test_a_benchmark_that_can_not_be_is_refused_in_one_line(arguments):
+    command = [sys.executable, "-m", "tinylm.cli", "bench", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_the_parts_of_a_step_add_up_to_the_whole(tmp_path):
+    run("loadtest.parts", "--batches", "2", "--out", str(tmp_path / "parts.json"))
+    parts = json.loads((tmp_path / "parts.json").read_text())["microseconds"]["2"]
+    whole = parts.pop("whole step")
+    assert sum(parts.values()) == pytest.approx(whole, abs=1)
+    assert parts["matmuls"] > 0
+
+
+def test_the_comparison_of_engines_measures_those_that_are_here(tmp_path):
+    """TinyLM alone, since the others take twenty minutes to install; its logits are checked before it is timed."""
+    out = tmp_path / "peers.json"
+    run("loadtest.peers", "--only", "tinylm", "--rounds", "1", "--batches", "2", "--out", str(out))
+    result = json.loads(out.read_text())
+    assert set(result["peers"]) == {"tinylm", "tinylm-float32", "tinylm-numpy"}
+    for peer in result["peers"].values():
+        assert set(peer["cases"]) == {"decode 2", "prefill 192"}
+        assert all(case["tokens_per_cpu_s"] > 0 for case in peer["cases"].values())
+    assert result["peers"]["tinylm-float32"]["check"]["greatest_error"] < 1e-3
+    assert (tmp_path / "peers.png").stat().st_size > 1000
