@@ -127,3 +127,20 @@ def test_a_missing_key_is_named(path: Path, key: str):
     path.write_text(yaml.safe_dump({name: value for name, value in MINIMAL.items() if name != key}), encoding="utf-8")
     with pytest.raises(ConfigError, match=f"{key}: Field required"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("phases", "named"),
+    [
+        ("[{from_tokens: 9, weights: {a: 1}}, {from_tokens: 9, weights: {a: 2}}]", "[9, 9]"),
+        ("[{from_tokens: 0, weights: {b: 1}}]", "'b' is not among the collections with a weight above 0, a"),
+        ("[{from_tokens: 0, weights: {a: 0}}]", "{'a': 0"),
+        ("[{from_tokens: 0, weights: {a: -1}}]", "{'a': -1"),
+        ("[{from_tokens: -1, weights: {a: 1}}]", "greater than or equal to 0"),
+    ],
+)
+def test_phases_that_can_not_be_are_named(path: Path, phases: str, named: str):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [f"run.phases={phases}"])
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_fixtures import write_tokens
 
-from train.config import ConfigError
+from train.config import ConfigError, Phase
 from train.data import MIXTURE_BLOCK, Documents, ShuffledStream, TokenData
 from train.encode import _ShardWriter
 
@@ -120,6 +120,31 @@ def test_a_collections_rows_are_its_stream_with_nothing_left_out(tokens_dir: Pat
         stream = ShuffledStream(Documents([tokens_dir / f"{name}.train-00000.npy"], BOUNDARY), (1, number))
         assert np.concatenate([row[:-1] for row in own]).tolist() == stream.read(0, len(own) * CONTEXT).tolist()
         assert [row[-1] for row in own[:-1]] == [row[0] for row in own[1:]]
+
+
+PHASES = [
+    Phase(from_tokens=700 * CONTEXT, weights={"much": 0.1, "little": 0.9}),
+    Phase(from_tokens=1300 * CONTEXT, weights={"little": 1.0}),
+]
+
+
+def test_phases_change_the_weights_and_leave_nothing_out(tokens_dir: Path):
+    """Before the first phase rows are as without any; across each border a collection's rows go on where they were."""
+    data = TokenData(tokens_dir, CONTEXT, 1, PHASES)
+    rows = data.mixture.rows(0, 2400)
+    assert (rows[:700] == TokenData(tokens_dir, CONTEXT, 1).mixture.rows(0, 700)).all()
+    assert {collection_of(row) for row in rows[1300:]} == {"little"}
+    first_phase = Counter(map(collection_of, rows[700:1300]))
+    assert first_phase["little"] > 0.8 * 600
+    assert set(first_phase) == {"much", "little"}
+    for number, name in enumerate(MARKS):
+        own = [row for row in rows if collection_of(row) == name]
+        stream = ShuffledStream(Documents([tokens_dir / f"{name}.train-00000.npy"], BOUNDARY), (1, number))
+        assert np.concatenate([row[:-1] for row in own]).tolist() == stream.read(0, len(own) * CONTEXT).tolist()
+        assert data.mixture.tokens(2400)[name] == len(own) * CONTEXT
+    again = TokenData(tokens_dir, CONTEXT, 1, PHASES).mixture
+    for number in (0, 699, 700, 1299, 1300, 2399):
+        assert (again.rows(number, 1)[0] == rows[number]).all()
 
 
 @settings(max_examples=30, deadline=None)

@@ -170,6 +170,16 @@ def test_a_state_of_another_tokenizer_is_refused(config: TrainConfig):
         trained(config, {**states[0], "tokenizer_sha256": "0" * 64})
 
 
+def test_plain_adamw_trains_too_and_its_state_is_no_other_s(config: TrainConfig):
+    states: list[dict] = []
+    _, lines = trained(config, save=states.append, optimizer="adamw", weight_decay=0.1)
+    by_step = losses(lines)
+    assert np.mean(by_step[-3:]) < by_step[0] - 1.0
+    assert len(states[-1]["optimizers"]) == 1
+    with pytest.raises(ConfigError, match="'muon', but the checkpoint was trained with 'adamw'"):
+        trained(config, states[-1])
+
+
 def test_settings_that_do_not_fit_are_named(config: TrainConfig, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"run\.batch_rows is 8"):
         trained(config, micro_rows=3)

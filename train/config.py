@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -63,10 +63,19 @@ class Encode(_Section):
     batch_documents: int = Field(default=256, ge=1)
 
 
+class Phase(_Section):
+    """A stretch of the run that has a mixture of its own."""
+
+    from_tokens: int = Field(ge=0)  # of the run, up to the next phase
+    weights: dict[str, float]  # by collection, in place of theirs; one that is not named has none
+
+
 class Run(_Section):
     tokens: int = Field(default=10_000_000, ge=1)  # in the whole run; the learning rate's schedule follows from it
     batch_rows: int = Field(default=16, ge=1)  # rows of one context each, over all workers, for one optimizer step
     micro_rows: int = Field(default=16, ge=1)  # rows that one worker puts through at once
+    phases: list[Phase] = []  # where the mixture changes; before the first, the collections' own weights hold
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices, and AdamW for the rest; adamw: for everything
     muon_lr: float = Field(default=0.02, gt=0)
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     adamw_lr: float = Field(default=3e-3, gt=0)
@@ -133,6 +142,22 @@ class TrainConfig(_Section):
     @property
     def model_config_(self) -> ModelConfig:
         return ModelConfig(**self.model)
+
+    @model_validator(mode="after")
+    def _phases_are_usable(self) -> TrainConfig:
+        starts = [phase.from_tokens for phase in self.run.phases]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"run.phases begin at {starts}: each must begin after the one before")
+        trained_on = {collection.name for collection in self.prepare.collections if collection.weight}
+        for phase in self.run.phases:
+            if unknown := sorted(set(phase.weights) - trained_on):
+                raise ValueError(
+                    f"run.phases: {unknown[0]!r} is not among the collections with a weight above 0, "
+                    f"{', '.join(sorted(trained_on))}"
+                )
+            if min(phase.weights.values(), default=0.0) < 0 or not any(phase.weights.values()):
+                raise ValueError(f"run.phases: weights are {phase.weights}: none below 0, and one above")
+        return self
 
     @model_validator(mode="after")
     def _model_is_usable(self) -> TrainConfig:

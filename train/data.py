@@ -7,12 +7,14 @@ is killed and resumed, or continued with another number of workers, sees exactly
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from train.config import ConfigError
+from train.config import ConfigError, Phase
 
 MIXTURE_BLOCK = 1000  # rows over which the mixture's weights hold exactly (to a row)
 
@@ -67,14 +69,10 @@ class ShuffledStream:
         return out
 
 
-class Mixture:
-    """Rows of one context and one token more, drawn from several collections by weight."""
+class _Pattern:
+    """Which collection each row of a stretch belongs to: a shuffled block, repeated, in which the shares are exact."""
 
-    def __init__(self, streams: dict[str, ShuffledStream], weights: dict[str, float], context: int, seed: int) -> None:
-        self.names = [name for name in streams if weights[name] > 0]
-        self._streams = [streams[name] for name in self.names]
-        self._context = context
-        shares = np.array([weights[name] for name in self.names])
+    def __init__(self, shares: np.ndarray, seed: int) -> None:
         ends = np.round(np.cumsum(shares / shares.sum()) * MIXTURE_BLOCK).astype(int)
         block = np.repeat(np.arange(len(shares)), np.diff(ends, prepend=0))
         self._block = np.random.default_rng((seed, 0)).permutation(block)  # (MIXTURE_BLOCK,) collection of each row
@@ -82,27 +80,71 @@ class Mixture:
         self._before = np.cumsum(one_hot, axis=0) - one_hot  # (MIXTURE_BLOCK, C) earlier rows of each in the block
         self._per_block = one_hot.sum(axis=0)  # (C,)
 
+    def collection(self, row: int) -> int:
+        return int(self._block[row % MIXTURE_BLOCK])
+
+    def counts(self, rows: int) -> np.ndarray:
+        """(C,) rows of each collection among the first so many."""
+        blocks, i = divmod(rows, MIXTURE_BLOCK)
+        return blocks * self._per_block + self._before[i]
+
+
+class Mixture:
+    """Rows of one context and one token more, drawn from several collections by weights that may change on the way.
+
+    phases: (the first row for which they hold, weights by name), in order, in place of `weights`.
+    """
+
+    def __init__(
+        self,
+        streams: dict[str, ShuffledStream],
+        weights: dict[str, float],
+        context: int,
+        seed: int,
+        phases: Sequence[tuple[int, dict[str, float]]] = (),
+    ) -> None:
+        self.names = list(streams)
+        self._streams = [streams[name] for name in self.names]
+        self._context = context
+        self._first_rows: list[int] = []
+        self._phases: list[tuple[_Pattern, np.ndarray]] = []  # and the rows of each collection before it
+        for first, shares in ([] if phases and phases[0][0] == 0 else [(0, weights)]) + list(phases):
+            before = self._counts(first)
+            pattern = _Pattern(np.array([shares.get(name, 0.0) for name in self.names]), seed)
+            self._first_rows.append(first)
+            self._phases.append((pattern, before))
+
     def rows(self, first: int, count: int) -> np.ndarray:
         """Rows first..first+count-1 of the run, (count, context + 1) int64: inputs and, one on, their targets."""
         return np.stack([self._row(number) for number in range(first, first + count)])
 
     def _row(self, number: int) -> np.ndarray:
-        block, i = divmod(number, MIXTURE_BLOCK)
-        collection = self._block[i]
-        nth = block * self._per_block[collection] + self._before[i, collection]
-        return self._streams[collection].read(int(nth) * self._context, self._context + 1)
+        phase = bisect_right(self._first_rows, number) - 1
+        collection = self._phases[phase][0].collection(number - self._first_rows[phase])
+        nth = int(self._counts(number)[collection])
+        return self._streams[collection].read(nth * self._context, self._context + 1)
+
+    def _counts(self, rows: int) -> np.ndarray:
+        """(C,) rows of each collection among the first so many of the run."""
+        if not self._phases:
+            return np.zeros(len(self.names), int)
+        phase = bisect_right(self._first_rows, rows) - 1
+        pattern, before = self._phases[phase]
+        return before + pattern.counts(rows - self._first_rows[phase])
+
+    def tokens(self, rows: int) -> dict[str, int]:
+        """Tokens of each collection among so many rows."""
+        return {name: int(n) * self._context for name, n in zip(self.names, self._counts(rows), strict=True)}
 
     def epochs(self, rows: int) -> dict[str, float]:
         """How often each collection has been gone through after so many rows."""
-        share = self._per_block / MIXTURE_BLOCK
-        tokens = rows * share * self._context
-        return {name: float(n / s.epoch_tokens) for name, n, s in zip(self.names, tokens, self._streams, strict=True)}
+        return {name: n / s.epoch_tokens for (name, n), s in zip(self.tokens(rows).items(), self._streams, strict=True)}
 
 
 class TokenData:
     """What `python -m train.encode` wrote: the mixture to train on and the windows to validate on."""
 
-    def __init__(self, directory: Path, context: int, seed: int) -> None:
+    def __init__(self, directory: Path, context: int, seed: int, phases: Sequence[Phase] = ()) -> None:
         index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
         self.vocab_size: int = index["vocab_size"]
         self.boundary_id: int = index["boundary_id"]
@@ -124,7 +166,8 @@ class TokenData:
             raise ConfigError(
                 f"collection {short[0]!r} has fewer tokens than one row of {context + 1}: too little text"
             )
-        self.mixture = Mixture(streams, weights, context, seed)
+        by_row = [(phase.from_tokens // context, phase.weights) for phase in phases]
+        self.mixture = Mixture(streams, weights, context, seed, by_row)
 
     @property
     def validation_collections(self) -> list[str]:

@@ -42,7 +42,11 @@ def lr_factor(step: int, steps: int, run: Run) -> float:
 
 
 def make_optimizers(model: GPT, run: Run) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the embedding (without decay) and the norms."""
+    """Muon for the blocks' matrices, AdamW for the embedding (without decay) and the norms; or AdamW for all."""
+    if run.optimizer == "adamw":
+        decayed = {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": run.weight_decay}
+        norms = {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0}
+        return [torch.optim.AdamW([decayed, norms], lr=run.adamw_lr, betas=run.adamw_betas)]
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
@@ -119,6 +123,8 @@ def check_state(state: dict[str, Any], config: TrainConfig, tokenizer_sha256: st
         raise ConfigError("the checkpoint was trained with another tokenizer: remove the run's directory to begin anew")
     if ModelConfig(**state["config"]["model"]) != config.model_config_:
         raise ConfigError("the checkpoint was trained with another model: remove the run's directory to begin anew")
+    if (saved := state["config"]["run"].get("optimizer", "muon")) != config.run.optimizer:
+        raise ConfigError(f"run.optimizer is {config.run.optimizer!r}, but the checkpoint was trained with {saved!r}")
 
 
 def train(

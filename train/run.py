@@ -63,7 +63,7 @@ def _worker(settings: dict[str, Any]) -> None:
     config = TrainConfig.model_validate(settings)
     torch.set_num_threads(config.run.threads)
     tokenizer = Tokenizer(config.tokenizer_path)
-    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed)
+    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed, config.run.phases)
     state = None
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as directory:
@@ -135,7 +135,7 @@ def run(config: TrainConfig) -> None:
     config = config.model_copy(update={"workdir": config.workdir.resolve(), "models_dir": config.models_dir.resolve()})
     config.run_dir.mkdir(parents=True, exist_ok=True)
     # Errors of the settings belong here, not in a worker that Ray would start again.
-    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed)
+    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed, config.run.phases)
     check_fits(config, data, config.run.workers)
     if data.tokenizer_sha256 != hashlib.sha256(config.tokenizer_path.read_bytes()).hexdigest():
         raise ConfigError(f"{config.tokens_dir} was made with another tokenizer: run `python -m train.encode` again")
