@@ -1,9 +1,13 @@
-"""The command line: `tinylm generate`, `info`, `tokenize`, `serve`. Parses, prints, and turns errors into one line."""
+"""The command line: `tinylm generate`, `info`, `tokenize`, `bench`, `serve`, `key`.
+
+Parses, prints, and turns errors into one line.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -272,6 +276,29 @@ def serve(
 
     with _one_line_errors():
         raise typer.Exit(launch(config, wait_s))
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Whose key it is; the service's log has this name.")],
+    file: Annotated[Optional[Path], typer.Option(help="Add its line to this key file, made if need be.")] = None,
+) -> None:
+    """Make an API key: print it once, and keep its hash, for the `api_keys` file of a service.
+
+    Clients send it from TINYLM_API_KEY. Remove its line to take it back; the service sees either within a second.
+    """
+    from tinylm.serving.keys import make_key, read_keys
+
+    with _one_line_errors():
+        secret, line = make_key(name)
+        if file is None:
+            typer.echo(line, err=True)
+        else:
+            if file.exists() and name in read_keys(file):
+                raise ValueError(f"{file} has a key of the name {name!r} already: remove its line first")
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as out:
+                out.write(line + "\n")
+        typer.echo(secret)
 
 
 if __name__ == "__main__":

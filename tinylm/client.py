@@ -8,6 +8,7 @@ Knows nothing of Ray beyond the metadata that its ingress wants.
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -57,11 +58,22 @@ class ServedCompletion:
 class Client:
     """A connection to a service; close it, or use it in a `with`. Safe for several threads."""
 
-    def __init__(self, address: str = "localhost:9000", timeout_s: float | None = 60.0, retries: int = 3) -> None:
-        """timeout_s: of one call, on this side. retries: of a call that failed before it produced anything."""
+    def __init__(
+        self,
+        address: str = "localhost:9000",
+        timeout_s: float | None = 60.0,
+        retries: int = 3,
+        api_key: str | None = None,
+    ) -> None:
+        """timeout_s: of one call, on this side. retries: of a call that failed before it produced anything.
+
+        api_key: by default what TINYLM_API_KEY in the environment says, if anything.
+        """
+        api_key = api_key or os.environ.get("TINYLM_API_KEY")
         self.address = address
         self._timeout_s = timeout_s
         self._retries = retries
+        self._metadata = (*METADATA, *([("authorization", f"Bearer {api_key}")] if api_key else []))
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = TinyLMStub(self._channel)
 
@@ -69,7 +81,7 @@ class Client:
         """The whole answer. Raises ValueError for a bad request, ServiceError for whatever else goes wrong."""
         params = params or SamplingParams()
         request = request_from_params(prompt, params)
-        response = self._call(lambda: self._stub.Generate(request, metadata=METADATA, timeout=self._timeout_s))
+        response = self._call(lambda: self._stub.Generate(request, metadata=self._metadata, timeout=self._timeout_s))
         return _completion(response.text, response, list(response.logprobs), params)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Generator[str, None, ServedCompletion]:
@@ -82,7 +94,7 @@ class Client:
         opened: list[grpc.RpcContext] = []
 
         def start() -> tuple[Iterator[pb.GenerateStreamResponse], pb.GenerateStreamResponse | None]:
-            responses = self._stub.GenerateStream(request, metadata=METADATA, timeout=self._timeout_s)
+            responses = self._stub.GenerateStream(request, metadata=self._metadata, timeout=self._timeout_s)
             opened.append(responses)
             # A refused stream has one empty message before its status.
             return responses, next((r for r in responses if r.text or r.logprobs or r.finish_reason), None)
@@ -110,13 +122,13 @@ class Client:
     def tokenize(self, text: str) -> list[tuple[int, bytes]]:
         """Token ids of a text, each with its own bytes."""
         request = pb.TokenizeRequest(text=text)
-        response = self._call(lambda: self._stub.Tokenize(request, metadata=METADATA, timeout=self._timeout_s))
+        response = self._call(lambda: self._stub.Tokenize(request, metadata=self._metadata, timeout=self._timeout_s))
         return [(token.id, token.bytes) for token in response.tokens]
 
     def info(self) -> pb.GetModelInfoResponse:
         """What the service says of its model, and which replica said it."""
         request = pb.GetModelInfoRequest()
-        return self._call(lambda: self._stub.GetModelInfo(request, metadata=METADATA, timeout=self._timeout_s))
+        return self._call(lambda: self._stub.GetModelInfo(request, metadata=self._metadata, timeout=self._timeout_s))
 
     def close(self) -> None:
         self._channel.close()

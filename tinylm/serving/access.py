@@ -1,0 +1,78 @@
+"""Who may ask: callers with a key of the key file, or, where there is none, callers on this machine.
+
+Works on gRPC metadata. How keys are kept is `tinylm.serving.keys`' business.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote
+
+import grpc
+from ray import serve
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
+from ray.serve.grpc_util import RayServegRPCContext
+
+from tinylm.serving.calls import Refused
+from tinylm.serving.keys import KeyFile
+
+_PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+")
+
+
+class Access:
+    """Lets calls in, or refuses them with UNAUTHENTICATED."""
+
+    def __init__(self, key_file: Path | None, allow_anonymous: bool) -> None:
+        """Raises KeyFileError for an unusable key file, ValueError for a service open to all by oversight."""
+        self._keys = None if key_file is None else KeyFile(key_file)
+        self._open = key_file is None and allow_anonymous
+        if self._keys is None and not self._open and RAY_SERVE_ENABLE_HA_PROXY:
+            # Calls come from HAProxy, which is local, wherever their callers are: its address must be local too.
+            client = serve.context._get_global_client()
+            host = client.http_config.host if client is not None else None
+            if host is not None and not is_local(host):
+                raise ValueError(
+                    f"http_options.host is {host!r}, which others can reach, and there are no API keys: "
+                    "set api_keys in the application's args, or allow_anonymous: true"
+                )
+
+    def check(self, context: RayServegRPCContext) -> str | None:
+        """The name of the caller's key, None without keys; raises Refused."""
+        if self._open:
+            return None
+        if self._keys is None:
+            peer = _PEER.fullmatch(unquote(context.peer() or ""))
+            if peer is None or is_local(peer["address"]):
+                return None
+            raise Refused(grpc.StatusCode.UNAUTHENTICATED, "without API keys, only callers on this machine are served")
+        given = dict(context.invocation_metadata()).get("authorization")
+        if given is None:
+            raise Refused(grpc.StatusCode.UNAUTHENTICATED, "no API key: send the metadata 'authorization: Bearer KEY'")
+        scheme, _, key = given.partition(" ") if isinstance(given, str) else ("", "", "")
+        name = self._keys.name_of(key) if scheme.lower() == "bearer" else None
+        if name is None:
+            raise Refused(grpc.StatusCode.UNAUTHENTICATED, "the API key is not valid")
+        return name
+
+
+@lru_cache(maxsize=1024)
+def is_local(host: str) -> bool:
+    """Whether an address belongs to this machine and stands for no others: one can bind to it, and 0.0.0.0 is none."""
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        return False
+    if address.is_unspecified:
+        return False
+    if address.is_loopback:
+        return True
+    with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET) as probe:
+        try:
+            probe.bind((str(address), 0))
+        except OSError:
+            return False
+    return True

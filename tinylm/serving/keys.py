@@ -1,0 +1,102 @@
+"""API keys: a file of hashes, read again when it changes, and the question whether a key is in it.
+
+A line is `NAME sha256:HEX`; `#` begins a comment. `tinylm key NAME` makes a key and its line. What carries a key over
+the network, and what becomes of a call without one, is `serve_app`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from pathlib import Path
+
+logger = logging.getLogger("ray.serve")
+
+LOOK_AGAIN_S = 1.0  # a change of the file counts after at most so long
+_LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\s+sha256:(?P<digest>[0-9a-f]{64})")
+
+
+class KeyFileError(ValueError):
+    """A key file that can't be used; the message names file and line."""
+
+
+def hash_key(key: str) -> str:
+    """SHA-256 in hex. Keys are 256 random bits, so that no slow or salted hash is needed."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def make_key(name: str) -> tuple[str, str]:
+    """A fresh key and the line for the key file; raises ValueError for a name that a line can't hold."""
+    key = "tlm-" + secrets.token_urlsafe(32)
+    line = f"{name} sha256:{hash_key(key)}"
+    if not _LINE.fullmatch(line):
+        raise ValueError(f"name is {name!r}: it must be 1 to 64 letters, digits, '.', '_' or '-'")
+    return key, line
+
+
+def read_keys(path: Path) -> dict[str, str]:
+    """Hash by name. Raises KeyFileError when the file can't be read, a line is none, or a name stands twice."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyFileError(f"{path} cannot be read: {error}") from None
+    keys: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        match = _LINE.fullmatch(text)
+        if match is None:
+            raise KeyFileError(f"{path}, line {number}: it must be NAME sha256:HEX, as `tinylm key NAME` prints it")
+        if match["name"] in keys:
+            raise KeyFileError(f"{path}, line {number}: the name {match['name']!r} stands there twice")
+        keys[match["name"]] = match["digest"]
+    return keys
+
+
+class KeyFile:
+    """The keys of a file as it is now. A file that has become unreadable leaves the last good keys in force."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises KeyFileError when the file is unusable from the start."""
+        self._path = path
+        self._version = self._version_now()
+        self._keys = read_keys(path)
+        self._looked_at = time.monotonic()
+
+    def name_of(self, key: str) -> str | None:
+        """The name that a key goes by, None for one that is not in the file. Takes the same time for every key."""
+        self._reload()
+        digest = hash_key(key)
+        found = None
+        for name, known in self._keys.items():
+            if hmac.compare_digest(known, digest):
+                found = name
+        return found
+
+    def _reload(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_AGAIN_S:
+            return
+        self._looked_at = now
+        version = self._version_now()
+        if version == self._version:
+            return
+        self._version = version
+        try:
+            self._keys = read_keys(self._path)
+            logger.info("%s was read again: %d keys", self._path, len(self._keys))
+        except KeyFileError as error:
+            logger.error("%s; the %d keys read before stay in force", error, len(self._keys))
+
+    def _version_now(self) -> tuple[int, int, int] | None:
+        """What changes with the file: of an atomic replacement, the inode at least."""
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
