@@ -1,7 +1,8 @@
-"""`tinylm serve`: runs `serve run CONFIG` as a person should, and says when the service answers.
+"""`tinylm serve`: runs `serve run CONFIG` as a person should, says when the service answers, and keeps it up.
 
 Sets the environment that must be there before Ray starts, picks the config that the platform supports, waits until a
-replica answers over gRPC. Everything else is Ray Serve's business; this module doesn't import it.
+replica answers over gRPC. When Ray's head dies under it, everything is started anew; when it is asked to end, requests
+under way are finished first. Replicas and proxies that die are Ray Serve's business, which this doesn't import.
 """
 
 from __future__ import annotations
@@ -18,17 +19,25 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
+import grpc
+import psutil
 import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tinylm.client import Client, ServiceError
+from tinylm.client import CHANNEL_OPTIONS, METADATA
 
 HAPROXY_CONFIG = Path("configs/serve.yaml")
 PYTHON_PROXY_CONFIG = Path("configs/serve-python-proxy.yaml")
 # Set unless the user has: workers at normal priority (Ray's default is nice 15), a dashboard on loopback that opens
 # without a token, no usage reports.
 ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+HEAD_PROCESSES = {"gcs_server", "raylet"}
+LOOK_AGAIN_S = 0.3
+DRAIN_LIMIT_S = 20.0  # above Serve's own limit, graceful_shutdown_timeout_s
+MAX_RESTARTS, RESTARTS_WITHIN_S = 3, 600.0
 _DEFAULT_PORTS = {"grpc_options": 9000, "http_options": 8000}  # Serve's own
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy of the environment
 _ANSI_CODES = re.compile(r"\x1b\[[0-9;]*m")
@@ -57,28 +66,33 @@ def launch(config: Path | None, wait_s: float) -> int:
     # Handlers of our own, even where the shell had interrupts ignored: the child then begins with the default ones.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    server = subprocess.Popen(
-        [serve, "run", str(config)],
-        env={**ENVIRONMENT, **os.environ},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # Ctrl-C is for this process, which hands it on once
-    )
-    log = _Log(server)
-    try:
-        if _wait_until_ready(server, log, address, wait_s):
+    command = [serve, "run", str(config)]
+    restarts: list[float] = []
+    while True:
+        server = Server(command)
+        try:
+            if not _wait_until_ready(server, address, wait_s):
+                return server.process.wait()
             print(
                 f"\nTinyLM is ready: gRPC on {address} ({config})\n"
                 f"  try it:     {_own_command()} generate 'Once upon a time' --server {address}\n"
-                f"  dashboard:  {log.dashboard or 'http://127.0.0.1:8265'}/#/serve\n"
-                f"  stop:       Ctrl-C\n",
+                f"  dashboard:  {server.dashboard}/#/serve\n"
+                f"  stop:       Ctrl-C (requests under way are finished; twice: at once)\n",
                 flush=True,
             )
-        return server.wait()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        _stop(server)
+            server.wait_until_broken()
+        except KeyboardInterrupt:
+            print("stopping: requests under way are finished", file=sys.stderr, flush=True)
+            with suppress(KeyboardInterrupt):
+                server.drain(config)
+            return 0
+        finally:
+            server.stop()
+        now = time.monotonic()
+        restarts = [moment for moment in restarts if now - moment < RESTARTS_WITHIN_S] + [now]
+        if len(restarts) > MAX_RESTARTS:
+            raise ValueError(f"Ray ended {len(restarts)} times within {RESTARTS_WITHIN_S / 60:.0f} minutes: giving up")
+        print("Ray has ended under the service: starting it again", file=sys.stderr, flush=True)
 
 
 def _ports(config: Path) -> tuple[int, int]:
@@ -97,60 +111,119 @@ def _own_command() -> str:
     return "tinylm" if shutil.which("tinylm") == str(own) else os.path.relpath(own)
 
 
-class _Log:
-    """Passes on what `serve run` says, and remembers the dashboard's address from it."""
+class Server:
+    """One run of `serve run`, with all the processes that come of it."""
 
-    def __init__(self, server: subprocess.Popen[str]) -> None:
-        self.dashboard: str | None = None
-        self._server = server
+    def __init__(self, command: list[str]) -> None:
+        self.dashboard = "http://127.0.0.1:8265"
+        self.process = subprocess.Popen(
+            command,
+            env={**ENVIRONMENT, **os.environ},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for this process, which hands it on once
+        )
+        self._family: dict[int, psutil.Process] = {}  # whatever it has started, as last seen
+        self._head: list[psutil.Process] = []  # the processes that Ray is not without
         threading.Thread(target=self._follow, daemon=True).start()
 
     def _follow(self) -> None:
-        for line in self._server.stderr or ():
+        """Pass on what `serve run` says, and take the dashboard's address from it."""
+        for line in self.process.stderr or ():
             sys.stderr.write(line)
             if match := re.search(r"dashboard at (http://[\w.:\[\]-]+)", _ANSI_CODES.sub("", line)):
                 self.dashboard = match[1]
 
+    def wait_until_broken(self) -> None:
+        """Return when Ray's head is no more, or `serve run` itself."""
+        self._look()
+        self._head = [process for process in self._family.values() if _name(process) in HEAD_PROCESSES]
+        while self.process.poll() is None and all(_lives(process) for process in self._head):
+            time.sleep(LOOK_AGAIN_S)
+            self._look()
 
-def _wait_until_ready(server: subprocess.Popen[str], log: _Log, address: str, wait_s: float) -> bool:
+    def drain(self, config: Path) -> None:
+        """Take the application down as Serve does: no new requests, and those under way are finished."""
+        if self.process.poll() is not None:
+            return
+        without = {**yaml.safe_load(config.read_text(encoding="utf-8")), "applications": []}
+        request = urllib.request.Request(
+            f"{self.dashboard}/api/serve/applications/",
+            data=json.dumps(without).encode(),
+            method="PUT",
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            _LOOPBACK.open(request, timeout=5).close()
+            deadline = time.monotonic() + DRAIN_LIMIT_S
+            while time.monotonic() < deadline and _application_status(self.dashboard) is not None:
+                time.sleep(LOOK_AGAIN_S)
+        except OSError as error:  # a head that is dying, say
+            print(f"could not drain: {error}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """End the server as Ctrl-C would, so that Ray stops all that it started, and see to it that it did."""
+        self._look()
+        if self.process.poll() is None and all(_lives(process) for process in self._head):
+            self.process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(60)
+        for process in self._family.values():
+            with suppress(psutil.Error):
+                process.kill()  # psutil looks whether the pid is still this process
+        self.process.kill()
+        self.process.wait()
+
+    def _look(self) -> None:
+        with suppress(psutil.Error):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                self._family.setdefault(process.pid, process)
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _wait_until_ready(server: Server, address: str, wait_s: float) -> bool:
     """True once every replica runs and one has answered, False when the server ended before.
 
     Raises ValueError when Serve gives the application up, or after `wait_s`.
     """
     deadline = time.monotonic() + wait_s
-    status = "starting"
-    with Client(address, timeout_s=5, retries=0) as client:
-        while server.poll() is None:
+    state = "starting"
+    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        while server.process.poll() is None:
             if time.monotonic() > deadline:
-                raise ValueError(f"the service was not ready on {address} within {wait_s:.0f} s: it is {status}")
-            status, message = _application_status(log.dashboard)
-            if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise ValueError(f"the service was not ready on {address} within {wait_s:.0f} s: it is {state}")
+            state, message = _application_status(server.dashboard) or ("starting", "")
+            if state in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise ValueError(f"Ray Serve could not start the application: {message}")
-            if status == "RUNNING":
+            if state == "RUNNING":
                 try:
-                    client.info()
+                    health.Check(health_pb2.HealthCheckRequest(), metadata=METADATA, timeout=5)
                     return True
-                except ServiceError as error:
-                    status = f"RUNNING, but the ingress says {error}"
-            time.sleep(0.3)
+                except grpc.RpcError as error:
+                    state = f"RUNNING, but the ingress says {error.code().name}"
+            time.sleep(LOOK_AGAIN_S)
     return False
 
 
-def _application_status(dashboard: str | None) -> tuple[str, str]:
-    """Status and message that Serve's REST API has for the application (the first, should there be more)."""
+def _application_status(dashboard: str) -> tuple[str, str] | None:
+    """Status and message that Serve's REST API has for the application; None when there is none (yet, or any more)."""
     try:
         with _LOOPBACK.open(f"{dashboard}/api/serve/applications/", timeout=5) as response:
             applications = json.load(response)["applications"].values()
-    except (OSError, ValueError, KeyError):  # not there yet
-        return "starting", ""
-    return next(((a["status"], a["message"]) for a in applications), ("starting", ""))
-
-
-def _stop(server: subprocess.Popen[str]) -> None:
-    """End the server as Ctrl-C would, so that Ray stops all that it started."""
-    if server.poll() is None:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
+    except (OSError, ValueError, KeyError):
+        return None
+    return next(((a["status"], a["message"]) for a in applications), None)

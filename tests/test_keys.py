@@ -1,0 +1,112 @@
+"""API keys: what is in the file lets its callers in, and what changes there counts without a restart."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinylm.serving import keys
+from tinylm.serving.access import is_local
+from tinylm.serving.keys import KeyFile, KeyFileError, hash_key, make_key, read_keys
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "keys.txt"
+
+
+def tinylm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "tinylm.cli", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_a_key_once_and_keeps_its_hash_for_the_owner_alone(file: Path):
+    printed = [tinylm("key", name, "--file", str(file)).stdout.strip() for name in ("alice", "bob")]
+    assert len(set(printed)) == 2
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert not any(secret in file.read_text() for secret in printed)
+    assert [KeyFile(file).name_of(secret) for secret in printed] == ["alice", "bob"]
+    again = tinylm("key", "alice", "--file", str(file))
+    assert again.returncode == 1
+    assert "'alice' already" in again.stderr
+    assert len(read_keys(file)) == 2
+
+
+def test_only_keys_of_the_file_have_a_name(file: Path):
+    secret, line = make_key("alice")
+    file.write_text(f"# ours\n\n{line}   # since May\n")
+    known = KeyFile(file)
+    assert known.name_of(secret) == "alice"
+    for wrong in ("", "alice", secret[:-1], secret + " ", secret.upper(), hash_key(secret), "ключ"):
+        assert known.name_of(wrong) is None
+
+
+def test_a_change_of_the_file_counts_without_a_restart(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keys, "LOOK_AGAIN_S", 0.0)
+    (first, first_line), (second, second_line) = make_key("first"), make_key("second")
+    file.write_text(first_line)
+    known = KeyFile(file)
+    replacement = file.with_suffix(".new")
+    replacement.write_text(second_line)
+    replacement.replace(file)
+    assert (known.name_of(first), known.name_of(second)) == (None, "second")
+    # What can't be read changes nothing: a slip of the editor locks nobody out.
+    file.write_text("no line of ours")
+    assert known.name_of(second) == "second"
+    file.unlink()
+    assert known.name_of(second) == "second"
+    file.write_text(first_line)
+    assert (known.name_of(first), known.name_of(second)) == ("first", None)
+
+
+def test_the_file_is_not_looked_at_for_every_call(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(keys, "LOOK_AGAIN_S", 1000.0)
+    secret, line = make_key("alice")
+    file.write_text(line)
+    known = KeyFile(file)
+    file.write_text("")
+    assert known.name_of(secret) == "alice"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("alice", "line 1"),
+        ("\nalice sha256:12", "line 2"),
+        ("alice md5:" + "0" * 64, "line 1"),
+        ("a b sha256:" + "0" * 64, "line 1"),
+        (f"a sha256:{'0' * 64}\na sha256:{'1' * 64}", "'a' stands there twice"),
+    ],
+)
+def test_a_file_that_is_none_is_named_with_its_line(file: Path, text: str, named: str):
+    file.write_text(text)
+    with pytest.raises(KeyFileError) as caught:
+        KeyFile(file)
+    assert str(file) in str(caught.value)
+    assert named in str(caught.value)
+
+
+def test_a_missing_file_and_an_impossible_name_are_named(tmp_path: Path):
+    with pytest.raises(KeyFileError, match="none.txt cannot be read"):
+        KeyFile(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="'two words'"):
+        make_key("two words")
+
+
+def test_addresses_of_this_machine_are_local_and_no_others():
+    assert all(is_local(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
+    # 0.0.0.0 lets others in; the rest belongs to others, or is no address.
+    assert not any(is_local(host) for host in ("0.0.0.0", "::", "192.0.2.77", "198.51.100.1", "example.org", ""))
+
+
+def test_clients_take_their_key_from_the_environment(monkeypatch: pytest.MonkeyPatch):
+    from tinylm.client import Client
+
+    monkeypatch.setitem(os.environ, "TINYLM_API_KEY", "from-environment")
+    with Client("localhost:1") as client, Client("localhost:1", api_key="given") as other:
+        assert ("authorization", "Bearer from-environment") in client._metadata
+        assert ("authorization", "Bearer given") in other._metadata
