@@ -91,7 +91,7 @@ def test_a_file_that_is_none_is_named_with_its_line(file: Path, text: str, named
 
 
 def test_a_missing_file_and_an_impossible_name_are_named(tmp_path: Path):
-    with pytest.raises(KeyFileError, match="none.txt cannot be read"):
+    with pytest.raises(KeyFileError, match=r"none\.txt cannot be read"):
         KeyFile(tmp_path / "none.txt")
     with pytest.raises(ValueError, match="'two words'"):
         make_key("two words")

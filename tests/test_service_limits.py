@@ -1,0 +1,223 @@
+"""What the service refuses, and that it refuses nothing else: keys, a full queue, nonsense, leaving and slow clients.
+
+One replica with two slots, and the slow kernels, so that an answer of 250 tokens lasts for seconds.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from service_fixtures import Service, running_service
+
+from tinylm import SamplingParams
+from tinylm.client import METADATA, Client, ServiceError
+from tinylm.serving.keys import make_key
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
+
+LONG = SamplingParams(max_tokens=250, temperature=0)
+SHORT = SamplingParams(max_tokens=2, temperature=0)
+PROMPT = "A prompt that no log may hold"
+SLOTS, WAITING = 2, 2
+GIVE_UP_S = 60
+Code = grpc.StatusCode
+
+
+@pytest.fixture(scope="module")
+def secret() -> tuple[str, str]:
+    return make_key("alice")
+
+
+@pytest.fixture(scope="module")
+def service(secret: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    directory = tmp_path_factory.mktemp("limits")
+    (directory / "keys.txt").write_text(secret[1])
+    values = yaml.safe_load(Path("configs/serve.yaml").read_text(encoding="utf-8"))
+    (application,) = values["applications"]
+    limits = {"slots": SLOTS, "max_waiting": WAITING, "kernels": "numpy", "api_keys": str(directory / "keys.txt")}
+    application["args"] |= limits
+    application["deployments"][0]["num_replicas"] = 1
+    config = directory / "limits.yaml"
+    config.write_text(yaml.safe_dump(values))
+    with running_service(config, directory) as service:
+        yield service
+
+
+@pytest.fixture
+def client(service: Service, secret: tuple[str, str]) -> Iterator[Client]:
+    with Client(service.address, retries=0, api_key=secret[0]) as client:
+        yield client
+
+
+@pytest.fixture
+def channel(service: Service) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(service.address) as channel:
+        yield channel
+
+
+def log_lines(service: Service) -> list[dict]:
+    """What the replica has written down."""
+    (pid,) = service.replicas().values()
+    (path,) = {file.path for file in psutil.Process(pid).open_files() if "/replica_tinylm" in file.path}
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def health(channel: grpc.Channel, service: str = "") -> int:
+    return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
+
+
+def code_of(call: object) -> Code:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()  # type: ignore[operator]
+    assert "Traceback" not in caught.value.details()
+    return caught.value.code()
+
+
+def test_only_who_has_a_key_is_let_in_and_health_is_for_all(
+    client: Client, channel: grpc.Channel, secret: tuple[str, str]
+) -> None:
+    assert client.generate(PROMPT, SHORT).n_tokens == 2
+    stub = TinyLMStub(channel)
+    calls = [
+        (stub.Generate, pb.GenerateRequest(prompt=PROMPT)),
+        (lambda *a, **k: list(stub.GenerateStream(*a, **k)), pb.GenerateRequest(prompt=PROMPT)),
+        (stub.Tokenize, pb.TokenizeRequest(text=PROMPT)),
+        (stub.GetModelInfo, pb.GetModelInfoRequest()),
+    ]
+    wrong = [[], [("authorization", "Bearer nonsense")], [("authorization", secret[0])], [("authorization", "Bearer ")]]
+    for method, request in calls:
+        for more in wrong:
+            assert code_of(lambda m=method, r=request, w=more: m(r, metadata=(*METADATA, *w))) == Code.UNAUTHENTICATED
+    assert health(channel) == health(channel, "tinylm.v1.TinyLM") == health_pb2.HealthCheckResponse.SERVING
+    assert code_of(lambda: health(channel, "another")) == Code.NOT_FOUND
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    watch.cancel()
+
+
+def test_a_full_queue_refuses_at_once_and_who_leaves_makes_room(
+    service: Service, client: Client, channel: grpc.Channel
+) -> None:
+    streams = [client.stream(PROMPT, LONG) for _ in range(SLOTS + WAITING)]
+    threads = [threading.Thread(target=next, args=(stream, None), daemon=True) for stream in streams]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + GIVE_UP_S
+    refused = None
+    while refused is None and time.monotonic() < deadline:  # until all four have arrived
+        try:
+            client.generate("Once", SHORT)
+        except ServiceError as error:
+            refused = error
+    assert refused is not None
+    assert refused.code == Code.RESOURCE_EXHAUSTED
+    assert "limit" in str(refused)
+    assert health(channel) == health_pb2.HealthCheckResponse.SERVING
+    assert client.info().slots == SLOTS
+    for thread in threads[:SLOTS]:
+        thread.join(GIVE_UP_S)
+    for stream in streams[:SLOTS]:
+        stream.close()
+    for thread in threads[SLOTS:]:  # those that waited have the slots now
+        thread.join(GIVE_UP_S)
+    for stream in streams[SLOTS:]:
+        stream.close()
+    assert client.generate(PROMPT, SHORT).n_tokens == 2
+    left = [line for line in log_lines(service) if line.get("finish_reason") == "cancelled"]
+    assert len(left) == SLOTS + WAITING
+    assert all(line["completion_tokens"] < LONG.max_tokens for line in left)
+
+
+def test_a_reader_that_does_not_read_holds_nobody_up(channel: grpc.Channel, client: Client, secret) -> None:
+    metadata = (*METADATA, ("authorization", f"Bearer {secret[0]}"))
+    request = pb.GenerateRequest(prompt=PROMPT, max_tokens=250, temperature=0)
+    sleeping = TinyLMStub(channel).GenerateStream(request, metadata=metadata)
+    answers = [client.generate("Once", SamplingParams(max_tokens=20, temperature=0)).text for _ in range(2)]
+    assert answers[0] == answers[1]
+    messages = list(sleeping)  # and it has lost nothing
+    assert messages[-1].usage.completion_tokens == 250
+
+
+def test_bytes_that_are_no_message_are_refused_as_such(channel: grpc.Channel, client: Client, secret) -> None:
+    """gRPC's own answer would be INTERNAL, which tells a client to try the same again."""
+    metadata = (*METADATA, ("authorization", f"Bearer {secret[0]}"))
+    rng = np.random.default_rng(5)
+    noise = [rng.bytes(int(n)) for n in rng.integers(1, 200, size=60)]
+    for name in ("Generate", "Tokenize", "GetModelInfo"):
+        call = channel.unary_unary(f"/tinylm.v1.TinyLM/{name}")
+        for data in [b"\x0a\x02\xff\xfe", b"\xff\xff\xff", *noise]:
+            try:
+                call(data, metadata=metadata, timeout=30)
+            except grpc.RpcError as error:
+                assert error.code() == Code.INVALID_ARGUMENT, (name, data, error.details())
+    huge = pb.TokenizeRequest(text="a" * 5_000_000)
+    assert code_of(lambda: TinyLMStub(channel).Tokenize(huge, metadata=metadata)) == Code.RESOURCE_EXHAUSTED
+    assert client.generate("Once", SHORT).n_tokens == 2
+
+
+def test_the_log_has_a_line_for_each_call_and_neither_key_nor_prompt(service: Service, client: Client, secret) -> None:
+    before = len([line for line in log_lines(service) if "method" in line])
+    client.generate(PROMPT, SHORT)
+    list(client.stream(PROMPT, SHORT))
+    with pytest.raises(ValueError, match="temperature"):
+        Client.generate(client, PROMPT, _unchecked(temperature=-1.0))
+    lines = [line for line in log_lines(service) if "method" in line][before:]
+    assert [(line["method"], line["status"]) for line in lines] == [
+        ("Generate", "OK"), ("GenerateStream", "OK"), ("Generate", "INVALID_ARGUMENT"),
+    ]  # fmt: skip
+    for line in lines[:2]:
+        assert (line["completion_tokens"], line["finish_reason"], line["api_key_name"]) == (2, "length", "alice")
+        assert 0 <= line["queue_ms"] <= line["first_token_ms"] <= line["total_ms"]
+        assert line["request_id"]
+    text = json.dumps(log_lines(service))
+    assert PROMPT not in text
+    assert secret[0] not in text
+
+
+def _unchecked(**fields: object) -> SamplingParams:
+    """Settings that our own client would not let out."""
+    params = SamplingParams(max_tokens=2)
+    for name, value in fields.items():
+        object.__setattr__(params, name, value)
+    return params
+
+
+def test_a_service_that_is_told_to_end_finishes_what_it_has_begun(
+    service: Service, client: Client, channel: grpc.Channel
+) -> None:
+    """The last test here: it ends the service."""
+    (launcher,) = (p for p in psutil.Process().children() if str(service.config) in p.cmdline())
+    stream = client.stream(PROMPT, LONG)
+    pieces = [next(stream)]
+    os.kill(launcher.pid, signal.SIGTERM)
+    seen: set[object] = set()
+
+    def watch() -> None:
+        while True:
+            try:
+                seen.add(health(channel))
+            except grpc.RpcError as error:
+                seen.add(error.code())
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        while True:
+            pieces.append(next(stream))
+    except StopIteration as end:
+        completion = end.value
+    watcher.join(GIVE_UP_S)
+    assert (completion.n_tokens, completion.finish_reason) == (250, "length")
+    assert health_pb2.HealthCheckResponse.NOT_SERVING in seen
+    assert launcher.wait(GIVE_UP_S) in (0, None)
