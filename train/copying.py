@@ -1,0 +1,81 @@
+"""How much of a text stands in a body of other text word for word: from each word on, the longest run that does.
+
+Words are compared without case and punctuation, so that a copy with another comma still counts. Exact: word ids are
+compared, never hashes. Knows nothing of models: who wrote the texts is the caller's business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+WORDS_AT_ONCE = 2_000_000  # of the corpus: some 100 MB of arrays
+
+_WORD = re.compile(r"\w+(?:'\w+)*")
+
+
+def words(text: str) -> list[str]:
+    """'"Don’t," said the Fox.' -> ["don't", 'said', 'the', 'fox']"""
+    return _WORD.findall(text.lower().replace("’", "'"))
+
+
+def match_lengths(texts: Sequence[Sequence[str]], corpus: Iterable[Sequence[str]]) -> list[np.ndarray]:
+    """For each word of each text: how many words, from it on, stand in one document of the corpus in the same order.
+
+    texts, corpus: lists of words. Returns for each text an array (its words,) of int64.
+    """
+    vocabulary: dict[str, int] = {}
+    ids = _laid_out([vocabulary.setdefault(word, len(vocabulary) + 1) for word in text] for text in texts)
+    lengths = np.zeros(len(ids), np.int64)
+    documents = ([vocabulary.get(word, 0) for word in document] for document in corpus)
+    for part in _batches(documents):
+        _raise_lengths(lengths, ids, _laid_out(part))
+    ends = np.cumsum([len(text) + 1 for text in texts])
+    return [lengths[end - 1 - len(text) : end - 1] for text, end in zip(texts, ends, strict=True)]
+
+
+def _laid_out(documents: Iterable[list[int]]) -> np.ndarray:
+    """Documents end to end, a 0 after each: no run goes across it."""
+    return np.array([word for document in documents for word in (*document, 0)], np.int64)
+
+
+def _batches(documents: Iterable[list[int]]) -> Iterator[list[list[int]]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= WORDS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _raise_lengths(lengths: np.ndarray, texts: np.ndarray, corpus: np.ndarray) -> None:
+    """Raise `lengths` to the runs that this corpus has. Both are word ids, of which 0 equals nothing.
+
+    Goes one word further at a time with those positions of either side whose words so far the other side has too.
+    Equal runs have the same number (`of_text`, `of_corpus`); fewer and fewer positions are left.
+    """
+    n_words = int(texts.max(initial=0)) + 1
+    in_text, in_corpus = np.flatnonzero(texts), np.flatnonzero(corpus)
+    of_text, of_corpus = np.zeros_like(in_text), np.zeros_like(in_corpus)
+    length = 0
+    while len(in_text) and len(in_corpus):
+        next_in_text, next_in_corpus = texts[in_text + length], corpus[in_corpus + length]
+        goes_on = next_in_text > 0
+        in_text, of_text, next_in_text = in_text[goes_on], of_text[goes_on], next_in_text[goes_on]
+        goes_on = next_in_corpus > 0
+        in_corpus, of_corpus, next_in_corpus = in_corpus[goes_on], of_corpus[goes_on], next_in_corpus[goes_on]
+        runs, of_text = np.unique(of_text * n_words + next_in_text, return_inverse=True)
+        wanted = of_corpus * n_words + next_in_corpus
+        of_corpus = np.searchsorted(runs, wanted)
+        found = (of_corpus < len(runs)) & (np.append(runs, -1)[of_corpus] == wanted)
+        in_corpus, of_corpus = in_corpus[found], of_corpus[found]
+        shared = np.zeros(len(runs), bool)
+        shared[of_corpus] = True
+        in_text, of_text = in_text[shared[of_text]], of_text[shared[of_text]]
+        length += 1
+        lengths[in_text] = np.maximum(lengths[in_text], length)
