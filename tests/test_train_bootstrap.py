@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from train.bootstrap import ratio_interval
 
-PARTS = st.lists(
-    st.tuples(st.floats(0, 1e4), st.floats(1, 1e4), st.sampled_from("abcdefgh")), min_size=1, max_size=30
-)
+PARTS = st.lists(st.tuples(st.floats(0, 1e4), st.floats(1, 1e4), st.sampled_from("abcdefgh")), min_size=1, max_size=30)
 
 
 def interval(parts, **settings):

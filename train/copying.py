@@ -18,7 +18,7 @@ _WORD = re.compile(r"\w+(?:'\w+)*")
 
 def words(text: str) -> list[str]:
     """'"Don’t," said the Fox.' -> ["don't", 'said', 'the', 'fox']"""
-    return _WORD.findall(text.lower().replace("’", "'"))
+    return _WORD.findall(text.lower().replace("\u2019", "'"))
 
 
 def match_lengths(texts: Sequence[Sequence[str]], corpus: Iterable[Sequence[str]]) -> list[np.ndarray]:

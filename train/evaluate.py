@@ -2,8 +2,9 @@
 
     python -m train.evaluate --model models/stories-8m --data FILE.parquet [MORE.parquet ...] [--json]
 
-Any Parquet file with a `text` column will do; a `collection` column groups it. A document longer than the context is
-read in windows that overlap by half: beyond its first half context, every token has at least that much before it.
+Any Parquet file with a `text` column will do; a `collection` column groups it, and a `source` column (a book's name)
+says which documents belong together, for the interval. A document longer than the context is read in windows that
+overlap by half: beyond its first half context, every token has at least that much before it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,28 +27,46 @@ from tinylm.llm import load
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
+from train.bootstrap import ratio_interval
 from train.config import ConfigError
 from train.stage import progress
 
 WINDOWS_A_BATCH = 8
 
 
-@dataclass
-class Score:
-    """What a collection's documents cost to write down by the model's probabilities."""
+class Document(NamedTuple):
+    """A text to be scored, and what it belongs to."""
 
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    bits: float = 0.0
+    collection: str
+    source: str  # such as a book, of which other documents may come too
+    text: str
 
-    def summary(self) -> dict:
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "bits_per_byte": round(self.bits / self.bytes, 5) if self.bytes else None,
-        }
+
+class Score(NamedTuple):
+    """What a document costs to write down by the model's probabilities."""
+
+    tokens: int
+    bytes: int
+    bits: float
+    source: str = ""
+
+
+def summary(scores: Sequence[Score]) -> dict:
+    """A collection's figures for JSON: counts, bits per byte, and its 95 % interval by resampling the sources."""
+    bits, sizes = [score.bits for score in scores], [score.bytes for score in scores]
+    sources = [score.source for score in scores]
+    return {
+        "documents": len(scores),
+        "sources": len(set(sources)),
+        "tokens": sum(score.tokens for score in scores),
+        "bytes": sum(sizes),
+        "bits_per_byte": bits_per_byte(scores),
+        "interval_95": [round(bound, 5) for bound in ratio_interval(bits, sizes, sources)],
+    }
+
+
+def bits_per_byte(scores: Sequence[Score]) -> float:
+    return round(sum(score.bits for score in scores) / sum(score.bytes for score in scores), 5)
 
 
 def windows(n_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -69,12 +88,10 @@ def make_runner(model: Model) -> ModelRunner:
     return ModelRunner(model, WINDOWS_A_BATCH, size, size)
 
 
-def score_document(
-    runner: ModelRunner, tokenizer: Tokenizer, text: str, advance: Callable[[int], None] = lambda tokens: None
-) -> Score:
+def score_document(runner: ModelRunner, tokenizer: Tokenizer, text: str, source: str = "") -> Score:
     """Score of one document, the boundary before it given, by a runner that `make_runner` made."""
     ids = np.array(tokenizer.encode_document(text))
-    score = Score(documents=1, tokens=len(ids) - 1, bytes=len(text.encode()))
+    bits = 0.0
     spans = list(windows(len(ids), runner.model.config.context))
     for i in range(0, len(spans), WINDOWS_A_BATCH):
         batch = spans[i : i + WINDOWS_A_BATCH]
@@ -89,67 +106,96 @@ def score_document(
         logits -= logits.max(axis=1, keepdims=True)
         target = np.concatenate(targets)
         nats = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(target)), target]
-        score.bits += float(nats.sum()) / np.log(2)
-        advance(len(target))
-    return score
+        bits += float(nats.sum()) / np.log(2)
+    return Score(len(ids) - 1, len(text.encode()), bits, source)
 
 
 def evaluate(
-    model: Model, tokenizer: Tokenizer, documents: list[tuple[str, str]], title: str = "evaluating"
-) -> dict[str, Score]:
-    """Scores by collection of (collection, text) pairs, behind a progress bar."""
-    scores: dict[str, Score] = {}
+    model: Model, tokenizer: Tokenizer, documents: Sequence[Document], title: str = "evaluating"
+) -> dict[str, list[Score]]:
+    """Scores of documents by collection, in their order, behind a progress bar."""
+    scores: dict[str, list[Score]] = {}
     runner = make_runner(model)
     # One BLAS thread: a second one waits by spinning, and next to any other work that is many times slower.
     with progress("bytes") as bar, threadpool_limits(1, user_api="blas"):
-        task = bar.add_task(title, total=sum(len(text) for _, text in documents))
-        for collection, text in documents:
-            one = score_document(runner, tokenizer, text)
-            total = scores.setdefault(collection, Score())
-            total.documents += one.documents
-            total.tokens += one.tokens
-            total.bytes += one.bytes
-            total.bits += one.bits
+        task = bar.add_task(title, total=sum(len(document.text) for document in documents))
+        for collection, source, text in documents:
+            scores.setdefault(collection, []).append(score_document(runner, tokenizer, text, source))
             bar.advance(task, len(text))
     return scores
 
 
-def read_documents(paths: list[Path], max_bytes: int | None = None) -> list[tuple[str, str]]:
-    """(collection, text) pairs of Parquet files, up to `max_bytes` of each collection; raises ConfigError by name."""
-    documents = []
-    taken: dict[str, int] = {}
+def read_documents(paths: Sequence[Path], max_bytes: int | None = None) -> list[Document]:
+    """Documents of Parquet files, up to `max_bytes` of each collection (see `spread`).
+
+    Without a column `collection` a file is one; without `source` each document is its own. Raises ConfigError by name.
+    """
+    collections: dict[str, list[Document]] = {}
     for path in paths:
         try:
             names = pq.read_schema(path).names
             if "text" not in names:
                 raise ConfigError(f"{path} has no column 'text', only {names}")
-            columns = [name for name in ("text", "collection") if name in names]
+            columns = [name for name in ("text", "collection", "source") if name in names]
             table = pq.read_table(path, columns=columns).to_pylist()
         except FileNotFoundError:
             raise ConfigError(f"no such file: {path}") from None
         except (pa.ArrowInvalid, OSError) as error:
             raise ConfigError(f"{path} is not a readable Parquet file: {error}") from None
-        for row in table:
-            given, text = row.get("collection"), row["text"] or ""
-            collection = path.stem if given is None else str(given)
+        for number, row in enumerate(table):
+            collection, source = row.get("collection"), row.get("source")
+            collection = path.stem if collection is None else str(collection)
+            source = f"{path}#{number}" if source in (None, "") else str(source)
+            text = row["text"] or ""
             if not isinstance(text, str):
                 raise ConfigError(f"{path}: column 'text' holds {type(text).__name__}, not text")
-            size = len(text.encode())
-            if text and (
-                max_bytes is None or taken.get(collection, 0) + size <= max_bytes or not taken.get(collection)
-            ):
-                taken[collection] = taken.get(collection, 0) + size
-                documents.append((collection, text))
-    if not documents:
-        raise ConfigError(f"no text in {', '.join(map(str, paths))}")
-    return documents
+            if text:
+                collections.setdefault(collection, []).append(Document(collection, source, text))
+    taken = [document for documents in collections.values() for document in spread(documents, max_bytes)]
+    if not taken:
+        within = "" if max_bytes is None else f" within {max_bytes} bytes of each collection"
+        raise ConfigError(f"no text in {', '.join(map(str, paths))}{within}")
+    return taken
+
+
+def spread(documents: Sequence[Document], max_bytes: int | None) -> list[Document]:
+    """At most `max_bytes` of the documents, as evenly from their sources as these have it: one long book is not all.
+
+    Each source gives its first documents up to the same number of bytes, the last of them cut; a shorter one gives all
+    that it has. None is everything.
+    """
+    sizes: dict[str, int] = {}
+    for document in documents:
+        sizes[document.source] = sizes.get(document.source, 0) + len(document.text.encode())
+    if max_bytes is None or sum(sizes.values()) <= max_bytes:
+        return list(documents)
+    left = dict.fromkeys(sizes, _level(sorted(sizes.values()), max(max_bytes, 0)))
+    taken = []
+    for document in documents:
+        text = document.text.encode()[: left[document.source]].decode(errors="ignore")
+        left[document.source] -= len(text.encode())
+        if len(text) < len(document.text):
+            left[document.source] = 0  # nothing after what was cut
+        if text:
+            taken.append(document._replace(text=text))
+    return taken
+
+
+def _level(sizes: list[int], total: int) -> int:
+    """The number that the sizes, in rising order, must be cut to for their sum to be `total`."""
+    for i, size in enumerate(sizes):
+        share = total // (len(sizes) - i)
+        if size > share:
+            return share
+        total -= size
+    return sizes[-1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/stories-8m"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE.parquet")
-    parser.add_argument("--max-bytes", type=int, help="of each collection, the first documents of so much text")
+    parser.add_argument("--max-bytes", type=int, help="of each collection, from all its sources evenly")
     parser.add_argument("--kernels", default="auto", help="numba, numpy or auto (the default)")
     parser.add_argument("--precision", default="auto", help="of activations and KV cache: int8, float32 or auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -160,16 +206,16 @@ def main() -> None:
     except (ConfigError, ModelError, ValueError) as error:
         sys.exit(f"error: {error}")
     scores = evaluate(model, tokenizer, documents)
+    collections = {name: summary(of_collection) for name, of_collection in scores.items()}
     if arguments.json:
-        collections = {name: score.summary() for name, score in scores.items()}
         how = {"model": str(arguments.model), "weights": model.weight_type, "arithmetic": model.arithmetic}
         print(json.dumps({**how, "collections": collections}, indent=2))
         return
-    table = Table("collection", "documents", "tokens", "bytes", "bits per byte")
-    for name, score in scores.items():
-        summary = score.summary()
-        numbers = [f"{summary[key]:,}" for key in ("documents", "tokens", "bytes")]
-        table.add_row(name, *numbers, f"{summary['bits_per_byte']:.4f}")
+    table = Table("collection", "documents", "sources", "tokens", "bytes", "bits per byte", "95 % interval")
+    for name, figures in collections.items():
+        numbers = [f"{figures[key]:,}" for key in ("documents", "sources", "tokens", "bytes")]
+        low, high = figures["interval_95"]
+        table.add_row(name, *numbers, f"{figures['bits_per_byte']:.4f}", f"{low:.4f} to {high:.4f}")
     Console().print(table)
 
 
