@@ -44,6 +44,10 @@ class QuantizedMatrix:
 Tensor = np.ndarray | QuantizedMatrix
 
 
+def as_float32(tensor: Tensor) -> np.ndarray:
+    return tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else np.asarray(tensor, np.float32)
+
+
 def quantize_rows(matrix: np.ndarray) -> QuantizedMatrix:
     """Symmetric int8 per output row: scale = max|row| / 127, values rounded to nearest.
 

@@ -1,30 +1,25 @@
-"""What an exported model says of itself in Markdown: card, attribution, page of samples. Measures nothing."""
+"""What an exported model says of itself in Markdown: card, attribution, pages of samples. Measures nothing."""
 
 from __future__ import annotations
 
 from tinylm.completion import Completion
 from tinylm.sampling import SamplingParams
 from train.config import TrainConfig
+from train.prompts import Prompt
 
 
 def model_card(config: TrainConfig, evaluation: dict, manifest: dict) -> str:
     """The model's README: every figure in it comes from `evaluation.json` or the prepared text's manifest."""
     shape = config.model_config_
-    rows = []
-    for name, score in evaluation["collections"].items():
-        figures = (
-            score["bits_per_byte"],
-            evaluation["int8_weights_bits_per_byte"][name],
-            evaluation["float32_bits_per_byte"][name],
-        )
-        numbers = " | ".join(f"{figure:.4f}" for figure in figures)
-        rows.append(f"| {name} | {score['documents']:,} | {score['bytes']:,} | {numbers} |")
+    tokens = evaluation.get("tokens_by_collection", {})
     weights = {name: entry["weight"] for name, entry in manifest.items()}
     total = sum(weights.values())
     data = []
     for name, entry in manifest.items():
         licences = "; ".join(entry["train"]["licences"]) or "not stated"
         share = f"{weights[name] / total:.0%}" if weights[name] else "none: held-out text only"
+        if name in tokens:
+            share += f", {tokens[name]:,}"
         data.append(
             f"| {name} | {share} | {entry['train']['bytes'] / 1e6:.1f} MB | {licences} | {entry['attribution']} |"
         )
@@ -46,12 +41,14 @@ on {evaluation["training_machine"]}. The weights are the running average that tr
 ![loss curve](curve.png)
 
 ## Held-out text
-Bits per byte, by source-disjoint held-out documents; measured by TinyLM's engine when the model was exported
-(`evaluation.json`).
+Bits per byte of documents from sources (books, or single stories) that it was not trained on, measured by TinyLM's
+engine when the model was exported (`evaluation.json`). The interval comes from drawing the sources anew, 2,000 times: with
+fewer than ten it is too narrow, and tells of these books rather than of all such books.
 
-| collection | documents | bytes | as served ({evaluation["arithmetic"]}) | int8 weights, float32 arithmetic | float32 |
-| --- | --- | --- | --- | --- | --- |
-{chr(10).join(rows)}
+{_held_out_table(evaluation)}
+
+## What it writes
+{_generated_text(evaluation["generated_text"])}
 
 ## Data, licences, attribution
 
@@ -60,8 +57,56 @@ Bits per byte, by source-disjoint held-out documents; measured by TinyLM's engin
 {chr(10).join(data)}
 
 [ATTRIBUTION.md](ATTRIBUTION.md) names the authors. No text of these collections is part of this directory.
-`samples.md` holds what the model wrote, unedited.
+`samples.md` holds what the model wrote, unedited, and `prompts.md` what it made of forty prompts that stay the same from
+model to model.
 """
+
+
+def _held_out_table(evaluation: dict) -> str:
+    lines = [
+        f"| collection | documents | sources | bytes | as served ({evaluation['arithmetic']}) | 95 % interval "
+        "| int8 weights, float32 arithmetic | float32 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, score in evaluation["collections"].items():
+        low, high = score["interval_95"]
+        lines.append(
+            f"| {name} | {score['documents']:,} | {score['sources']:,} | {score['bytes']:,} "
+            f"| {score['bits_per_byte']:.4f} | {low:.4f} to {high:.4f} "
+            f"| {evaluation['int8_weights_bits_per_byte'][name]:.4f} "
+            f"| {evaluation['float32_bits_per_byte'][name]:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def _generated_text(figures: dict) -> str:
+    """The paragraph and the table of `train.generated`'s figures."""
+    gram, distinct = figures["copied_gram_words"], figures["distinct_gram_words"]
+    model, held_out = figures["model"], figures["held_out"]
+    rows = [_writer_row("**the model**", model), *(_writer_row(name, of) for name, of in held_out.items())]
+    return f"""{model["texts"]} texts that it made up from nothing (temperature {figures["temperature"]}, top_p \
+{figures["top_p"]}), beside pieces of the same length of the held-out text, which people wrote.
+Distinct: {distinct}-word runs that differ, among the first {figures["distinct_among_words"]:,} words; fewer are more repetition.
+Copied: how many words in a row stand in the training text as well, at most, in the average text and in any; and the share of
+{gram}-word runs that do. Case and punctuation don't count. Held-out text shares such runs where a book quotes another or
+a collection holds a story twice: its bits per byte are then a little too low.
+
+| writer | texts | distinct | longest copy, mean | longest copy | {gram}-word runs copied |
+| --- | --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+The model's longest copy: "{model["longest_run_text"]}"."""
+
+
+def _writer_row(name: str, figures: dict) -> str:
+    def share(key: str, digits: int) -> str:
+        return "none" if figures[key] is None else f"{figures[key]:.{digits}%}"
+
+    mean = "none" if figures["longest_run_mean"] is None else f"{figures['longest_run_mean']:.1f} words"
+    return (
+        f"| {name} | {figures['texts']} | {share('distinct_grams', 1)} | {mean} | {figures['longest_run']} words "
+        f"| {share('copied_grams', 2)} |"
+    )
 
 
 def attribution_page(config: TrainConfig, manifest: dict) -> str:
@@ -86,8 +131,34 @@ def samples_page(config: TrainConfig, samples: list[tuple[SamplingParams, Comple
         f"temperature {export.sample_temperature}, top_p {export.sample_top_p}, up to the end of the context.\n"
     ]
     for params, completion in samples:
-        story = "\n".join("> " + line for line in (export.sample_prompt + completion.text).split("\n"))
         parts.append(
-            f"## Seed {params.seed} ({len(completion.token_ids)} tokens, {completion.finish_reason})\n\n{story}\n"
+            f"## Seed {params.seed} ({_extent(completion)})\n\n{_quoted(export.sample_prompt + completion.text)}\n"
         )
     return "\n".join(parts)
+
+
+def prompts_page(config: TrainConfig, answers: list[tuple[Prompt, Completion | None]]) -> str:
+    """What the model made of each fixed prompt, the prompt in bold; None: it did not fit into the context."""
+    export = config.export
+    parts = [
+        f"# What {config.name} makes of {export.prompts.name}\n\nUnedited, one a prompt, none left out: temperature "
+        f"{export.sample_temperature}, top_p {export.sample_top_p}, up to the end of the context. The same prompts and "
+        "seeds for every released model.\n"
+    ]
+    for number, (prompt, completion) in enumerate(answers, 1):
+        begun = "\n".join(f"**{line}**" if line else "" for line in prompt.text.strip().split("\n"))
+        rest = prompt.text[len(prompt.text.rstrip()) :]
+        if completion is None:
+            parts.append(f"## {number} (longer than this model's context)\n\n{_quoted(begun)}\n")
+        else:
+            text = _quoted(begun + rest + completion.text)
+            parts.append(f"## {number} (seed {prompt.seed}, {_extent(completion)})\n\n{text}\n")
+    return "\n".join(parts)
+
+
+def _extent(completion: Completion) -> str:
+    return f"{len(completion.token_ids)} tokens, {completion.finish_reason}"
+
+
+def _quoted(text: str) -> str:
+    return "\n".join("> " + line for line in text.split("\n"))

@@ -102,9 +102,12 @@ class Run(_Section):
 class Export(_Section):
     evaluate_bytes: int = Field(default=200_000, ge=1)  # of held-out text of each collection, for the model card
     n_samples: int = Field(default=10, ge=0)
+    n_stories: int = Field(default=200, ge=1)  # to be judged: how varied they are, how much is copied
+    prompts: Path = Path("configs/prompts.yaml")  # whose outputs go into prompts.md
     sample_prompt: str = "Once upon a time"
     sample_temperature: float = Field(default=0.8, ge=0)
     sample_top_p: float = Field(default=0.95, gt=0, le=1)
+    formats: tuple[Literal["onnx", "huggingface"], ...] = ("onnx", "huggingface")  # besides our own
 
 
 class TrainConfig(_Section):

@@ -3,15 +3,20 @@
     python -m train.export [--config configs/train.yaml] [KEY=VALUE ...]
 
 Writes `models/<name>/` as `tinylm.weights` defines it, and beside that, for people: README.md (the model card),
-ATTRIBUTION.md, evaluation.json, samples.md and curve.png. All of it appears at once, or nothing does.
+ATTRIBUTION.md, evaluation.json, samples.md, prompts.md and curve.png. All of it appears at once, or nothing does. The
+same weights in the formats of `export.formats` go to `<workdir>/exports/<name>/`, which is not meant to be committed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import logging
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +26,19 @@ import torch
 from tinylm.llm import LLM
 from tinylm.model import Model
 from tinylm.sampling import SamplingParams
+from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, quantize_rows, save_model
-from train.card import attribution_page, model_card, samples_page
+from train.card import attribution_page, model_card, prompts_page, samples_page
 from train.config import ConfigError, TrainConfig
 from train.curve import draw_curve
-from train.evaluate import evaluate, read_documents
+from train.evaluate import Document, bits_per_byte, evaluate, read_documents, summary
+from train.generated import judge, training_words, write_stories
 from train.loop import check_state
+from train.prompts import answer, load_prompts
 from train.run import STATE_FILE, metrics_path
 from train.stage import load_tokenizer, require, run_stage
+
+Exporter = Callable[[Path, Path], None]  # a model directory, where to write
 
 
 def last_state(config: TrainConfig) -> dict[str, Any]:
@@ -61,6 +71,8 @@ def export(config: TrainConfig) -> None:
     """Run the stage."""
     require(config.text_dir / "manifest.json", "train.prepare")
     tokenizer = load_tokenizer(config)
+    prompts = load_prompts(config.export.prompts)
+    exporters = load_exporters(config.export.formats)
     state = last_state(config)
     check_state(state, config, hashlib.sha256(config.tokenizer_path.read_bytes()).hexdigest())
     shape = config.model_config_
@@ -82,22 +94,18 @@ def export(config: TrainConfig) -> None:
         "training_wall_s": round(state["wall_s"], 1),
         "training_machine": state["machine"],
         "arithmetic": model.arithmetic,
-        "collections": {name: score.summary() for name, score in served.items()},
-        "int8_weights_bits_per_byte": {name: score.summary()["bits_per_byte"] for name, score in rounded.items()},
-        "float32_bits_per_byte": {name: score.summary()["bits_per_byte"] for name, score in exact.items()},
+        "collections": {name: summary(scores) for name, scores in served.items()},
+        "int8_weights_bits_per_byte": {name: bits_per_byte(scores) for name, scores in rounded.items()},
+        "float32_bits_per_byte": {name: bits_per_byte(scores) for name, scores in exact.items()},
+        "generated_text": judge_stories(config, model, tokenizer, documents, manifest),
     }
-    params = [
-        SamplingParams(
-            max_tokens=shape.context,
-            temperature=config.export.sample_temperature,
-            top_p=config.export.sample_top_p,
-            seed=seed,
-        )
-        for seed in range(config.export.n_samples)
-    ]
+    params = sampling(config, shape.context)
     llm = LLM.from_parts(tokenizer, model)
-    samples = [(p, llm.generate(config.export.sample_prompt, p)[0]) for p in params]
-    directory = config.models_dir / config.name
+    samples = [
+        (seeded, llm.generate(config.export.sample_prompt, seeded)[0])
+        for seeded in (replace(params, seed=seed) for seed in range(config.export.n_samples))
+    ]
+    answers = list(zip(prompts, answer(llm, prompts, params), strict=True))
     with tempfile.TemporaryDirectory() as scratch:
         curve = Path(scratch) / "curve.png"
         draw_curve(metrics_path(config), curve)
@@ -106,17 +114,64 @@ def export(config: TrainConfig) -> None:
             "ATTRIBUTION.md": attribution_page(config, manifest).encode(),
             "evaluation.json": (json.dumps(evaluation, indent=2) + "\n").encode(),
             "samples.md": samples_page(config, samples).encode(),
+            "prompts.md": prompts_page(config, answers).encode(),
             "curve.png": curve.read_bytes(),
         }
-    save_model(directory, shape, tensors, config.tokenizer_path.read_bytes(), extra_files=extra_files)
+        save = partial(
+            save_model,
+            config=shape,
+            tensors=tensors,
+            tokenizer=config.tokenizer_path.read_bytes(),
+            extra_files=extra_files,
+        )
+        save(Path(scratch) / config.name)
+        for name, exporter in exporters.items():  # before the model is put in place: one that fails stops it all
+            exporter(Path(scratch) / config.name, config.workdir / "exports" / config.name / name)
+    directory = config.models_dir / config.name
+    save(directory)
 
     print(f"{directory}: step {state['step']}, {evaluation['tokens_seen']:,} tokens seen")
     before, after = sum(t.nbytes for t in tensors.values()), (directory / "model.safetensors").stat().st_size
     print(f"size: float32 {before:,} bytes, int8 {after:,} bytes ({after / before:.1%})")
     for name in served:
-        full, weights, small = (scores[name].summary()["bits_per_byte"] for scores in (exact, rounded, served))
+        full, weights, small = (bits_per_byte(scores[name]) for scores in (exact, rounded, served))
         print(f"{name}: bits per byte float32 {full:.4f}, int8 weights {weights:.4f} ({weights - full:+.4f}), ", end="")
         print(f"as served ({model.arithmetic}) {small:.4f} ({small - full:+.4f})")
+
+
+def load_exporters(formats: Sequence[str]) -> dict[str, Exporter]:
+    """The exports to these formats; raises ConfigError when a package that one needs is not installed."""
+    exporters = {}
+    for name in formats:
+        try:
+            module = importlib.import_module(f"train.export_{name}")
+        except ImportError as error:
+            raise ConfigError(
+                f"export.formats: {name!r} needs packages that are not installed ({error}): "
+                f"pip install 'tinylm[export]', or give export.formats=[]"
+            ) from None
+        exporters[name] = getattr(module, f"export_{name}")
+    return exporters
+
+
+def sampling(config: TrainConfig, max_tokens: int) -> SamplingParams:
+    """How everything is drawn that an exported model shows of itself; the seeds are others' to say."""
+    settings = config.export
+    return SamplingParams(max_tokens=max_tokens, temperature=settings.sample_temperature, top_p=settings.sample_top_p)
+
+
+def judge_stories(
+    config: TrainConfig, model: Model, tokenizer: Tokenizer, documents: list[Document], manifest: dict
+) -> dict:
+    """The figures of stories that the model makes up from nothing, of held-out text beside them, and their settings."""
+    params = sampling(config, model.config.context)
+    stories = write_stories(model, tokenizer, [replace(params, seed=seed) for seed in range(config.export.n_stories)])
+    held_out: dict[str, list[str]] = {}
+    for document in documents:
+        held_out.setdefault(document.collection, []).append(document.text)
+    trained_on = [config.text_dir / f"{name}.train.parquet" for name, entry in manifest.items() if entry["weight"]]
+    settings = {"temperature": params.temperature, "top_p": params.top_p}
+    return {**settings, **judge(stories, held_out, training_words(trained_on))}
 
 
 if __name__ == "__main__":

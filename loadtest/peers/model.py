@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tinylm.config import ModelConfig
-from tinylm.weights import QuantizedMatrix, Tensor, load_model, quantize_rows, save_model, tensor_shapes
+from tinylm.weights import as_float32, load_model, quantize_rows, save_model, tensor_shapes
 
 LOGIT_STD = 4.5
 EMBEDDING_STD = 0.5
@@ -44,10 +44,6 @@ def float32_tensors(directory: Path) -> tuple[ModelConfig, dict[str, np.ndarray]
     """A model directory's config and tensors, all in float32."""
     config, tensors = load_model(directory)
     return config, {name: as_float32(tensor) for name, tensor in tensors.items()}
-
-
-def as_float32(tensor: Tensor) -> np.ndarray:
-    return tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor
 
 
 def fused_qkv(tensors: dict[str, np.ndarray], layer: int) -> np.ndarray:

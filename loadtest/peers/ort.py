@@ -11,42 +11,21 @@ import logging
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from loadtest.peers.model import float32_tensors, fused_qkv
 from loadtest.peers.peer import TEMPERATURE, TOP_P, Case, Settings, Stepwise
 from tinylm.config import ModelConfig
 from tinylm.kernels.numpy import rope_tables
+from train.onnx_graph import Graph
 
 LIKELIEST = 64  # of a row are looked at first: a nucleus is seldom larger
 MICROSOFT = "com.microsoft"
-
-
-class _Graph:
-    """Nodes and constants as they are added."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-
-    def constant(self, name: str, array: np.ndarray) -> str:
-        self.constants.append(numpy_helper.from_array(np.array(array, order="C"), name))
-        return name
-
-    def add(self, operator: str, inputs: list[str], output: str, *more: str, **attributes: Any) -> str:
-        """Append a node; the name of its first output."""
-        self.nodes.append(helper.make_node(operator, inputs, [output, *more], name=f"{output}.node", **attributes))
-        return output
-
-    def matmul(self, x: str, name: str, matrix: np.ndarray) -> str:
-        """x @ matrix.T"""
-        return self.add("MatMul", [x, self.constant(f"{name}.weight", matrix.T)], name)
 
 
 def build_graph(
@@ -56,7 +35,7 @@ def build_graph(
 
     kv_scales: (layers, 2) of keys and values that are kept as int8; None keeps them in float32.
     """
-    graph = _Graph()
+    graph = Graph()
     cos, sin = (
         table[:, : config.head_dim // 2] for table in rope_tables(config.context, config.head_dim, config.rope_theta)
     )

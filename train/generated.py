@@ -1,0 +1,102 @@
+"""Text that a model made up, beside text that people wrote: how varied it is, how much stands in the training text.
+
+The figures of held-out human text are the yardstick: without them those of the model would mean nothing. What counts
+as a copy is `train.copying`'s business; what the figures look like on a page, `train.card`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from tinylm.engine import Engine
+from tinylm.model import Model
+from tinylm.sampling import SamplingParams
+from tinylm.tokenizer import Tokenizer
+from train.copying import match_lengths, words
+
+DISTINCT_GRAM = 3  # words
+DISTINCT_WORDS = 10_000  # of each writer: among more words there are more repetitions
+COPIED_GRAM = 20  # words
+
+
+def write_stories(model: Model, tokenizer: Tokenizer, settings: Sequence[SamplingParams]) -> list[str]:
+    """One text for each of the settings, begun from nothing but the boundary."""
+    engine = Engine(model, max_waiting=len(settings))
+    sequences = [engine.submit([model.config.boundary_id], params) for params in settings]
+    while engine.has_work:
+        engine.step()
+    return [tokenizer.decode(sequence.tokens) for sequence in sequences]
+
+
+def training_words(paths: Iterable[Path]) -> Iterator[list[str]]:
+    """The words of each document of Parquet files with a column `text`, a few documents in memory at a time."""
+    for path in paths:
+        for batch in pq.ParquetFile(path).iter_batches(columns=["text"], batch_size=64):
+            yield from map(words, batch.column(0).to_pylist())
+
+
+def judge(generated: Sequence[str], held_out: Mapping[str, Sequence[str]], training: Iterable[list[str]]) -> dict:
+    """Figures for JSON of generated texts, and of held-out texts by collection.
+
+    held_out: cut into pieces as long as a generated text is on the average, as many as there are generated ones at
+    most; shorter texts are left out. training: the words of each document.
+    """
+    texts = [words(text) for text in generated]
+    length = max(1, round(sum(map(len, texts)) / max(1, len(texts))))
+    pieces = {name: _pieces(map(words, theirs), length)[: len(texts)] for name, theirs in held_out.items()}
+    lengths = iter(match_lengths([*texts, *(piece for theirs in pieces.values() for piece in theirs)], training))
+    of_model = list(islice(lengths, len(texts)))
+    return {
+        "distinct_gram_words": DISTINCT_GRAM,
+        "distinct_among_words": DISTINCT_WORDS,
+        "copied_gram_words": COPIED_GRAM,
+        "model": {**_figures(texts, of_model), "longest_run_text": _longest_run(texts, of_model)},
+        "held_out": {name: _figures(theirs, list(islice(lengths, len(theirs)))) for name, theirs in pieces.items()},
+    }
+
+
+def distinct_share(texts: Iterable[Sequence[str]], n: int, most_words: int) -> float | None:
+    """Distinct runs of n words as a share of all, among the first `most_words` words; None where there is no run."""
+    grams: list[tuple[str, ...]] = []
+    for text in texts:
+        part = text[:most_words]
+        most_words -= len(part)
+        grams += zip(*(part[i:] for i in range(n)), strict=False)
+    return round(len(set(grams)) / len(grams), 4) if grams else None
+
+
+def copied_share(lengths: Iterable[np.ndarray], n: int) -> float | None:
+    """Runs of n words that stand in the training text as a share of all, from `match_lengths`; None without a run."""
+    starts = np.concatenate([np.zeros(0, int), *(of_text[: max(0, len(of_text) - n + 1)] for of_text in lengths)])
+    return round(float((starts >= n).mean()), 6) if len(starts) else None
+
+
+def _pieces(documents: Iterable[list[str]], length: int) -> list[list[str]]:
+    return [d[i : i + length] for d in documents for i in range(0, len(d) - length + 1, length)]
+
+
+def _figures(texts: Sequence[list[str]], lengths: Sequence[np.ndarray]) -> dict:
+    longest = [int(of_text.max(initial=0)) for of_text in lengths]
+    return {
+        "texts": len(texts),
+        "words": sum(map(len, texts)),
+        "distinct_grams": distinct_share(texts, DISTINCT_GRAM, DISTINCT_WORDS),
+        "longest_run_mean": round(sum(longest) / len(longest), 2) if longest else None,
+        "longest_run": max(longest, default=0),
+        "copied_grams": copied_share(lengths, COPIED_GRAM),
+    }
+
+
+def _longest_run(texts: Sequence[list[str]], lengths: Sequence[np.ndarray]) -> str:
+    longest: list[str] = []
+    for text, of_text in zip(texts, lengths, strict=True):
+        n = int(of_text.max(initial=0))
+        if n > len(longest):
+            start = int(of_text.argmax())
+            longest = text[start : start + n]
+    return " ".join(longest)

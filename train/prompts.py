@@ -1,0 +1,44 @@
+"""The fixed prompts of a released model's page: a YAML file of seeds and texts, and what a model makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tinylm.completion import Completion
+from tinylm.llm import LLM
+from tinylm.sampling import MAX_SEED, SamplingParams
+from train.config import ConfigError
+
+
+class Prompt(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = Field(ge=0, le=MAX_SEED)
+    text: str
+
+
+def load_prompts(path: Path) -> list[Prompt]:
+    """Raises ConfigError naming the file, and the entry that is wrong."""
+    try:
+        return TypeAdapter(list[Prompt]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"no such file of prompts: {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the list of prompts"
+        raise ConfigError(f"{path}: {where}: {first['msg']}") from None
+
+
+def answer(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> list[Completion | None]:
+    """A completion a prompt, by its own seed; None where the prompt does not fit into the model's context."""
+    completions: list[Completion | None] = []
+    for prompt in prompts:
+        fits = len(llm.tokenizer.encode_document(prompt.text)) < llm.config.context
+        completions.append(llm.generate(prompt.text, replace(params, seed=prompt.seed))[0] if fits else None)
+    return completions
