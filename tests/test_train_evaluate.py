@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from train import evaluate
 from train.evaluate import Document, Score, spread, summary
 
 DOCUMENTS = st.lists(
@@ -17,33 +18,30 @@ DOCUMENTS = st.lists(
 )
 
 
-def bytes_by_source(documents: list[Document]) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for document in documents:
-        counts[document.source] += len(document.text.encode())
-    return counts
-
-
 @given(DOCUMENTS, st.integers(1, 600))
 def test_a_part_of_a_collection_is_spread_over_its_sources(documents: list[Document], max_bytes: int):
-    """Sources give the same number of bytes, up to a character and the division's rest, unless they have no more."""
-    taken = spread(documents, max_bytes)
-    whole, part = bytes_by_source(documents), bytes_by_source(taken)
-    assert part.total() <= max_bytes
-    cut = [part[source] for source in whole if part[source] < whole[source]]
-    if not cut:
+    """No source gives two stretches more than another that has one left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "STRETCH", 5)
+        taken = spread(documents, max_bytes)
+        assert taken == spread(documents, max_bytes)
+    size = sum(len(document.text.encode()) for document in documents)
+    if size <= max_bytes:
         assert taken == documents
         return
-    assert max(part.values(), default=0) <= min(cut) + 2  # a character has at most 3 bytes here
-    assert part.total() > max_bytes - 4 * len(whole)
-    for source in whole:  # from its beginning, in order
-        ours, theirs = ("".join(d.text for d in side if d.source == source) for side in (taken, documents))
-        assert theirs.startswith(ours)
+    assert sum(len(document.text.encode()) for document in taken) <= max_bytes
+    every = [d._replace(text=d.text[i : i + 5]) for d in documents for i in range(0, len(d.text), 5)]
+    rest = iter(every)
+    assert all(stretch in rest for stretch in taken)  # each once, in order
+    whole, part = (Counter(document.source for document in side) for side in (every, taken))
+    left = [source for source in whole if part[source] < whole[source]]
+    assert max(part.values(), default=0) <= min(part[source] for source in left) + 1
 
 
 def test_one_long_book_is_not_all_of_a_collection():
-    books = [Document("books", "long", "x" * 5000), *(Document("books", f"short {i}", "y" * 100) for i in range(5))]
-    assert bytes_by_source(spread(books, 1000)) == {"long": 500, **{f"short {i}": 100 for i in range(5)}}
+    books = [Document("books", "long", "x" * 90_000), *(Document("books", f"{i}", "y" * 4000) for i in range(5))]
+    taken = Counter(document.source for document in spread(books, 50_000))
+    assert taken == {"long": 3, **{f"{i}": 1 for i in range(5)}}
     assert spread(books, None) == books
 
 

@@ -42,8 +42,8 @@ on {evaluation["training_machine"]}. The weights are the running average that tr
 
 ## Held-out text
 Bits per byte of documents from sources (books, or single stories) that it was not trained on, measured by TinyLM's
-engine when the model was exported (`evaluation.json`). The interval comes from drawing the sources anew, 2,000 times: with
-fewer than ten it is too narrow, and tells of these books rather than of all such books.
+engine when the model was exported (`evaluation.json`). The interval comes from drawing the sources anew, 2,000 times:
+with fewer than ten it is too narrow, and tells of these books rather than of all such books.
 
 {_held_out_table(evaluation)}
 
@@ -56,9 +56,10 @@ fewer than ten it is too narrow, and tells of these books rather than of all suc
 | --- | --- | --- | --- | --- |
 {chr(10).join(data)}
 
-[ATTRIBUTION.md](ATTRIBUTION.md) names the authors. No text of these collections is part of this directory.
-`samples.md` holds what the model wrote, unedited, and `prompts.md` what it made of forty prompts that stay the same from
-model to model.
+[ATTRIBUTION.md](ATTRIBUTION.md) names the authors. No text of these collections is part of this directory, but for
+what the model repeats.
+[samples.md](samples.md) holds what the model wrote, unedited, and [prompts.md](prompts.md) what it made of prompts that
+stay the same from model to model.
 """
 
 
@@ -85,11 +86,14 @@ def _generated_text(figures: dict) -> str:
     model, held_out = figures["model"], figures["held_out"]
     rows = [_writer_row("**the model**", model), *(_writer_row(name, of) for name, of in held_out.items())]
     return f"""{model["texts"]} texts that it made up from nothing (temperature {figures["temperature"]}, top_p \
-{figures["top_p"]}), beside pieces of the same length of the held-out text, which people wrote.
-Distinct: {distinct}-word runs that differ, among the first {figures["distinct_among_words"]:,} words; fewer are more repetition.
-Copied: how many words in a row stand in the training text as well, at most, in the average text and in any; and the share of
-{gram}-word runs that do. Case and punctuation don't count. Held-out text shares such runs where a book quotes another or
-a collection holds a story twice: its bits per byte are then a little too low.
+{figures["top_p"]}), beside pieces of the held-out text, which people wrote, of their mean length.
+
+- Distinct: how many of the {distinct}-word runs among the first {figures["distinct_among_words"]:,} words differ.
+- Longest copy: the most words in a row that stand in the training text too, in the average text and in any.
+- Copied: the share of {gram}-word runs that stand in the training text. Where held-out text has them, a story or a song
+  is in the collections twice, and its bits per byte are somewhat too low.
+
+Case and punctuation don't count.
 
 | writer | texts | distinct | longest copy, mean | longest copy | {gram}-word runs copied |
 | --- | --- | --- | --- | --- | --- |

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from train.config import ConfigError
 from train.stage import progress
 
 WINDOWS_A_BATCH = 8
+STRETCH = 10_000  # characters of a long document that are drawn at once, when not all are wanted
 
 
 class Document(NamedTuple):
@@ -159,43 +161,34 @@ def read_documents(paths: Sequence[Path], max_bytes: int | None = None) -> list[
 
 
 def spread(documents: Sequence[Document], max_bytes: int | None) -> list[Document]:
-    """At most `max_bytes` of the documents, as evenly from their sources as these have it: one long book is not all.
+    """Stretches of the documents, up to `max_bytes`, drawn at random, from each source by turns: one book is not all.
 
-    Each source gives its first documents up to the same number of bytes, the last of them cut; a shorter one gives all
-    that it has. None is everything.
+    A stretch is a whole document, or STRETCH characters of a longer one. The same documents give the same stretches,
+    in the documents' order. None is everything, uncut.
     """
-    sizes: dict[str, int] = {}
-    for document in documents:
-        sizes[document.source] = sizes.get(document.source, 0) + len(document.text.encode())
-    if max_bytes is None or sum(sizes.values()) <= max_bytes:
+    if max_bytes is None or sum(len(document.text.encode()) for document in documents) <= max_bytes:
         return list(documents)
-    left = dict.fromkeys(sizes, _level(sorted(sizes.values()), max(max_bytes, 0)))
-    taken = []
-    for document in documents:
-        text = document.text.encode()[: left[document.source]].decode(errors="ignore")
-        left[document.source] -= len(text.encode())
-        if len(text) < len(document.text):
-            left[document.source] = 0  # nothing after what was cut
-        if text:
-            taken.append(document._replace(text=text))
-    return taken
-
-
-def _level(sizes: list[int], total: int) -> int:
-    """The number that the sizes, in rising order, must be cut to for their sum to be `total`."""
-    for i, size in enumerate(sizes):
-        share = total // (len(sizes) - i)
-        if size > share:
-            return share
-        total -= size
-    return sizes[-1]
+    stretches = [d._replace(text=d.text[i : i + STRETCH]) for d in documents for i in range(0, len(d.text), STRETCH)]
+    turns: dict[str, int] = {}
+    order: list[tuple[int, int]] = []  # (turn, stretch): of each source one a turn
+    for i in np.random.default_rng(0).permutation(len(stretches)).tolist():
+        turn = turns.setdefault(stretches[i].source, 0)
+        turns[stretches[i].source] += 1
+        order.append((turn, i))
+    taken: list[int] = []
+    for _, i in sorted(order, key=itemgetter(0)):
+        max_bytes -= len(stretches[i].text.encode())
+        if max_bytes < 0:
+            break
+        taken.append(i)
+    return [stretches[i] for i in sorted(taken)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/stories-8m"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE.parquet")
-    parser.add_argument("--max-bytes", type=int, help="of each collection, from all its sources evenly")
+    parser.add_argument("--max-bytes", type=int, help="of each collection, by turns of its sources")
     parser.add_argument("--kernels", default="auto", help="numba, numpy or auto (the default)")
     parser.add_argument("--precision", default="auto", help="of activations and KV cache: int8, float32 or auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

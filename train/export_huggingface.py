@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from sentencepiece import sentencepiece_model_pb2 as sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from tokenizers import AddedToken, decoders, models, processors
 
 from tinylm.config import ModelConfig
@@ -84,8 +84,8 @@ def convert_tokenizer(path: Path, context: int) -> transformers.PreTrainedTokeni
     Spaces are written as spaces in its pieces, so that nothing has to be normalized: U+2581 itself stays apart from
     them, and goes as its bytes, like every character that is no piece.
     """
-    proto = sentencepiece.ModelProto.FromString(path.read_bytes())
-    kinds = sentencepiece.ModelProto.SentencePiece
+    proto = ModelProto.FromString(path.read_bytes())
+    kinds = ModelProto.SentencePiece
     pieces = [piece.piece.replace(SPACE, " ") for piece in proto.pieces]
     score = {pieces[i]: piece.score for i, piece in enumerate(proto.pieces) if piece.type == kinds.NORMAL}
     # SentencePiece joins the two neighbours whose joined piece has the best score: any two that make a piece.
@@ -144,7 +144,7 @@ def export_huggingface(model: Path, out: Path) -> None:
     print(f"{out}: logits at most {error:.1e} from the engine's, token ids the same")
 
 
-def require_same_ids(theirs: transformers.PreTrainedTokenizerFast, ours: Tokenizer) -> None:
+def require_same_ids(theirs: transformers.PreTrainedTokenizerBase, ours: Tokenizer) -> None:
     """Raises ExportError when one of TEXTS, or a token's own text, is encoded or decoded otherwise."""
     for text in [*TEXTS, *(piece.decode(errors="ignore") for piece in ours.piece_bytes)]:
         found = theirs(text)["input_ids"], theirs(text, add_special_tokens=False)["input_ids"]
