@@ -30,7 +30,9 @@ def test_a_part_of_a_collection_is_spread_over_its_sources(documents: list[Docum
         assert taken == documents
         return
     assert sum(len(document.text.encode()) for document in taken) <= max_bytes
-    every = [d._replace(text=d.text[i : i + 5]) for d in documents for i in range(0, len(d.text), 5)]
+    step = max(1, min(5, max_bytes // 4))
+    every = [d._replace(text=d.text[i : i + step]) for d in documents for i in range(0, len(d.text), step)]
+    assert taken or max_bytes < 4
     rest = iter(every)
     assert all(stretch in rest for stretch in taken)  # each once, in order
     whole, part = (Counter(document.source for document in side) for side in (every, taken))

@@ -168,7 +168,8 @@ def spread(documents: Sequence[Document], max_bytes: int | None) -> list[Documen
     """
     if max_bytes is None or sum(len(document.text.encode()) for document in documents) <= max_bytes:
         return list(documents)
-    stretches = [d._replace(text=d.text[i : i + STRETCH]) for d in documents for i in range(0, len(d.text), STRETCH)]
+    step = max(1, min(STRETCH, max_bytes // 4))  # a character has at most four bytes: at least one stretch fits
+    stretches = [d._replace(text=d.text[i : i + step]) for d in documents for i in range(0, len(d.text), step)]
     turns: dict[str, int] = {}
     order: list[tuple[int, int]] = []  # (turn, stretch): of each source one a turn
     for i in np.random.default_rng(0).permutation(len(stretches)).tolist():

@@ -86,7 +86,8 @@ FORMATS: dict[str, tuple[Store, Store]] = {  # of the blocks' matrices, of the e
 
 def stored(tensors: Mapping[str, np.ndarray], blocks: Store, embedding: Store) -> tuple[int, dict[str, np.ndarray]]:
     """(bytes of a safetensors file, float32 tensors that it stands for)"""
-    arrays, stands_for = {}, {}
+    arrays: dict[str, np.ndarray] = {}
+    stands_for: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         of = float32(tensor) if tensor.ndim < 2 else (embedding if name == EMBEDDING else blocks)(tensor)
         arrays |= {name + suffix: np.ascontiguousarray(array) for suffix, array in of.arrays.items()}
