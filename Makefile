@@ -62,7 +62,7 @@ $(VENV)/serving: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/development: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[train,test,dev]'
+	$(PIP) --editable '.[train,export,test,dev]'
 	touch $@ $(VENV)/serving
 
 $(VENV)/peers: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -24,6 +24,7 @@ from tinylm import LLM, SamplingParams
 from tinylm.tokenizer import Tokenizer
 from train.card import attribution_page
 from train.config import TrainConfig, load_config
+from train.prompts import load_prompts
 
 STEPS = 240
 SHARD_TOKENS = 20_000
@@ -51,6 +52,7 @@ class Demo:
             "run.checkpoint_every_s": 0,
             "export.evaluate_bytes": 10_000,
             "export.n_samples": 3,
+            "export.n_stories": 20,
             **more,
         }
         return [f"{key}={value}" for key, value in settings.items()]
@@ -179,16 +181,42 @@ def test_the_model_directory_tells_people_what_it_is(demo: Demo):
     assert f"| demo | {evaluation['collections']['demo']['documents']} |" in card
     assert f"{score:.4f}" in card
     assert "the whole of the planned run" in card
-    for linked in ("curve.png", "ATTRIBUTION.md", "samples.md", "evaluation.json"):
+    for linked in ("curve.png", "ATTRIBUTION.md", "samples.md", "prompts.md", "evaluation.json"):
         assert linked in card
         assert (demo.model_dir / linked).is_file()
     assert is_png(demo.model_dir / "curve.png")
     samples = (demo.model_dir / "samples.md").read_text()
     assert samples.count("## Seed ") == 3
     assert samples.count("> Once upon a time") == 3
+    assert (demo.model_dir / "prompts.md").read_text().count("\n## ") == len(
+        load_prompts(ROOT / "configs/prompts.yaml")
+    )
+    assert evaluation["tokens_by_collection"] == {"demo": evaluation["tokens_seen"]}
+    assert f"| demo | {evaluation['tokens_seen']:,} | 100.0% |" in card
+    low, high = evaluation["collections"]["demo"]["interval_95"]
+    assert low < score < high
     attribution = (demo.model_dir / "ATTRIBUTION.md").read_text()
     assert "## demo" in attribution
     assert "Stories made up by TinyLM's own train/demo_text.py" in attribution
+
+
+def test_what_the_demo_writes_is_judged_beside_what_people_wrote(demo: Demo):
+    """Its sentences are few: the model has learnt them, and held-out stories are made of them too."""
+    judged = json.loads((demo.model_dir / "evaluation.json").read_text())["generated_text"]
+    model, held_out = judged["model"], judged["held_out"]["demo"]
+    assert model["texts"] == 20
+    assert 0 < held_out["texts"] <= 20
+    for figures in (model, held_out):
+        assert 0 < figures["distinct_grams"] < 0.9
+        assert figures["longest_run"] >= figures["longest_run_mean"] > 5
+
+
+def test_the_demo_is_exported_to_every_format(demo: Demo):
+    exports = demo.directory / "exports" / "demo"
+    assert {path.name for path in exports.iterdir()} == {"onnx", "huggingface"}
+    for name, file in (("onnx", "model.onnx"), ("huggingface", "model.safetensors")):
+        assert (exports / name / file).stat().st_size > demo.config.model_config_.n_parameters * 4
+        assert (exports / name / "ATTRIBUTION.md").is_file()
 
 
 def evaluate(demo: Demo, *arguments: str) -> dict:

@@ -11,17 +11,13 @@ from train.prompts import Prompt
 def model_card(config: TrainConfig, evaluation: dict, manifest: dict) -> str:
     """The model's README: every figure in it comes from `evaluation.json` or the prepared text's manifest."""
     shape = config.model_config_
-    tokens = evaluation.get("tokens_by_collection", {})
-    weights = {name: entry["weight"] for name, entry in manifest.items()}
-    total = sum(weights.values())
     data = []
     for name, entry in manifest.items():
         licences = "; ".join(entry["train"]["licences"]) or "not stated"
-        share = f"{weights[name] / total:.0%}" if weights[name] else "none: held-out text only"
-        if name in tokens:
-            share += f", {tokens[name]:,}"
+        tokens = evaluation["tokens_by_collection"].get(name, 0)
+        seen = f"{tokens:,} | {tokens / evaluation['tokens_seen']:.1%}" if tokens else "none: held-out text only | "
         data.append(
-            f"| {name} | {share} | {entry['train']['bytes'] / 1e6:.1f} MB | {licences} | {entry['attribution']} |"
+            f"| {name} | {seen} | {entry['train']['bytes'] / 1e6:.1f} MB | {licences} | {entry['attribution']} |"
         )
     done, planned = evaluation["tokens_seen"], evaluation["planned_tokens"]
     extent = "the whole of the planned run" if done >= planned * 0.999 else f"{done / planned:.0%} of the planned run"
@@ -52,8 +48,8 @@ with fewer than ten it is too narrow, and tells of these books rather than of al
 
 ## Data, licences, attribution
 
-| collection | share of training tokens | training text | licence | attribution |
-| --- | --- | --- | --- | --- |
+| collection | training tokens | share | training text | licence | attribution |
+| --- | --- | --- | --- | --- | --- |
 {chr(10).join(data)}
 
 [ATTRIBUTION.md](ATTRIBUTION.md) names the authors. No text of these collections is part of this directory, but for
@@ -66,15 +62,14 @@ stay the same from model to model.
 def _held_out_table(evaluation: dict) -> str:
     lines = [
         f"| collection | documents | sources | bytes | as served ({evaluation['arithmetic']}) | 95 % interval "
-        "| int8 weights, float32 arithmetic | float32 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| float32 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, score in evaluation["collections"].items():
         low, high = score["interval_95"]
         lines.append(
             f"| {name} | {score['documents']:,} | {score['sources']:,} | {score['bytes']:,} "
             f"| {score['bits_per_byte']:.4f} | {low:.4f} to {high:.4f} "
-            f"| {evaluation['int8_weights_bits_per_byte'][name]:.4f} "
             f"| {evaluation['float32_bits_per_byte'][name]:.4f} |"
         )
     return "\n".join(lines)

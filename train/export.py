@@ -29,8 +29,9 @@ from tinylm.sampling import SamplingParams
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, quantize_rows, save_model
 from train.card import attribution_page, model_card, prompts_page, samples_page
-from train.config import ConfigError, TrainConfig
+from train.config import ConfigError, Run, TrainConfig
 from train.curve import draw_curve
+from train.data import TokenData
 from train.evaluate import Document, bits_per_byte, evaluate, read_documents, summary
 from train.generated import judge, training_words, write_stories
 from train.loop import check_state
@@ -70,6 +71,7 @@ def averaged_tensors(state: dict[str, Any]) -> dict[str, np.ndarray]:
 def export(config: TrainConfig) -> None:
     """Run the stage."""
     require(config.text_dir / "manifest.json", "train.prepare")
+    require(config.tokens_dir / "index.json", "train.encode")
     tokenizer = load_tokenizer(config)
     prompts = load_prompts(config.export.prompts)
     exporters = load_exporters(config.export.formats)
@@ -83,7 +85,6 @@ def export(config: TrainConfig) -> None:
         [config.text_dir / f"{name}.validation.parquet" for name in manifest], config.export.evaluate_bytes
     )
     exact = evaluate(Model(shape, tensors), tokenizer, documents, "float32")
-    rounded = evaluate(Model(shape, quantized, precision="float32"), tokenizer, documents, "int8 weights")
     model = Model(shape, quantized)
     served = evaluate(model, tokenizer, documents, model.arithmetic)
     run = state["config"]["run"]
@@ -91,11 +92,11 @@ def export(config: TrainConfig) -> None:
         "step": state["step"],
         "tokens_seen": state["step"] * run["batch_rows"] * shape.context,
         "planned_tokens": run["tokens"],
+        "tokens_by_collection": tokens_by_collection(config, state),
         "training_wall_s": round(state["wall_s"], 1),
         "training_machine": state["machine"],
         "arithmetic": model.arithmetic,
         "collections": {name: summary(scores) for name, scores in served.items()},
-        "int8_weights_bits_per_byte": {name: bits_per_byte(scores) for name, scores in rounded.items()},
         "float32_bits_per_byte": {name: bits_per_byte(scores) for name, scores in exact.items()},
         "generated_text": judge_stories(config, model, tokenizer, documents, manifest),
     }
@@ -134,9 +135,15 @@ def export(config: TrainConfig) -> None:
     before, after = sum(t.nbytes for t in tensors.values()), (directory / "model.safetensors").stat().st_size
     print(f"size: float32 {before:,} bytes, int8 {after:,} bytes ({after / before:.1%})")
     for name in served:
-        full, weights, small = (bits_per_byte(scores[name]) for scores in (exact, rounded, served))
-        print(f"{name}: bits per byte float32 {full:.4f}, int8 weights {weights:.4f} ({weights - full:+.4f}), ", end="")
-        print(f"as served ({model.arithmetic}) {small:.4f} ({small - full:+.4f})")
+        full, small = (bits_per_byte(scores[name]) for scores in (exact, served))
+        print(f"{name}: bits per byte float32 {full:.4f}, as served {small:.4f} ({small - full:+.4f})")
+
+
+def tokens_by_collection(config: TrainConfig, state: dict[str, Any]) -> dict[str, int]:
+    """How many of the tokens seen came from which collection, by the settings that the checkpoint was trained with."""
+    run = Run.model_validate(state["config"]["run"])
+    data = TokenData(config.tokens_dir, config.model_config_.context, state["config"]["seed"], run.phases)
+    return data.mixture.tokens(state["step"] * run.batch_rows)
 
 
 def load_exporters(formats: Sequence[str]) -> dict[str, Exporter]:

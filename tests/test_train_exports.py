@@ -1,0 +1,121 @@
+"""The formats of other programs: what those programs compute and tokenize, against TinyLM's engine and tokenizer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinylm import LLM, SamplingParams
+from tinylm.llm import load
+from tinylm.weights import load_model
+from train import exporting
+from train.export_huggingface import convert_tokenizer, export_huggingface, require_same_ids
+from train.export_onnx import FILE, Session, export_onnx
+from train.exporting import ExportError, engine_logits, float32_tensors
+
+EXPORTS = {"onnx": export_onnx, "huggingface": export_huggingface}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tiny_model_dir) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("exported")
+    for name, export in EXPORTS.items():
+        export(tiny_model_dir, directory / name)
+    return {name: directory / name for name in EXPORTS}
+
+
+@pytest.fixture(scope="module")
+def ids(tiny_config) -> np.ndarray:
+    return np.random.default_rng(7).integers(tiny_config.vocab_size, size=(2, tiny_config.context))
+
+
+@pytest.fixture(scope="module")
+def logits(tiny_model_dir, ids) -> np.ndarray:
+    """(2, context, vocab) by the engine's reference kernels."""
+    config, tensors = load_model(tiny_model_dir)
+    return engine_logits(config, float32_tensors(tensors), ids)
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer(exported):
+    return transformers.AutoTokenizer.from_pretrained(exported["huggingface"])
+
+
+def test_transformers_gives_the_engines_logits(exported, ids, logits):
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported["huggingface"])
+    assert type(model).__name__ == "ArceeForCausalLM"
+    with torch.inference_mode():
+        theirs = model(torch.from_numpy(ids)).logits.numpy()
+    assert np.abs(logits).max() > 1  # not all the same anyway
+    np.testing.assert_allclose(theirs, logits, atol=1e-3)
+
+
+def test_transformers_goes_on_as_the_engine_does(exported, tiny_model_dir, their_tokenizer, assert_same_greedy):
+    exact = LLM.from_parts(*load(tiny_model_dir, "numpy", "float32"))
+    ours = exact.generate("Once upon a time", SamplingParams(max_tokens=20, temperature=0))[0].token_ids
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported["huggingface"])
+    prompt = their_tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    theirs = model.generate(prompt, do_sample=False, max_new_tokens=20)[0].tolist()[prompt.shape[1] :]
+    assert_same_greedy(exact, prompt[0].tolist(), list(ours), theirs[: len(ours)])
+
+
+@given(st.text(max_size=40))
+def test_transformers_gives_the_tokenizers_ids(tokenizer, their_tokenizer, text: str):
+    ids = their_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == tokenizer.encode(text)
+    assert their_tokenizer(text)["input_ids"] == tokenizer.encode_document(text)
+    assert their_tokenizer.decode(ids) == text
+
+
+@given(st.lists(st.sampled_from(["the", " ", "  ", "\n", "ing", ".", '"', "<|endoftext|>", "<unk>", "▁", "é"])))
+def test_ids_are_the_same_where_pieces_meet(tokenizer, their_tokenizer, parts: list[str]):
+    text = "".join(parts)
+    assert their_tokenizer(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("cut", [[0, 64], [0, 1, 2, 64], [0, 31, 63, 64]])
+def test_onnx_gives_the_engines_logits_however_the_tokens_come(exported, tiny_config, ids, logits, cut: list[int]):
+    session = Session(exported["onnx"] / FILE, tiny_config)
+    parts = [session.forward(ids[:, begin:end]) for begin, end in pairwise(cut)]
+    np.testing.assert_allclose(np.concatenate(parts, 1), logits, atol=1e-3)
+
+
+def test_onnx_needs_standard_operators_alone(exported):
+    model = onnx.load(exported["onnx"] / FILE)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [entry.domain for entry in model.opset_import] == [""]
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_other_logits_are_refused_and_nothing_is_kept(tmp_path, tiny_model_dir, monkeypatch, name: str):
+    monkeypatch.setattr(exporting, "TOLERANCE", 1e-12)
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(ExportError, match="other logits"):
+        EXPORTS[name](tiny_model_dir, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_another_tokenizer_is_noticed(tiny_model_dir, tokenizer):
+    """A tokenizer that takes the boundary's name for the boundary is not ours."""
+    theirs = convert_tokenizer(tiny_model_dir / "tokenizer.model", 64)
+    theirs.split_special_tokens = False
+    with pytest.raises(ExportError, match="other tokens"):
+        require_same_ids(theirs, tokenizer)
+
+
+def test_a_directory_without_a_model_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "train.export_onnx", "--model", str(tmp_path / "none"), "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "none" in result.stderr
