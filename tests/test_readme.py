@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from train.quantization_study import markdown
+
 PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
 MAKEFILE = Path("Makefile").read_text(encoding="utf-8")
 RESULTS = Path("docs/results")
@@ -110,6 +112,11 @@ def test_the_model_card_s_figures_are_those_of_its_evaluation() -> None:
     assert f"{evaluation['tokens_seen']:,} tokens seen" in card
     for name, score in evaluation["collections"].items():
         assert re.search(rf"\| {name} \|.*\| {score['bits_per_byte']:.4f} \|", card)
+
+
+def test_the_training_page_s_table_is_the_committed_result() -> None:
+    result = json.loads((RESULTS / "quantization.json").read_text(encoding="utf-8"))
+    assert markdown(result) in Path("docs/training.md").read_text(encoding="utf-8")
 
 
 def test_the_engine_page_s_tables_are_the_committed_results() -> None:

@@ -153,6 +153,7 @@ def study(config: TrainConfig, speed: bool) -> dict:
             )
     kept = ("documents", "sources", "bytes", "bits_per_byte", "interval_95")
     return {
+        "command": f"python -m train.quantization_study name={config.name} export.evaluate_bytes={config.export.evaluate_bytes}",
         "model": config.name,
         "step": state["step"],
         **describe(),
@@ -162,19 +163,19 @@ def study(config: TrainConfig, speed: bool) -> dict:
 
 
 def markdown(result: dict) -> str:
-    """The table of a page: a row a format and arithmetic, a column a collection."""
-    collections = list(result["held_out"])
-    head = ["weights", "arithmetic", "on disk", *collections, *(f"tokens/s, batch {batch}" for batch in BATCHES)]
+    """The table of a page: a row a format and arithmetic, a column a collection; speed where it was measured."""
+    collections, rows = list(result["held_out"]), result["formats"]
+    batches = next((list(row["decode_tokens_per_cpu_s"]) for row in rows if row["decode_tokens_per_cpu_s"]), [])
+    head = ["weights", "arithmetic", "on disk", *collections, *(f"tokens/s, batch {batch}" for batch in batches)]
     lines = [head, ["---"] * len(head)]
-    for row in result["formats"]:
+    for row in rows:
         cells = [row["weights"], row["arithmetic"], f"{row['bytes_on_disk'] / 1e6:.2f} MB"]
         for name in collections:
             figures = row["collections"][name]
-            more = "" if row["weights"] == EXACT else f" ({figures['more_than_float32']:+.4f})"
+            more = "" if row["weights"] == EXACT else f" ({round(figures['more_than_float32'], 4) + 0.0:+.4f})"
             cells.append(f"{figures['bits_per_byte']:.4f}{more}")
-        speed = row["decode_tokens_per_cpu_s"] or {}
-        missing = "not measured" if row["kernels"] else "no kernels"
-        cells += [f"{speed[str(batch)]:,.0f}" if speed else missing for batch in BATCHES]
+        speed = row["decode_tokens_per_cpu_s"]
+        cells += [f"{speed[batch]:,.0f}" if speed else "no kernels" for batch in batches]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
