@@ -153,7 +153,8 @@ def study(config: TrainConfig, speed: bool) -> dict:
             )
     kept = ("documents", "sources", "bytes", "bits_per_byte", "interval_95")
     return {
-        "command": f"python -m train.quantization_study name={config.name} export.evaluate_bytes={config.export.evaluate_bytes}",
+        "command": f"python -m train.quantization_study name={config.name} "
+        f"export.evaluate_bytes={config.export.evaluate_bytes}",
         "model": config.name,
         "step": state["step"],
         **describe(),
