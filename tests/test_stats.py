@@ -47,7 +47,7 @@ def test_tokens_steps_and_positions_are_counted_once_each(tiny_model, prompts, n
     assert stats.batch_size.sum == sum(len(s.tokens) for s in sequences) + n_boundaries
     assert stats.batch_size.cumulative()[-1] <= n_steps
     assert stats.inter_token_s.cumulative()[-1] == sum(max(len(s.tokens) - 1, 0) for s in sequences)
-    assert 0 < stats.inter_token_s.sum
+    assert stats.inter_token_s.sum > 0
     assert stats.n_prompt_tokens == sum(len(s.prompt) for s in sequences)
     assert stats.n_reused_tokens == sum(s.n_reused for s in sequences)
 
