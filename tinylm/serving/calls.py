@@ -46,7 +46,7 @@ class Call:
 
     @property
     def finish_reason(self) -> str | None:
-        """How the answer ended: 'cancelled' if its client left, 'error' if a fault did it; None where none had begun."""
+        """How the answer ended: 'cancelled' if its client left, 'error' if a fault did it; None if none had begun."""
         if self.completion is not None:
             return self.completion.finish_reason
         if self.sequence is None:

@@ -2,7 +2,7 @@
 
     python -m tinylm.serving.metrics      # the table of docs/monitoring.md
 
-Requests and the engine only change plain numbers; once a second a task hands them to `ray.serve.metrics`, where every
+The end of a request and the engine's steps only change plain numbers; once a second a task hands them to `ray.serve.metrics`, where every
 call costs microseconds. Ray adds the prefix `ray_` and the labels deployment, replica and application, and its node
 agents show the numbers to Prometheus; dashboards and alerts are in configs/monitoring.
 """
@@ -79,7 +79,7 @@ METRICS = (
         "counter",
         "requests",
         "calls that ended with a status instead of an answer, by its gRPC name: INVALID_ARGUMENT and UNAUTHENTICATED "
-        "are the client's doing, RESOURCE_EXHAUSTED is a full queue, UNAVAILABLE and INTERNAL are faults of the replica",
+        "are the client's doing, RESOURCE_EXHAUSTED is a full queue, UNAVAILABLE and INTERNAL are the replica's faults",
         "code",
         ("INVALID_ARGUMENT", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL"),
     ),
