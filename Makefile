@@ -9,7 +9,7 @@ STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve test check format proto peers parts train train-demo clean
+.PHONY: help setup setup-dev serve monitor test check format proto peers parts train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -21,6 +21,9 @@ setup-dev: $(VENV)/development ## Create .venv with everything: training, tests,
 
 serve: $(VENV)/serving ## Serve models/stories-8m: four replicas behind gRPC on localhost:9000
 	$(BIN)/tinylm serve
+
+monitor: $(VENV)/serving ## Prometheus and, if installed, Grafana on the running service
+	$(BIN)/python -m tinylm.serving.monitor
 
 test: $(VENV)/development ## Run every test
 	$(BIN)/python -m pytest

@@ -28,6 +28,7 @@ from tinylm.serving.access import Access
 from tinylm.serving.calls import Call, Refused, answering
 from tinylm.serving.grpc_service import Unparsable
 from tinylm.serving.health import HealthMethods
+from tinylm.serving.metrics import ServiceMetrics
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.wire import FINISH_REASONS, params_from_request
 
@@ -70,6 +71,7 @@ class TinyLM(HealthMethods):
         self._args = args
         engine = Engine(model, args.slots, args.max_waiting, args.prefill_tokens)
         self._engine = AsyncEngine(engine, args.blas_threads)
+        self._metrics = ServiceMetrics(engine)
         self._replica = serve.get_replica_context().replica_id.unique_id
 
     def check_health(self) -> None:
@@ -146,7 +148,7 @@ class TinyLM(HealthMethods):
     @contextmanager
     def _answering(self, method: str, request: Message | Unparsable, context: RayServegRPCContext) -> Iterator[Call]:
         """Around a call's work, which begins once its caller is let in and its request is one."""
-        with answering(method, context) as call:
+        with answering(method, context, self._metrics.count) as call:
             call.key = self._access.check(context)
             if isinstance(request, Unparsable):
                 raise ValueError(request.reason)

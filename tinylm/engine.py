@@ -17,6 +17,7 @@ import numpy as np
 
 from tinylm.model import Model, ModelRunner
 from tinylm.sampling import SamplingParams, TokenLogprobs, token_logprobs
+from tinylm.stats import EngineStats
 
 LEAST_TO_COPY = 16  # tokens of a prefix that another slot holds: fewer are sooner computed again
 
@@ -84,6 +85,8 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order they were admitted
         self._next_deadline = float("inf")  # no sequence has an earlier one
+        self.stats = EngineStats()
+        self._stepped_at = time.monotonic()  # when the last step ended
 
     @property
     def cache_bytes(self) -> int:
@@ -97,6 +100,12 @@ class Engine:
     @property
     def n_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV cache's positions, n_slots times the context, that running sequences hold: 0 to 1."""
+        running = self._running.copy()  # another thread may ask in the middle of a step
+        return sum(sequence.n_cached for sequence in running) / (self.n_slots * self.config.context)
 
     @property
     def has_work(self) -> bool:
@@ -129,6 +138,7 @@ class Engine:
 
     def step(self) -> list[Sequence]:
         """Admit what fits, put one batch through the model, sample. Returns the sequences that gained or ended."""
+        began_at = time.monotonic()
         ended = self._expire()
         while self._waiting and self._free_slots:
             self._admit(self._waiting.popleft())
@@ -141,9 +151,22 @@ class Engine:
         for sequence, count in parts:  # after the pass: one that was interrupted is made again
             self._cached[sequence.slot] += sequence.next_ids(count)  # type: ignore[index]  # running: it has a slot
             sequence.n_cached += count
-        for row, (sequence, token) in enumerate(zip(sampled, batch.chosen[: len(sampled)].tolist(), strict=True)):
+        n_later = sum(
             self._append(sequence, token, batch.logits[row, : self.config.vocab_size])
+            for row, (sequence, token) in enumerate(zip(sampled, batch.chosen[: len(sampled)].tolist(), strict=True))
+        )
+        self._count_step(began_at, len(sampled), n_later)
         return ended + sampled
+
+    def _count_step(self, began_at: float, n_sampled: int, n_later: int) -> None:
+        """n_later: tokens that were not their answer's first; what decodes has had its last one from the last step."""
+        now = time.monotonic()
+        self.stats.step_s.observe(now - began_at)
+        if n_sampled:
+            self.stats.batch_size.observe(n_sampled)
+        if n_later:
+            self.stats.inter_token_s.observe(now - self._stepped_at, n_later)
+        self._stepped_at = now
 
     def _expire(self) -> list[Sequence]:
         now = time.monotonic()
@@ -172,6 +195,8 @@ class Engine:
         self._cached[slot] = sequence.prompt[:n_reused]
         sequence.slot, sequence.n_cached, sequence.n_reused = slot, n_reused, n_reused
         sequence.admitted_at = time.monotonic()
+        self.stats.n_prompt_tokens += len(sequence.prompt)
+        self.stats.n_reused_tokens += n_reused
         batch = self._runner.batch
         batch.set_params(slot, sequence.params)
         batch.seen[slot] = False
@@ -214,12 +239,13 @@ class Engine:
         batch.uniforms[: len(rows)] = [sequence.uniform for sequence in sampled]
         return sampled
 
-    def _append(self, sequence: Sequence, token: int, logits: np.ndarray) -> None:
+    def _append(self, sequence: Sequence, token: int, logits: np.ndarray) -> bool:
+        """Give a sequence the token that was drawn. Returns whether its answer has gained one after the first."""
         if sequence.first_token_at is None:
             sequence.first_token_at = time.monotonic()
         if token == self.config.boundary_id:
             self._finish(sequence, "stop")
-            return
+            return False
         if sequence.params.logprobs is not None:  # before its token, so that no other thread sees the token alone
             sequence.logprobs.append(token_logprobs(logits, token, sequence.params.logprobs))
         sequence.tokens.append(token)
@@ -227,6 +253,7 @@ class Engine:
         self._runner.batch.seen[sequence.slot, token] = True
         if len(sequence.tokens) >= sequence.params.max_tokens or sequence.n_tokens >= self.config.context:
             self._finish(sequence, "length")
+        return len(sequence.tokens) > 1
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason

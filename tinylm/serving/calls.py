@@ -1,11 +1,14 @@
-"""A call from its arrival to its end: which status it gets, and the one line that the log keeps of it."""
+"""A call from its arrival to its end: which status it gets, and the one line that the log keeps of it.
+
+What is counted of it is `tinylm.serving.metrics`' business.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,10 +46,12 @@ class Call:
 
     @property
     def finish_reason(self) -> str | None:
-        """How the answer ended, 'cancelled' if its client left; None where nothing was generated."""
+        """How the answer ended: 'cancelled' if its client left, 'error' if a fault did it; None if none had begun."""
         if self.completion is not None:
             return self.completion.finish_reason
-        return None if self.sequence is None else "cancelled"
+        if self.sequence is None:
+            return None
+        return "cancelled" if self.status is grpc.StatusCode.CANCELLED else "error"
 
     @property
     def n_tokens(self) -> int:
@@ -76,8 +81,8 @@ class Call:
 
 
 @contextmanager
-def answering(method: str, context: RayServegRPCContext) -> Iterator[Call]:
-    """Around the work of a call: an error inside becomes the call's status, and its end a line of the log.
+def answering(method: str, context: RayServegRPCContext, on_end: Callable[[Call], None]) -> Iterator[Call]:
+    """Around the work of a call: an error inside becomes its status; its end is logged, and told to `on_end`.
 
     An exception that left the method would reach the client as INTERNAL with a traceback.
     """
@@ -93,6 +98,7 @@ def answering(method: str, context: RayServegRPCContext) -> Iterator[Call]:
         context.set_details(call.details)
     finally:
         logger.info("%s %s", method, call.status.name, extra=call.log_fields())
+        on_end(call)
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:

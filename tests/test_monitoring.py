@@ -1,0 +1,389 @@
+"""Metrics, dashboard and alerts, on a real service under a mixed load, scraped by a real Prometheus."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from test_service import free_ports, with_own_ports
+
+from tinylm.serving import metrics
+from tinylm.serving.monitor import DISCOVERY_FILE
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
+
+DIRECTORY = Path("configs/monitoring")
+DASHBOARD = json.loads((DIRECTORY / "grafana-dashboard.json").read_text(encoding="utf-8"))
+ALERTS = [
+    rule for group in yaml.safe_load((DIRECTORY / "alerts.yml").read_text("utf-8"))["groups"] for rule in group["rules"]
+]
+PAGE = Path("docs/monitoring.md").read_text(encoding="utf-8")
+METADATA = (("application", "tinylm"),)
+LIMIT_S = 60
+N_REPLICAS = 2
+REPORT_EVERY_S = 2
+N_CANCELLED = 6
+needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="no prometheus on the PATH")
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool on the PATH")
+
+
+def get(url: str) -> str:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10) as response:
+        return response.read().decode()
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {LIMIT_S} s: {what}"
+        time.sleep(0.3)
+
+
+class Snapshot:
+    """TinyLM's metrics at one moment: labels and value of each series, by name without `ray_tinylm_`."""
+
+    def __init__(self, endpoints: list[str]) -> None:
+        self.series: dict[str, list[tuple[dict[str, str], float]]] = {}
+        for url in endpoints:
+            lines = [line for line in get(url).splitlines() if line.startswith("ray_tinylm_")]
+            for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+                for sample in family.samples:
+                    name = sample.name.removeprefix("ray_tinylm_")
+                    self.series.setdefault(name, []).append((sample.labels, sample.value))
+
+    def total(self, name: str, **labels: str) -> float:
+        return sum(value for own, value in self.series.get(name, []) if labels.items() <= own.items())
+
+    def by(self, name: str, label: str) -> dict[str, float]:
+        """The sum for each of the label's values, zeros left out."""
+        sums: Counter[str] = Counter()
+        for labels, value in self.series.get(name, []):
+            sums[labels[label]] += value
+        return {value: count for value, count in sums.items() if count}
+
+
+@dataclass(frozen=True)
+class Monitored:
+    """A service of two replicas with two slots each, and what watches it."""
+
+    address: str
+    discovery: Path
+    prometheus: str | None
+
+    def snapshot(self) -> Snapshot:
+        (group,) = json.loads(self.discovery.read_text())
+        return Snapshot([f"http://{target}/metrics" for target in group["targets"]])
+
+    def query(self, expression: str) -> list[dict]:
+        query = urllib.parse.urlencode({"query": expression})
+        answer = json.loads(get(f"{self.prometheus}/api/v1/query?{query}"))
+        assert answer["status"] == "success"
+        return answer["data"]["result"]
+
+
+@pytest.fixture(scope="module")
+def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
+    directory = tmp_path_factory.mktemp("monitored")
+    config, port = with_own_ports(Path("configs/serve.yaml"), directory)
+    values = yaml.safe_load(config.read_text())
+    values["applications"][0]["args"] |= {"slots": 2, "max_waiting": 2}
+    values["applications"][0]["deployments"][0]["num_replicas"] = N_REPLICAS
+    haproxy_port = values["controller_options"]["runtime_env"]["env_vars"]["RAY_SERVE_HAPROXY_METRICS_PORT"]
+    config.write_text(yaml.safe_dump(values))
+    with tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp", ignore_cleanup_errors=True) as ray_directory:
+        environment = {
+            **os.environ,
+            "RAY_TMPDIR": ray_directory,
+            "RAY_metrics_report_interval_ms": str(REPORT_EVERY_S * 1000),  # 10 s by default
+            "PYTHONUNBUFFERED": "1",
+        }
+        processes, logs = [], []
+
+        def start(name: str, ready: str, *command: str) -> None:
+            log = directory / name
+            logs.append(log)
+            with log.open("w") as out:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", *command], stdout=out, stderr=subprocess.STDOUT, env=environment
+                )
+            processes.append(process)
+            while ready not in (text := log.read_text()):
+                assert process.poll() is None, f"{name} ended:\n{text}"
+                time.sleep(0.2)
+
+        try:
+            start("service", "TinyLM is ready", "tinylm.cli", "serve", "--config", str(config))
+            prometheus = None
+            if shutil.which("prometheus"):
+                faster = directory / "monitoring"
+                shutil.copytree(DIRECTORY, faster)
+                text = (faster / "prometheus.yml").read_text()
+                assert "127.0.0.1:9101" in text
+                text = text.replace("10s", f"{REPORT_EVERY_S}s").replace("127.0.0.1:9101", f"127.0.0.1:{haproxy_port}")
+                (faster / "prometheus.yml").write_text(text)
+                (own_port,) = free_ports(1)
+                prometheus = f"http://127.0.0.1:{own_port}"
+                options = ["--config", str(faster / "prometheus.yml"), "--data", str(directory / "data")]
+                start("monitor", "/alerts", "tinylm.serving.monitor", *options, "--prometheus-port", str(own_port))
+            service = Monitored(f"localhost:{port}", Path(ray_directory) / "ray" / DISCOVERY_FILE, prometheus)
+            wait_until(lambda: len(service.snapshot().series.get("requests_total", [])) == N_REPLICAS, "two replicas")
+            yield service
+        finally:
+            for process in reversed(processes):
+                process.send_signal(signal.SIGINT)
+                process.wait(60)
+
+
+@dataclass
+class Load:
+    """What clients saw of a mixed load."""
+
+    sent: int
+    endings: Counter[str]  # finish reasons, status names
+    tokens: Counter[str]  # of answers, by finish reason
+    prompt_tokens: Counter[str]
+
+
+def ask(stub: TinyLMStub, request: pb.GenerateRequest, stream: bool) -> tuple[str, str, int, int]:
+    """Finish reason, status, tokens and prompt tokens, whichever of them the client hears of."""
+    try:
+        if stream:
+            answer = list(stub.GenerateStream(request, metadata=METADATA))[-1]
+        else:
+            answer = stub.Generate(request, metadata=METADATA)
+    except grpc.RpcError as error:
+        tokens = re.search(r"after (\d+) tokens", error.details())
+        return "timeout" if tokens else "", error.code().name, int(tokens[1]) if tokens else 0, 0
+    reason = pb.FinishReason.Name(answer.finish_reason).removeprefix("FINISH_REASON_").lower()
+    return reason, "OK", answer.usage.completion_tokens, answer.usage.prompt_tokens
+
+
+@pytest.fixture(scope="module")
+def load(monitored: Monitored) -> Load:
+    """Twelve callers on two replicas that hold four requests each: answers, refusals, timeouts, nonsense."""
+    requests = [
+        {"max_tokens": 100},
+        {"max_tokens": 40, "stop": ["."], "seed": 1, "temperature": 0.0},
+        {"max_tokens": 250, "timeout_ms": 20},
+        {"max_tokens": 8},
+        {"max_tokens": 8, "top_p": 2.0},
+    ]
+
+    def call(number: int) -> tuple[str, str, int, int]:
+        request = pb.GenerateRequest(prompt="Once upon a time", **requests[number % len(requests)])
+        return ask(stubs[number % len(stubs)], request, stream=number % 2 == 0)
+
+    channels = [grpc.insecure_channel(monitored.address) for _ in range(12)]
+    stubs = [TinyLMStub(channel) for channel in channels]
+    with ThreadPoolExecutor(len(channels)) as pool:
+        seen = list(pool.map(call, range(300)))
+    stubs[0].Tokenize(pb.TokenizeRequest(text="Once"), metadata=METADATA)  # no request in the sense of the metrics
+    stubs[0].GetModelInfo(pb.GetModelInfoRequest(), metadata=METADATA)
+    for channel in channels:
+        channel.close()
+    tokens: Counter[str] = Counter()
+    prompt_tokens: Counter[str] = Counter()
+    for reason, _, n_tokens, n_prompt_tokens in seen:
+        tokens[reason] += n_tokens
+        prompt_tokens[reason] += n_prompt_tokens
+    endings = Counter(reason or status for reason, status, _, _ in seen)
+    assert {"length", "stop", "timeout", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"} <= set(endings)
+    wait_until(lambda: monitored.snapshot().total("requests_total") >= len(seen), "all requests exported")
+    return Load(len(seen), endings, tokens, prompt_tokens)
+
+
+@pytest.fixture(scope="module")
+def counted(monitored: Monitored, load: Load) -> Snapshot:
+    return monitored.snapshot()
+
+
+def test_every_metric_that_is_named_is_exported_and_no_other(counted: Snapshot) -> None:
+    names = set()
+    for metric in metrics.METRICS:
+        parts = ["_bucket", "_sum", "_count"] if metric.kind == "histogram" else [""]
+        names |= {metric.exported + part for part in parts}
+    assert {f"ray_tinylm_{name}" for name in counted.series} == names
+
+
+def test_series_are_there_before_anything_is_counted(counted: Snapshot) -> None:
+    """Otherwise `rate` would never see the first refusals, nor an alert: nothing in the load is UNAVAILABLE."""
+    for metric in metrics.METRICS:
+        if metric.kind == "counter" and metric.label:
+            series = counted.series[metric.exported.removeprefix("ray_tinylm_")]
+            assert sorted(labels[metric.label] for labels, _ in series) == sorted(metric.values * N_REPLICAS)
+    assert counted.total("requests_refused_total", code="UNAVAILABLE") == 0
+
+
+def test_requests_are_the_sum_of_how_they_ended(counted: Snapshot, load: Load) -> None:
+    assert counted.total("requests_total") == load.sent
+    refused = {name: n for name, n in load.endings.items() if name.isupper()}
+    assert counted.by("requests_refused_total", "code") == refused
+    finished = {name: n for name, n in load.endings.items() if name.islower()}
+    assert counted.by("request_success_total", "finished_reason") == finished
+    assert counted.total("requests_cancelled_total") == 0
+
+
+def test_tokens_are_the_usage_of_the_answers(counted: Snapshot, load: Load) -> None:
+    assert counted.by("generation_tokens_total", "finished_reason") == {k: n for k, n in load.tokens.items() if n}
+    read = counted.by("prompt_tokens_total", "finished_reason")
+    assert {reason: read[reason] for reason in ("length", "stop")} == {
+        reason: load.prompt_tokens[reason] for reason in ("length", "stop")
+    }
+    assert read["timeout"] >= load.prompt_tokens["timeout"]  # a unary call does not hear of its prompt
+
+
+def test_histograms_hold_one_value_for_each_request_or_token(counted: Snapshot, load: Load) -> None:
+    n_answers = sum(n for name, n in load.endings.items() if name.islower())
+    assert counted.total("e2e_request_latency_seconds_count") == n_answers
+    assert counted.total("request_queue_time_seconds_count") == n_answers
+    n_first = counted.total("time_to_first_token_seconds_count")
+    assert load.endings["length"] + load.endings["stop"] <= n_first <= n_answers
+    # The engine may have drawn a few tokens more than a stop string let out.
+    drawn = counted.total("inter_token_latency_seconds_count") + n_first
+    assert 0 <= drawn - sum(load.tokens.values()) <= 16 * load.endings["stop"]
+    for metric in metrics.METRICS:
+        if metric.kind == "histogram":
+            name = metric.exported.removeprefix("ray_tinylm_")
+            assert counted.total(f"{name}_bucket", le="+Inf") == counted.total(f"{name}_count")
+            assert counted.total(f"{name}_sum") > 0
+    for gauge in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert [value for _, value in counted.series[gauge]] == [0] * N_REPLICAS
+
+
+def test_cancelled_requests_and_their_tokens_have_a_place_of_their_own(monitored: Monitored, counted: Snapshot) -> None:
+    with grpc.insecure_channel(monitored.address) as channel:
+        stub = TinyLMStub(channel)
+        for _ in range(N_CANCELLED):
+            stream = stub.GenerateStream(pb.GenerateRequest(prompt="Once", max_tokens=250), metadata=METADATA)
+            next(stream)
+            stream.cancel()
+
+    def more(name: str) -> float:
+        return now.total(name) - counted.total(name)
+
+    def ended() -> bool:
+        nonlocal now
+        now = monitored.snapshot()
+        return more("request_success_total") + now.total("requests_cancelled_total") >= N_CANCELLED
+
+    now = counted
+    wait_until(ended, "all calls counted by how they ended")
+    n_cancelled = now.total("requests_cancelled_total")
+    assert more("requests_total") == more("request_success_total") + n_cancelled == N_CANCELLED
+    assert n_cancelled > 0
+    assert n_cancelled <= now.total("generation_tokens_total", finished_reason="cancelled") < 250 * n_cancelled
+
+
+def panels() -> list[dict]:
+    return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+
+
+def queries() -> list[tuple[str, str]]:
+    return [(panel["title"], target["expr"]) for panel in panels() for target in panel["targets"]]
+
+
+@needs_prometheus
+def test_every_query_of_the_dashboard_has_an_answer(monitored: Monitored, load: Load) -> None:
+    assert len(queries()) > 30
+    pending = dict.fromkeys((title, query.replace("$__rate_interval", "5m")) for title, query in queries())
+
+    def answered() -> bool:
+        for title, query in list(pending):
+            values = [float(series["value"][1]) for series in monitored.query(query)]
+            if values and all(map(math.isfinite, values)):
+                del pending[title, query]
+        return not pending
+
+    deadline = time.monotonic() + LIMIT_S
+    while not answered() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not pending
+
+
+@needs_prometheus
+def test_prometheus_agrees_with_the_endpoints_and_reaches_all_of_them(monitored: Monitored, load: Load) -> None:
+    (result,) = monitored.query("sum(ray_tinylm_requests_total)")
+    assert float(result["value"][1]) >= load.sent
+    targets = json.loads(get(f"{monitored.prometheus}/api/v1/targets"))["data"]["activeTargets"]
+    assert {target["labels"]["job"] for target in targets} == {"ray", "haproxy"}
+    assert [target["scrapeUrl"] for target in targets if target["health"] != "up"] == []
+
+
+@needs_prometheus
+def test_prometheus_evaluates_every_alert_and_the_service_is_not_called_down(monitored: Monitored) -> None:
+    def rules() -> dict[str, dict]:
+        groups = json.loads(get(f"{monitored.prometheus}/api/v1/rules"))["data"]["groups"]
+        return {rule["name"]: rule for group in groups for rule in group["rules"]}
+
+    wait_until(lambda: all(rule["health"] == "ok" for rule in rules().values()), "all rules evaluated")
+    assert set(rules()) == {alert["alert"] for alert in ALERTS}
+    for name in ("TinyLMNoMetrics", "TinyLMReplicaDown", "TinyLMReplicasRestart", "TinyLMErrors"):
+        assert rules()[name]["state"] == "inactive"
+    for alert in ALERTS:
+        for name in re.findall(r"ray_\w+", alert["expr"]):
+            assert monitored.query(name), f"{alert['alert']} is about {name}, which nobody exports"
+
+
+@needs_promtool
+def test_the_rules_fire_when_they_should() -> None:
+    for command in ("check rules alerts.yml", "check config prometheus.yml", "test rules alerts_test.yml"):
+        result = subprocess.run(["promtool", *command.split()], cwd=DIRECTORY, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    tested = yaml.safe_load((DIRECTORY / "alerts_test.yml").read_text(encoding="utf-8"))["tests"]
+    expected = {case["alertname"] for test in tested for case in test["alert_rule_test"] if case.get("exp_alerts")}
+    assert expected == {alert["alert"] for alert in ALERTS}
+
+
+def test_dashboard_panels_fit_and_stand_in_their_rows() -> None:
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(ids) == len(set(ids))
+    rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
+    assert rows == ["Traffic", "Latency", "Engine", "KV cache", "Errors", "Replicas"]
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert max(x for x, _ in cells) < 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_every_metric_is_on_the_dashboard() -> None:
+    text = " ".join(query for _, query in queries())
+    assert [metric.exported for metric in metrics.METRICS if metric.exported not in text] == []
+
+
+def test_the_page_has_every_metric_and_a_section_for_every_alert() -> None:
+    assert metrics.table() in PAGE
+    sections = re.findall(r"^### (TinyLM\w+)$", PAGE, re.MULTILINE)
+    assert sections == [alert["alert"] for alert in ALERTS]
+    for alert in ALERTS:
+        assert alert["annotations"]["runbook"] == f"docs/monitoring.md#{alert['alert'].lower()}"
+    for section in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]:
+        if section.startswith("TinyLM"):
+            assert [part for part in ("**Means**", "**Look at**", "**Do**") if part not in section] == []
+
+
+def test_a_missing_prometheus_is_said_with_how_to_install_it() -> None:
+    command = [sys.executable, "-m", "tinylm.serving.monitor"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": "/nonexistent"})
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "apt-get install prometheus" in result.stderr

@@ -1,0 +1,145 @@
+"""`make monitor`: Prometheus, and Grafana where it is installed, on the metrics of the service that runs here.
+
+    python -m tinylm.serving.monitor
+
+Starts what configs/monitoring describes, on loopback and on the ports where Ray's dashboard looks for them, until it is
+interrupted. Neither program comes with TinyLM: docs/monitoring.md says how to install them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+CONFIG = Path("configs/monitoring/prometheus.yml")
+DISCOVERY_FILE = "prom_metrics_service_discovery.json"  # Ray's list of what to scrape
+INSTALL_PROMETHEUS = "`sudo apt-get install prometheus` on Debian and Ubuntu, `brew install prometheus` on macOS"
+
+
+def main(
+    config: Annotated[
+        Path, typer.Option(help="Prometheus's configuration; alerts and Grafana's lie beside it.")
+    ] = CONFIG,
+    data: Annotated[Path, typer.Option(help="Where both keep what they have recorded.")] = Path("runs/monitoring"),
+    prometheus_port: Annotated[int, typer.Option(help="Elsewhere, Ray needs RAY_PROMETHEUS_HOST.")] = 9090,
+    grafana_port: Annotated[int, typer.Option(help="Elsewhere, Ray needs RAY_GRAFANA_HOST.")] = 3000,
+) -> None:
+    """Start Prometheus and Grafana for the service on this machine: python -m tinylm.serving.monitor"""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    with tempfile.TemporaryDirectory(prefix="tinylm-monitor-") as directory:
+        try:
+            written = write_config(config, Path(directory))
+            processes["Prometheus"] = start_prometheus(written, data, prometheus_port)
+            print(f"Prometheus: http://localhost:{prometheus_port}/alerts", flush=True)
+            if (grafana := grafana_command()) is None:
+                print("Grafana is not installed (docs/monitoring.md): Prometheus has graphs of its own", flush=True)
+            else:
+                processes["Grafana"] = start_grafana(grafana, config.parent, data, prometheus_port, grafana_port)
+                print(f"Grafana:    http://localhost:{grafana_port}/d/tinylm", flush=True)
+            while True:
+                for name, process in processes.items():
+                    if process.poll() is not None:
+                        raise ValueError(f"{name} ended by itself: its reason is above")
+                time.sleep(0.5)
+        except ValueError as error:
+            sys.exit(f"Error: {error}")
+        except KeyboardInterrupt:
+            pass
+        finally:
+            for process in processes.values():
+                process.terminate()
+            for process in processes.values():
+                process.wait()
+
+
+def ray_directory() -> Path:
+    """Where Ray keeps what belongs to its sessions."""
+    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
+
+
+def write_config(config: Path, directory: Path) -> Path:
+    """Prometheus's configuration, with its files found from `directory` and Ray where this environment has it."""
+    if not config.is_file():
+        raise ValueError(f"no Prometheus configuration at {config}: run this from TinyLM's own directory")
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    values["rule_files"] = [str((config.parent / name).resolve()) for name in values["rule_files"]]
+    for job in values["scrape_configs"]:
+        for discovery in job.get("file_sd_configs", []):
+            discovery["files"] = [str(ray_directory() / DISCOVERY_FILE)]
+    written = directory / config.name
+    written.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return written
+
+
+def start_prometheus(config: Path, data: Path, port: int) -> subprocess.Popen[bytes]:
+    """Prometheus on loopback; raises ValueError when it is not installed, or its port is taken."""
+    binary = shutil.which("prometheus")
+    if binary is None:
+        raise ValueError(f"no `prometheus` on the PATH: install it with {INSTALL_PROMETHEUS}")
+    _check_port("--prometheus-port", port, "Debian's package starts one: sudo systemctl disable --now prometheus")
+    data.mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        [
+            binary,
+            f"--config.file={config}",
+            f"--storage.tsdb.path={data / 'prometheus'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--log.level=warn",
+        ],
+        start_new_session=True,  # Ctrl-C is for this process, which hands it on once
+    )
+
+
+def grafana_command() -> list[str] | None:
+    """Grafana's server as this machine has it, its home given where that lies beside the binary."""
+    for name, arguments in (("grafana", ["server"]), ("grafana-server", [])):
+        if binary := shutil.which(name):
+            root = Path(binary).resolve().parent.parent
+            homes = [root, root / "share/grafana", Path("/usr/share/grafana")]
+            home = next((home for home in homes if (home / "conf/defaults.ini").is_file()), None)
+            return [binary, *arguments, *([f"--homepath={home}"] if home else [])]
+    return None
+
+
+def start_grafana(
+    command: list[str], configs: Path, data: Path, prometheus_port: int, port: int
+) -> subprocess.Popen[bytes]:
+    """Grafana on loopback with TinyLM's dashboard and Ray's own, readable and embeddable without a login."""
+    _check_port("--grafana-port", port, "perhaps a Grafana that runs as a service")
+    settings = {
+        "GF_SERVER_HTTP_ADDR": "127.0.0.1",
+        "GF_SERVER_HTTP_PORT": str(port),
+        "GF_PATHS_DATA": str((data / "grafana").resolve()),
+        "GF_PATHS_PROVISIONING": str((configs / "grafana").resolve()),
+        "GF_AUTH_ANONYMOUS_ENABLED": "true",
+        "GF_SECURITY_ALLOW_EMBEDDING": "true",
+        "GF_ANALYTICS_REPORTING_ENABLED": "false",
+        "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+        "GF_LOG_LEVEL": "warn",
+        "TINYLM_PROMETHEUS_URL": f"http://localhost:{prometheus_port}",
+        "TINYLM_DASHBOARD": str((configs / "grafana-dashboard.json").resolve()),
+        "TINYLM_RAY_DASHBOARDS": str(ray_directory() / "session_latest/metrics/grafana/dashboards"),
+    }
+    return subprocess.Popen(command, env={**os.environ, **settings}, start_new_session=True)
+
+
+def _check_port(option: str, port: int, hint: str) -> None:
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise ValueError(f"{option} is {port}: that port is in use ({hint})")
+
+
+if __name__ == "__main__":
+    typer.run(main)
