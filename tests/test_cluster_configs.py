@@ -137,6 +137,17 @@ def test_one_image_for_head_and_workers(containers: list[dict]) -> None:
     assert len({container["image"] for container in containers}) == 1
 
 
+def test_every_pod_has_the_key_file_where_the_config_looks_for_it(groups: list[dict]) -> None:
+    (application,) = yaml.safe_load(SERVE.read_text(encoding="utf-8"))["applications"]
+    for group in groups:
+        spec = group["template"]["spec"]
+        (volume,) = spec["volumes"]
+        for container in spec["containers"]:
+            (mount,) = container["volumeMounts"]
+            assert mount["name"] == volume["name"]
+            assert Path(application["args"]["api_keys"]).parent == Path(mount["mountPath"])
+
+
 def copied() -> list[Path]:
     lines = re.findall(r"^COPY (.*)$", DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
     return [Path(source) for line in lines for source in shlex.split(line)[:-1]]
