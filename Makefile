@@ -4,6 +4,7 @@ CONFIG ?= configs/train.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+SOAK_S ?= 20
 DEMO := configs/train-demo.yaml
 export TLS_CERT ?= tls/server.pem
 STAGES := prepare tokenizer encode run export
@@ -38,8 +39,9 @@ certificate: ## Make a self-signed certificate for localhost, to try TLS with; c
 test: $(VENV)/development ## Run every test but the slow ones of `make chaos`
 	$(BIN)/python -m pytest
 
-chaos: $(VENV)/development ## Kill parts of the service under load, for minutes; writes docs/results/chaos.json
-	CHAOS_REPORT=docs/results/chaos.json $(BIN)/python -m pytest -m chaos
+chaos: $(VENV)/development ## Kill parts of the service under load, for minutes (SOAK_S=20); writes docs/chaos.md
+	CHAOS_REPORT=docs/results/chaos.json CHAOS_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m chaos
+	$(BIN)/python -m loadtest.faults_page docs/results/chaos.json docs/chaos.md
 
 check: $(VENV)/development ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ and when, is the business of tests/chaos, which `make chaos` runs.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -114,12 +115,12 @@ class FaultLoad:
 
 
 def account(requests: list[Request], fault_at: float) -> dict:
-    """Counts of a load's requests, and how long its clients felt the fault; `fault_at` is of time.perf_counter()."""
+    """Counts of a load's requests, and for how many seconds after `fault_at` (time.perf_counter()) clients felt it."""
     outcomes = Counter(request.outcome for request in requests)
     failed = [request for request in requests if request.outcome != "answered"]
     troubled = [request.ended_at for request in requests if request.attempts > 1 or request.outcome != "answered"]
     answers = sorted(request.ended_at for request in requests if request.outcome == "answered")
-    longest = max((later - earlier for earlier, later in zip(answers, answers[1:], strict=False)), default=0.0)
+    longest = max((later - earlier for earlier, later in itertools.pairwise(answers)), default=0.0)
     slowest = max((request.ended_at - request.sent_at for request in requests), default=0.0)
     return {
         "requests": len(requests),

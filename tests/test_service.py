@@ -3,22 +3,18 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import pytest
-import yaml
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from ports import free_ports
+from service_fixtures import PLAIN_PATH, Service, running_service
 from tls_fixtures import make_certificate, tls_front
 
 from tinylm import LLM, SamplingParams
@@ -26,63 +22,15 @@ from tinylm.client import METADATA, Client, ServiceError
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
-START_LIMIT_S = 150
 SPREAD_LIMIT_S = 30
-PLAIN_PATH = "/usr/bin:/bin"
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
 PROMPTS = ["Once upon a time", "The little dog", '"Hello," said the bear.', "", "It was raining, and Tom was sad."]
 
 
-@dataclass(frozen=True)
-class Service:
-    grpc_port: int
-    http_port: int
-    dashboard: str
-    log: str
-
-    @property
-    def address(self) -> str:
-        return f"localhost:{self.grpc_port}"
-
-
-def with_own_ports(config: Path, directory: Path) -> tuple[Path, int, int]:
-    """The config with other ports and nothing else changed, so that it runs beside a service that is up already."""
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    grpc_port, http_port, metrics_port, stats_port = free_ports(4)
-    values["grpc_options"]["port"] = grpc_port
-    values["http_options"]["port"] = http_port
-    if "controller_options" in values:
-        values["controller_options"]["runtime_env"]["env_vars"] |= {
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        }
-    path = directory / config.name
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path, grpc_port, http_port
-
-
 @pytest.fixture(scope="module", params=["serve.yaml", "serve-python-proxy.yaml"])
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    directory = tmp_path_factory.mktemp("service")
-    config, grpc_port, http_port = with_own_ports(Path("configs") / request.param, directory)
-    log = directory / "log"
-    with (
-        tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp", ignore_cleanup_errors=True) as ray_directory,
-        log.open("w") as out,
-    ):
-        command = [sys.executable, "-m", "tinylm.cli", "serve", "--config", str(config), "--wait-s", str(START_LIMIT_S)]
-        environment = {**os.environ, "RAY_TMPDIR": ray_directory, "PYTHONUNBUFFERED": "1", "PATH": PLAIN_PATH}
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while "TinyLM is ready" not in (text := log.read_text()):
-                assert process.poll() is None, f"the service ended before it was ready:\n{text}"
-                time.sleep(0.2)
-            dashboard = re.search(r"dashboard:\s+(http://[^/\s]+)", text)
-            assert dashboard is not None
-            yield Service(grpc_port, http_port, dashboard[1], text)
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
+    with running_service(Path("configs") / request.param, tmp_path_factory.mktemp("service")) as service:
+        yield service
 
 
 @pytest.fixture

@@ -1,5 +1,9 @@
-"""What tests of faults share: a report of every fault, shown at the end and written where CHAOS_REPORT says."""
+"""What tests of faults share: a report of every fault, shown at the end and written where CHAOS_REPORT says.
 
+A report that is there already keeps its other faults, so that one fault can be measured again alone.
+"""
+
+import io
 import json
 import os
 from pathlib import Path
@@ -31,9 +35,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     table = Table("fault", *(column.replace("_", " ") for column in COLUMNS))
     for name, figures in faults.items():
         table.add_row(name, *(str(figures.get(column, "")) for column in COLUMNS))
-    console = Console(file=open(os.devnull, "w"), record=True, width=140)  # noqa: SIM115, PTH123
+    console = Console(file=io.StringIO(), width=140)
     console.print(table)
-    terminalreporter.write_line(console.export_text())
+    terminalreporter.write_line(console.file.getvalue())
     if path := os.environ.get("CHAOS_REPORT"):
         report = Path(path)
         before = json.loads(report.read_text(encoding="utf-8"))["faults"] if report.exists() else {}

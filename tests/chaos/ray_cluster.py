@@ -8,25 +8,24 @@
 Every process of a node carries the node's mark in its environment, so that exactly those can be found and ended.
 """
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import yaml
+from marked import Mark
 from ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-MARK = "TINYLM_TEST_NODE"
 CPUS = 4  # that each node says it has: replicas ask for one each, and share what there is
 WORKER_PORTS = 60
 START_LIMIT_S = 120
@@ -46,11 +45,10 @@ class RayNode:
     def __init__(self, ip: str, arguments: list[str], grpc_port: int, http_port: int, log: Path) -> None:
         self.ip = ip
         self.address = f"127.0.0.1:{grpc_port}"  # of its gRPC proxy
-        self._mark = f"{MARK}={uuid.uuid4().hex}"
-        name, _, value = self._mark.partition("=")
+        self._mark = Mark()
         environment = {
             **os.environ,
-            name: value,
+            **self._mark.environment,
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
@@ -75,39 +73,16 @@ class RayNode:
                 command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def processes(self) -> list[int]:
-        """Ids of every process of this node, whoever its parent is now."""
-        mark, found = self._mark.encode(), []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    if mark in (entry / "environ").read_bytes().split(b"\0"):
-                        found.append(int(entry.name))
-                except OSError:  # ended meanwhile, or another user's
-                    continue
-        return found
-
-    def signal(self, number: int) -> None:
-        for process in self.processes():
-            try:
-                os.kill(process, number)
-            except ProcessLookupError:
-                continue
-
     def kill(self) -> None:
         """As when the machine loses power, but for the connections, which the kernel closes."""
-        while self.processes():
-            self.signal(signal.SIGKILL)
-            if self.process.poll() is None:
-                self.process.wait(30)
+        self._mark.kill_all()
+        self.process.wait(30)
 
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                pass
         self.kill()
 
 

@@ -12,6 +12,7 @@ from ray_cluster import RayCluster, RayNode, wait_until
 from loadtest.faults import FaultLoad, account
 from tinylm import LLM, SamplingParams
 from tinylm.client import Client
+from tinylm.serving.keys import make_key
 
 pytestmark = pytest.mark.chaos
 
@@ -22,19 +23,31 @@ DEPLOY_LIMIT_S, HEAL_LIMIT_S = 180, 120
 BEFORE_S, AFTER_S = 5, 10  # of load, before the fault and after full health
 
 
-def config(replicas: int) -> dict:
-    """The committed one, with a fixed number of replicas."""
+def config(replicas: int, key_file: Path) -> dict:
+    """The committed one, with a fixed number of replicas and a key file that is there."""
     values = yaml.safe_load(Path("configs/cluster/serve.yaml").read_text(encoding="utf-8"))
-    (deployment,) = values["applications"][0]["deployments"]
+    (application,) = values["applications"]
+    application["args"]["api_keys"] = str(key_file)
+    (deployment,) = application["deployments"]
     deployment["autoscaling_config"] |= {"min_replicas": replicas, "max_replicas": replicas}
     return values
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[tuple[RayCluster, RayNode]]:
+def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With a key that the clients of the test have."""
+    key, line = make_key("chaos")
+    monkeypatch.setenv("TINYLM_API_KEY", key)
+    path = tmp_path / "keys.txt"
+    path.write_text(f"{line}\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, key_file: Path) -> Iterator[tuple[RayCluster, RayNode]]:
     with RayCluster(tmp_path) as cluster:
         worker = cluster.join()
-        cluster.deploy(config(REPLICAS))
+        cluster.deploy(config(REPLICAS, key_file))
         wait_until(lambda: cluster.healthy(REPLICAS), "all replicas run", DEPLOY_LIMIT_S)
         yield cluster, worker
 
@@ -45,7 +58,7 @@ def ask(node: RayNode) -> str:
 
 
 def test_a_node_dies_under_load_and_comes_back(
-    cluster: tuple[RayCluster, RayNode], stories: LLM, faults: dict[str, dict]
+    cluster: tuple[RayCluster, RayNode], key_file: Path, stories: LLM, faults: dict[str, dict]
 ) -> None:
     ray, worker = cluster
     expected = stories.generate(PROMPT, SamplingParams(max_tokens=MAX_TOKENS, temperature=0))[0].text
@@ -75,8 +88,8 @@ def test_a_node_dies_under_load_and_comes_back(
     assert {request.outcome for request in late} == {"answered"}
 
     returned = ray.join()
-    more = ray_replicas = REPLICAS + 2  # more than one node takes: the new ones go to the one that is back
-    ray.deploy(config(more))
-    wait_until(lambda: ray.healthy(ray_replicas), "replicas run on the node that came back", DEPLOY_LIMIT_S)
+    more = REPLICAS + 2  # more than one node takes: the new ones go to the one that is back
+    ray.deploy(config(more, key_file))
+    wait_until(lambda: ray.healthy(more), "replicas run on the node that came back", DEPLOY_LIMIT_S)
     assert Counter(ray.replicas())[returned.ip] == 2
     assert ask(ray.head) == ask(returned) == expected
