@@ -69,8 +69,7 @@ def test_the_cluster_s_config_differs_where_a_cluster_does() -> None:
     assert single.pop("proxy_location") == "HeadOnly"
     del single["http_options"]["host"]
     variables = cluster["controller_options"]["runtime_env"]["env_vars"]
-    for name in ("RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S", "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER"):
-        del variables[name]
+    del variables["RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S"]
     assert cluster["applications"][0]["args"].pop("api_keys")  # callers are elsewhere
     (one,), (many,) = (config["applications"][0]["deployments"] for config in (single, cluster))
     autoscaling = many.pop("autoscaling_config")

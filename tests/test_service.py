@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,18 +12,21 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fault_actions
 import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from service_fixtures import PLAIN_PATH, Service, running_service
 from tls_fixtures import make_certificate, tls_front
 
+from loadtest.faults import FaultLoad, account
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, Client, ServiceError
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
 SPREAD_LIMIT_S = 30
+HEAL_LIMIT_S = 60
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
 PROMPTS = ["Once upon a time", "The little dog", '"Hello," said the bear.', "", "It was raining, and Tom was sad."]
 
@@ -225,3 +229,40 @@ def test_the_load_test_counts_every_answer(service: Service, mode: list[str], tm
     assert result["requests_per_s"] == pytest.approx(result["statuses"]["OK"] / 2)
     assert 0 < result["latency_ms"]["p50"] <= result["latency_ms"]["p99"] <= result["latency_ms"]["max"]
     assert (result["first_token_ms"] is not None) == bool(mode)
+
+
+# The short form of tests/chaos, which `make chaos` runs. The last test replaces a replica.
+
+
+def test_no_request_breaks_the_service(service: Service) -> None:
+    before = service.replicas()
+    statuses = fault_actions.fuzz(service.address)
+    assert set(statuses) == {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}, statuses
+    assert service.replicas() == before
+
+
+def test_a_storm_of_cancellations_leaves_no_work_behind(service: Service) -> None:
+    assert fault_actions.cancel(service.address, 200) == {"CANCELLED": 200}
+    assert service.is_healthy()
+
+
+def test_a_full_queue_refuses_and_forgets_nobody(service: Service) -> None:
+    if service.config.name != "serve.yaml":
+        pytest.skip("the plain proxy is slower than the replicas: their queues don't fill")
+    statuses = fault_actions.fill_queue(service.address, 600)
+    assert set(statuses) == {"OK", "RESOURCE_EXHAUSTED"}, statuses
+    assert statuses["OK"] >= 4 * 16
+
+
+def test_a_replica_dies_under_load_and_nobody_s_request_is_lost(service: Service, stories: LLM) -> None:
+    if service.config.name != "serve.yaml":
+        pytest.skip("tried with the default proxy")
+    expected = stories.generate("Once upon a time", GREEDY)[0].text
+    with FaultLoad([service.address], 4, "Once upon a time", expected, GREEDY.max_tokens) as load:
+        victim = next(iter(service.replicas().values()))
+        fault_at = time.perf_counter()
+        service.mark.signal(signal.SIGKILL, [victim])
+        service.wait_until_healthy(HEAL_LIMIT_S, without=[victim])
+    figures = account(load.requests, fault_at)
+    assert figures["answered"] > 0
+    assert figures["lost"] == 0, figures

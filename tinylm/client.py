@@ -25,7 +25,11 @@ from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 from tinylm.wire import FINISH_REASON_NAMES, request_from_params
 
 METADATA = (("application", "tinylm"),)
-CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)  # http_proxy of the environment is not meant for this
+CHANNEL_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # http_proxy of the environment is not meant for this
+    ("grpc.initial_reconnect_backoff_ms", 100),  # a proxy is back in seconds; gRPC's own pauses grow to two minutes
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
 # What a caller may see when a replica or the proxy dies under a call; a call that has produced nothing may be repeated.
 RETRIED = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED}
@@ -63,13 +67,14 @@ class Client:
         self,
         address: str = "localhost:9000",
         timeout_s: float | None = 60.0,
-        retries: int = 3,
+        retries: int = 6,
         api_key: str | None = None,
         tls: bool | Path = False,
     ) -> None:
         """address: host:port, or several as `ipv4:10.0.0.1:9000,10.0.0.2:9000`: the first that answers is used.
 
-        timeout_s: of one call, on this side. retries: of a call that failed before it produced anything.
+        timeout_s: of one call, on this side. retries: of a call that failed before it produced anything; the default
+        takes about 5 seconds, in which Serve replaces a dead proxy.
         api_key: by default what TINYLM_API_KEY in the environment says, if anything.
         tls: True trusts the usual authorities, a PEM file those in it alone; OSError or ValueError if it can't be read.
         """
