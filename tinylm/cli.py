@@ -35,6 +35,12 @@ PrecisionOption = Annotated[str, typer.Option("--precision", help="Of activation
 Server = Annotated[
     Optional[str], typer.Option("--server", "-s", help="Ask a running service instead.", metavar="HOST:PORT")
 ]
+Tls = Annotated[
+    bool, typer.Option("--tls", help="With --server: over TLS, by the authorities that this machine trusts.")
+]
+Ca = Annotated[
+    Optional[Path], typer.Option(help="With --server: over TLS, by the authorities of this PEM file.", metavar="FILE")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -91,6 +97,8 @@ def generate(
     kernels: Kernels = "auto",
     precision: PrecisionOption = "auto",
     server: Server = None,
+    tls: Tls = False,
+    ca: Ca = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text, printing tokens as they come."""
@@ -102,7 +110,7 @@ def generate(
             max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop or ()), seed, logprobs
         )
         if as_json:
-            completion = _drain(_stream(text, params, server, model, kernels, precision), lambda piece: None)
+            completion = _drain(_stream(text, params, server, ca or tls, model, kernels, precision), lambda piece: None)
             typer.echo(json.dumps({"prompt": text, **dataclasses.asdict(completion)}))
             return
         shown = iter([text])  # the prompt is shown with the first piece, so that an error stands alone
@@ -112,12 +120,12 @@ def generate(
             typer.echo(piece, nl=False)
             sys.stdout.flush()
 
-        _drain(_stream(text, params, server, model, kernels, precision), show)
+        _drain(_stream(text, params, server, ca or tls, model, kernels, precision), show)
         typer.secho(next(shown, ""), bold=True)  # the prompt, if there was no piece at all; and the line's end
 
 
 def _stream(
-    text: str, params: Any, server: str | None, model: Path, kernels: str, precision: str
+    text: str, params: Any, server: str | None, tls: bool | Path, model: Path, kernels: str, precision: str
 ) -> Generator[str, None, Any]:
     if server is None:
         from tinylm.llm import LLM
@@ -127,7 +135,7 @@ def _stream(
         return llm.stream(text, params)
     from tinylm.client import Client
 
-    return Client(server).stream(text, params)
+    return Client(server, tls=tls).stream(text, params)
 
 
 def _drain(stream: Generator[str, None, Any], show: Callable[[str], None]) -> Any:
@@ -147,11 +155,13 @@ def info(
     kernels: Kernels = "auto",
     precision: PrecisionOption = "auto",
     server: Server = None,
+    tls: Tls = False,
+    ca: Ca = None,
     as_json: Json = False,
 ) -> None:
     """Show a model's shape and size and how it is computed, in a directory or behind a service."""
     with _one_line_errors():
-        facts = _model_facts(model, kernels, precision) if server is None else _service_facts(server)
+        facts = _model_facts(model, kernels, precision) if server is None else _service_facts(server, ca or tls)
         if as_json:
             typer.echo(json.dumps(facts))
             return
@@ -177,10 +187,10 @@ def _model_facts(directory: Path, kernels: str, precision: str) -> dict[str, Any
     }
 
 
-def _service_facts(server: str) -> dict[str, Any]:
+def _service_facts(server: str, tls: bool | Path) -> dict[str, Any]:
     from tinylm.client import Client
 
-    with Client(server, timeout_s=10) as client:
+    with Client(server, timeout_s=10, tls=tls) as client:
         response = client.info()
     return {"server": server, **{field.name: getattr(response, field.name) for field in response.DESCRIPTOR.fields}}
 
@@ -190,6 +200,8 @@ def tokenize(
     text: Annotated[str, typer.Argument(help="The text; - reads it from standard input.")],
     model: Model = DEFAULT_MODEL,
     server: Server = None,
+    tls: Tls = False,
+    ca: Ca = None,
     as_json: Json = False,
 ) -> None:
     """Show the tokens of a text."""
@@ -203,7 +215,7 @@ def tokenize(
         else:
             from tinylm.client import Client
 
-            with Client(server, timeout_s=10) as client:
+            with Client(server, timeout_s=10, tls=ca or tls) as client:
                 tokens = client.tokenize(text)
         shown = [piece.decode(errors="backslashreplace") for _, piece in tokens]
         if as_json:

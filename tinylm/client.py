@@ -13,7 +13,8 @@ import random
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Self, TypeVar
 
 import grpc
 
@@ -24,7 +25,11 @@ from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 from tinylm.wire import FINISH_REASON_NAMES, request_from_params
 
 METADATA = (("application", "tinylm"),)
-CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)  # http_proxy of the environment is not meant for this
+CHANNEL_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # http_proxy of the environment is not meant for this
+    ("grpc.initial_reconnect_backoff_ms", 100),  # a proxy is back in seconds; gRPC's own pauses grow to two minutes
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
 # What a caller may see when a replica or the proxy dies under a call; a call that has produced nothing may be repeated.
 RETRIED = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED}
@@ -62,19 +67,23 @@ class Client:
         self,
         address: str = "localhost:9000",
         timeout_s: float | None = 60.0,
-        retries: int = 3,
+        retries: int = 6,
         api_key: str | None = None,
+        tls: bool | Path = False,
     ) -> None:
-        """timeout_s: of one call, on this side. retries: of a call that failed before it produced anything.
+        """address: host:port, or several as `ipv4:10.0.0.1:9000,10.0.0.2:9000`: the first that answers is used.
 
+        timeout_s: of one call, on this side. retries: of a call that failed before it produced anything; the default
+        takes about 5 seconds, in which Serve replaces a dead proxy.
         api_key: by default what TINYLM_API_KEY in the environment says, if anything.
+        tls: True trusts the usual authorities, a PEM file those in it alone; OSError or ValueError if it can't be read.
         """
         api_key = api_key or os.environ.get("TINYLM_API_KEY")
         self.address = address
         self._timeout_s = timeout_s
         self._retries = retries
         self._metadata = (*METADATA, *([("authorization", f"Bearer {api_key}")] if api_key else []))
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = _channel(address, tls)
         self._stub = TinyLMStub(self._channel)
 
     def generate(self, prompt: str, params: SamplingParams | None = None) -> ServedCompletion:
@@ -133,7 +142,7 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -149,6 +158,15 @@ class Client:
                     raise _exception(error) from None
             time.sleep(random.uniform(0.5, 1.0) * 0.1 * 2**attempt)
         raise AssertionError("unreachable")
+
+
+def _channel(address: str, tls: bool | Path) -> grpc.Channel:
+    if tls is False:
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    authorities = None if tls is True else tls.read_bytes()
+    if authorities is not None and b"-----BEGIN CERTIFICATE-----" not in authorities:
+        raise ValueError(f"tls is {tls}: there is no PEM certificate in it")
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(authorities), options=CHANNEL_OPTIONS)
 
 
 def _exception(error: grpc.RpcError) -> Exception:

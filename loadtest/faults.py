@@ -1,0 +1,134 @@
+"""A load that goes on while parts of the service die, and the account of every request of it.
+
+The load is TinyLM's own client with its own retries, so the account is what a caller of it would see. What is killed,
+and when, is the business of tests/chaos, which `make chaos` runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from tinylm.client import RETRIED, Client, ServiceError
+from tinylm.sampling import SamplingParams
+
+# What a caller may repeat: the client's own list, and a service that is full.
+RETRYABLE = frozenset(code.name for code in RETRIED) | {"RESOURCE_EXHAUSTED"}
+CALL_LIMIT_S = 20.0  # an answer takes a fraction of a second; a call that takes this long was forgotten by somebody
+PAUSE_S = 0.1  # after a failed request, so that a service that refuses is not asked in a busy loop
+T = TypeVar("T")
+Outcome = Literal["answered", "refused", "cut", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as its caller saw it, retries included.
+
+    answered: with the text that it must have. refused: with a status that lets it be repeated, and no text. cut: a
+    stream that ended so after its first piece, which the client may not repeat by itself. lost: anything else, such as
+    a wrong text, another status, or no answer within CALL_LIMIT_S.
+    """
+
+    sent_at: float  # time.perf_counter() seconds
+    ended_at: float
+    outcome: Outcome
+    status: str  # the gRPC status's name
+    attempts: int
+
+
+class CountingClient(Client):
+    """The client, with the number of calls that its last request took."""
+
+    attempts = 0
+
+    def _call(self, call: Callable[[], T]) -> T:
+        self.attempts = 0
+
+        def counted() -> T:
+            self.attempts += 1
+            return call()
+
+        return super()._call(counted)
+
+
+class FaultLoad:
+    """Clients that ask, wait and ask again in threads of their own, from `with` until its end.
+
+        with FaultLoad(["localhost:9000"], 4, "Once upon a time", expected) as load:
+            ...
+        account(load.requests)
+
+    Every client asks for `expected`, the greedy answer, every second one as a stream. A client whose address names
+    several places, as in "ipv4:10.0.0.1:9000,10.0.0.2:9000", goes to the next when one is gone.
+    """
+
+    def __init__(self, addresses: list[str], clients: int, prompt: str, expected: str, max_tokens: int) -> None:
+        self.requests: list[Request] = []
+        self._prompt, self._expected = prompt, expected
+        self._params = SamplingParams(max_tokens=max_tokens, temperature=0)
+        self._stopped = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._client, args=(addresses[i % len(addresses)], (i // len(addresses)) % 2 == 1))
+            for i in range(clients)
+        ]
+
+    def __enter__(self) -> FaultLoad:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _client(self, address: str, streamed: bool) -> None:
+        with CountingClient(address, timeout_s=CALL_LIMIT_S) as client:
+            while not self._stopped.is_set():
+                request = self._ask(client, streamed)
+                self.requests.append(request)
+                if request.outcome != "answered":
+                    self._stopped.wait(PAUSE_S)
+
+    def _ask(self, client: CountingClient, streamed: bool) -> Request:
+        pieces: list[str] = []
+        status = "OK"
+        outcome: Outcome
+        sent_at = time.perf_counter()
+        try:
+            if streamed:
+                pieces.extend(client.stream(self._prompt, self._params))
+            else:
+                pieces.append(client.generate(self._prompt, self._params).text)
+            outcome = "answered" if "".join(pieces) == self._expected else "lost"
+        except ServiceError as error:
+            status = error.code.name
+            outcome = "lost" if status not in RETRYABLE else "cut" if pieces else "refused"
+        except ValueError as error:  # INVALID_ARGUMENT: nothing is wrong with the request
+            status, outcome = str(error), "lost"
+        return Request(sent_at, time.perf_counter(), outcome, status, client.attempts)
+
+
+def account(requests: list[Request], fault_at: float) -> dict:
+    """Counts of a load's requests, and for how many seconds after `fault_at` (time.perf_counter()) clients felt it."""
+    outcomes = Counter(request.outcome for request in requests)
+    failed = [request for request in requests if request.outcome != "answered"]
+    troubled = [request.ended_at for request in requests if request.attempts > 1 or request.outcome != "answered"]
+    answers = sorted(request.ended_at for request in requests if request.outcome == "answered")
+    longest = max((later - earlier for earlier, later in itertools.pairwise(answers)), default=0.0)
+    slowest = max((request.ended_at - request.sent_at for request in requests), default=0.0)
+    return {
+        "requests": len(requests),
+        **{outcome: outcomes[outcome] for outcome in ("answered", "refused", "cut", "lost")},
+        "statuses": dict(Counter(request.status for request in failed)),
+        "answered_after_retries": sum(r.outcome == "answered" and r.attempts > 1 for r in requests),
+        "most_attempts": max((request.attempts for request in requests), default=0),
+        "last_trouble_after_s": round(max((at - fault_at for at in troubled), default=0.0), 2),
+        "longest_silence_s": round(longest, 2),
+        "slowest_request_s": round(slowest, 2),
+    }

@@ -1,0 +1,46 @@
+"""What tests of faults share: a report of every fault, shown at the end and written where CHAOS_REPORT says.
+
+A report that is there already keeps its other faults, so that one fault can be measured again alone.
+"""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from loadtest.machine import describe
+
+FAULTS = pytest.StashKey[dict[str, dict]]()
+COLUMNS = ("requests", "answered", "answered_after_retries", "refused", "cut", "lost", "longest_silence_s", "healed_s")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FAULTS] = {}
+
+
+@pytest.fixture(scope="session")
+def faults(request: pytest.FixtureRequest) -> dict[str, dict]:
+    """name of a fault -> its account by `loadtest.faults`, with `healed_s`: from the fault to full health."""
+    return request.config.stash[FAULTS]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    faults = config.stash[FAULTS]
+    if not faults:
+        return
+    table = Table("fault", *(column.replace("_", " ") for column in COLUMNS))
+    for name, figures in faults.items():
+        table.add_row(name, *(str(figures.get(column, "")) for column in COLUMNS))
+    console = Console(file=io.StringIO(), width=140)
+    console.print(table)
+    terminalreporter.write_line(console.file.getvalue())
+    if path := os.environ.get("CHAOS_REPORT"):
+        report = Path(path)
+        before = json.loads(report.read_text(encoding="utf-8"))["faults"] if report.exists() else {}
+        dated = {name: {**figures, "date": describe()["date"]} for name, figures in faults.items()}
+        text = json.dumps({"command": "make chaos", **describe(), "faults": before | dated}, indent=2)
+        report.write_text(text + "\n", encoding="utf-8")
