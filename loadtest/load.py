@@ -1,0 +1,82 @@
+"""What one run asks and how hard: settings alone, checked once, where they enter."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from loadtest.mix import Mix
+
+Arrivals = Literal["poisson", "constant"]
+OPEN_LOOP_CONNECTIONS = 16
+
+
+@dataclass(frozen=True)
+class Load:
+    """One run. Exactly one of `concurrency` (closed loop) and `rate_per_s` (open loop) is set."""
+
+    server: str  # HOST:PORT (gRPC), http://HOST:PORT (OpenAI's completions), engine:DIRECTORY (no server at all)
+    max_tokens: Mix
+    concurrency: int | None = None  # clients that each ask again as soon as they have their answer
+    rate_per_s: float | None = None  # requests sent a second, whatever comes back
+    arrivals: Arrivals = "poisson"
+    stream: bool = False
+    duration_s: float = 60.0  # measured, after the warm-up; `requests` replaces it
+    requests: int | None = None  # stop after so many measured requests
+    warmup_s: float = 5.0  # left out of every figure
+    prompts: tuple[str, ...] = ()  # empty: built in
+    prompt_words: Mix | None = None  # lengths of built-in prompts; None: four short ones
+    connections: int | None = None  # None: one a client, or OPEN_LOOP_CONNECTIONS
+    count_tokens: bool = False  # ask for log-probabilities, so that each message tells how many tokens it carries
+    timeout_s: float = 60.0  # a call that takes longer counts as DEADLINE_EXCEEDED
+    max_in_flight: int = 4096  # open loop: later requests wait, and their waiting counts
+    seed: int = 0
+    api_key: str | None = dataclasses.field(default=None, repr=False)
+    ca: bytes | None = dataclasses.field(default=None, repr=False)  # PEM; set: TLS
+
+    def __post_init__(self) -> None:
+        if (self.concurrency is None) == (self.rate_per_s is None):
+            raise ValueError("a load has either a concurrency (closed loop) or a rate (open loop)")
+        for name, least in (
+            ("concurrency", 1),
+            ("duration_s", 0.1),
+            ("requests", 1),
+            ("warmup_s", 0),
+            ("connections", 1),
+            ("timeout_s", 0.001),
+            ("max_in_flight", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise ValueError(f"{name} is {value}: it must be at least {least}")
+        if self.rate_per_s is not None and not 0 < self.rate_per_s <= 1e6:
+            raise ValueError(f"rate is {self.rate_per_s:g}: it must be above 0 and at most 1,000,000 a second")
+
+    @property
+    def n_connections(self) -> int:
+        return self.connections or self.concurrency or OPEN_LOOP_CONNECTIONS
+
+    @property
+    def protocol(self) -> str:
+        """ "grpc", "openai" or "engine", by the form of `server`."""
+        if self.server.startswith(("http://", "https://")):
+            return "openai"
+        return "engine" if self.server.startswith("engine:") else "grpc"
+
+    @property
+    def name(self) -> str:
+        """For a table: "16 clients" or "200/s"."""
+        if self.concurrency is not None:
+            return f"{self.concurrency} client{'s' if self.concurrency > 1 else ''}"
+        return f"{self.rate_per_s:g}/s"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a result file: no secrets, and of prompts their number."""
+        values = dataclasses.asdict(self)
+        values |= {"max_tokens": str(self.max_tokens), "prompt_words": str(self.prompt_words or "") or None}
+        values |= {"prompts": len(self.prompts) or "built in", "connections": self.n_connections}
+        values |= {"api_key": self.api_key is not None, "ca": self.ca is not None}
+        values["protocol"] = self.protocol
+        return values
