@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from loadtest import histogram
 from loadtest.table import load_name
@@ -35,7 +36,7 @@ def histograms(result: Result, name: str) -> Figure | None:
         bins = np.geomspace(values.min() * 0.98, values.max() * 1.02, 40)
         axes.hist(values, bins, weights=counts, color="tab:blue")
         axes.set_xscale("log")
-        _plain_numbers(axes)
+        _plain_numbers(axes.xaxis)
         for share, colour in ((50, "tab:green"), (99, "tab:red")):
             value = merged.get_value_at_percentile(share) / 1000
             axes.axvline(value, color=colour, linewidth=1, label=f"p{share} {value:.3g} ms")
@@ -59,7 +60,7 @@ def percentiles(result: Result, name: str) -> Figure | None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * (1 - 1 / x):.6g}" if x > 0 else ""))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    _plain_numbers(axes.yaxis)
     axes.set(xlabel="percentile", ylabel="ms")
     axes.legend(fontsize=8)
     return figure
@@ -85,10 +86,10 @@ def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
     for axes, title in ((left, "output tokens/s"), (right, "p99 end-to-end latency, ms")):
         axes.set(xlabel="requests/s offered" if is_open else "clients", title=title)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.grid(alpha=0.3)
     right.set_yscale("log")
-    right.yaxis.set_major_formatter(ScalarFormatter())
+    _plain_numbers(right.yaxis)
     left.set_ylim(bottom=0)
     left.legend(fontsize=8)
     figure.suptitle(
@@ -162,6 +163,8 @@ def _axes(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _plain_numbers(axes: Axes) -> None:
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
+def _plain_numbers(axis: Axis) -> None:
+    """1, 2, 5, 10, ... on a logarithmic axis, as they are."""
+    axis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_locator(NullLocator())

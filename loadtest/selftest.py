@@ -60,7 +60,9 @@ def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
     duration_s = max(duration_s, 4)
     with stub.running("--freeze-after-s", "2", "--freeze-s", str(FREEZE_S)) as server:
         one = Mix((1,), (1,))
-        load = Load(server, one, rate_per_s=100, arrivals="constant", duration_s=duration_s, warmup_s=0, max_in_flight=1)
+        load = Load(
+            server, one, rate_per_s=100, arrivals="constant", duration_s=duration_s, warmup_s=0, max_in_flight=1
+        )
         (run,) = sweep.carry_out(sweep.Sweep((load,)), quiet)
     # Those intended within the second waited for half of it on average.
     expected = FREEZE_S / duration_s * FREEZE_S / 2 * 1000

@@ -82,7 +82,11 @@ async def serve(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.stub_server",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--port", type=int, default=0, help="0, the default, takes a free one and says which")
     parser.add_argument("--delay-ms", default="0", help="before the first token, a mix; default: %(default)s")
     parser.add_argument("--token-ms", type=float, default=0, help="for each further token; default: %(default)s")
