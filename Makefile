@@ -9,7 +9,7 @@ STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve test check format proto peers parts train train-demo clean
+.PHONY: help setup setup-dev serve test check format proto bench peers parts train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -37,6 +37,9 @@ format: $(VENV)/development ## Format the code and mend what the linter can
 proto: $(VENV)/development ## Generate tinylm/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. tinylm/v1/tinylm.proto
 
+bench: $(VENV)/bench ## Measure the standard set of services into docs/results/standard/ (ONLY=haproxy,bare; goes on where it stopped)
+	$(BIN)/python -m loadtest standard $(if $(ONLY),--only $(ONLY))
+
 peers: $(VENV)/peers ## Compare the engine with llama.cpp, ONNX Runtime and PyTorch; writes docs/results/peers.json
 	$(BIN)/python -m loadtest.peers --out docs/results/peers.json --plot docs/images/peers.png
 
@@ -62,7 +65,11 @@ $(VENV)/serving: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/development: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[train,test,dev]'
+	$(PIP) --editable '.[train,test,bench,dev]'
+	touch $@ $(VENV)/serving
+
+$(VENV)/bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[bench]'
 	touch $@ $(VENV)/serving
 
 $(VENV)/peers: pyproject.toml constraints.txt | $(VENV)/bin/python

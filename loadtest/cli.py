@@ -123,9 +123,8 @@ def run(
     with one_line_errors():
         from loadtest import goodput as limits_of
         from loadtest import result as results
-        from loadtest import service
-        from loadtest.load import Load
-        from loadtest.mix import Mix
+        from loadtest.load import Load, Mix
+        from loadtest.server import facts
         from loadtest.sweep import Sweep, carry_out
         from loadtest.workload import read_prompts
 
@@ -160,9 +159,9 @@ def run(
         numbers = _numbers("--rate", rate, float) if rate else _numbers("--concurrency", concurrency or "4", int)
         loads = tuple(Load(**{**base, field: number}) for number in numbers)
         sweep = Sweep(loads, repeat, processes, limits_of.parse(goodput) if goodput else None)
-        facts = service.facts(loads[0])
+        about = facts(loads[0])
         runs = carry_out(sweep, quiet or as_json)
-        result = results.assemble(runs, label or (output.stem if output else server), replicas, facts)
+        result = results.assemble(runs, label or (output.stem if output else server), replicas, about)
         if output:
             results.write(output, result)
         _print(result, as_json, quiet)

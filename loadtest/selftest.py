@@ -12,10 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import stub, sweep
-from loadtest.load import Load
+from loadtest import stub_server, sweep
+from loadtest.load import Load, Mix
 from loadtest.machine import describe
-from loadtest.mix import Mix
 from loadtest.table import ms
 
 CLIENTS = (1, 8, 32, 128)
@@ -34,7 +33,7 @@ def carry_out(duration_s: float, quiet: bool) -> dict[str, Any]:
 
 def _rates(duration_s: float, stream: bool, quiet: bool) -> list[dict]:
     """Runs against a stub that answers at once."""
-    with stub.running() as server:
+    with stub_server.running() as server:
         one = Mix((TOKENS,), (1,))
         loads = [Load(server, one, n, stream=stream, duration_s=duration_s, warmup_s=0.5) for n in CLIENTS]
         return sweep.carry_out(sweep.Sweep(tuple(loads)), quiet)
@@ -42,7 +41,7 @@ def _rates(duration_s: float, stream: bool, quiet: bool) -> list[dict]:
 
 def _known_delays(duration_s: float, quiet: bool) -> dict[str, Any]:
     """Delays of three sizes: percentiles must lie at the size that their share says, and little above."""
-    with stub.running("--delay-ms", str(DELAYS_MS)) as server:
+    with stub_server.running("--delay-ms", str(DELAYS_MS)) as server:
         load = Load(server, Mix((1,), (1,)), rate_per_s=100, duration_s=max(duration_s, 5), warmup_s=0.5)
         (run,) = sweep.carry_out(sweep.Sweep((load,)), quiet)
     found = {name: run["latency_ms"][name] for name in ("p50", "p90", "p99")}
@@ -54,11 +53,11 @@ def _known_delays(duration_s: float, quiet: bool) -> dict[str, Any]:
 def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
     """A service stands still for a second while one request may be open at a time, as with a client that waits.
 
-    The others wait to be sent. Counted from when they were intended, the stall shows in a quarter of them or so; counted
-    from when they were sent, in one: the coordinated omission of naive clients.
+    The others wait to be sent. Counted from when they were intended, the stall shows in a quarter of them or so;
+    counted from when they were sent, in one: the coordinated omission of naive clients.
     """
     duration_s = max(duration_s, 4)
-    with stub.running("--freeze-after-s", "2", "--freeze-s", str(FREEZE_S)) as server:
+    with stub_server.running("--freeze-after-s", "2", "--freeze-s", str(FREEZE_S)) as server:
         one = Mix((1,), (1,))
         load = Load(
             server, one, rate_per_s=100, arrivals="constant", duration_s=duration_s, warmup_s=0, max_in_flight=1

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 import grpc
 
-from loadtest.mix import Mix
+from loadtest.load import Mix
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server
 
@@ -79,6 +82,21 @@ async def serve(arguments: argparse.Namespace) -> None:
     await server.start()
     print(f"ready on 127.0.0.1:{port}", flush=True)
     await server.wait_for_termination()
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[str]:
+    """The address of a stub server with these arguments; it ends with the block. Raises RuntimeError."""
+    command = [sys.executable, "-m", "loadtest.stub_server", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline() if process.stdout else ""
+        if not line.startswith("ready on "):
+            raise RuntimeError(f"the stub server did not start: {' '.join(command)}")
+        yield line.removeprefix("ready on ").strip()
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 def main() -> None:

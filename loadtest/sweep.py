@@ -11,7 +11,7 @@ from typing import Any
 from loadtest.client.pool import Pool
 from loadtest.live import LiveView
 from loadtest.load import Load
-from loadtest.processes import CpuMeter
+from loadtest.server import CpuMeter
 from loadtest.summary import summarize
 
 BUSY = 0.8  # of a core: a generating process that uses more may be what is measured

@@ -1,4 +1,5 @@
-"""Which prompt, length and seed the n-th request has: decided beforehand, the same in every run with the same seed."""
+"""Which prompt, length and seed the n-th request has, and in an open loop when it is sent: all decided beforehand,
+whatever the service does meanwhile, and the same in every run with the same seed."""
 
 from __future__ import annotations
 
@@ -61,6 +62,29 @@ class Workload:
     def __getitem__(self, turn: int) -> Ask:
         prompt = self._prompts[turn % len(self._prompts)]
         return Ask(prompt, self._lengths[turn % PLAN], self._seed * 1_000_003 + turn)
+
+
+def arrivals(load: Load) -> np.ndarray:
+    """Seconds from the start of the measured time, ascending; negative ones are the warm-up's.
+
+    "poisson": independent, exponentially distributed pauses with mean 1 / rate, as of many users who don't know of each
+    other; "constant": even pauses. With `load.requests` exactly so many are measured, else those of `duration_s`.
+    """
+    rate = load.rate_per_s
+    assert rate is not None
+    rng = np.random.default_rng(load.seed)
+    n_warmup = int(np.ceil(load.warmup_s * rate * 2)) + 20
+    n_measured = load.requests or int(np.ceil(load.duration_s * rate + 8 * np.sqrt(load.duration_s * rate))) + 20
+    if load.arrivals == "poisson":
+        warmup = -np.cumsum(rng.exponential(1 / rate, n_warmup))[::-1]
+        measured = np.cumsum(rng.exponential(1 / rate, n_measured))
+    else:
+        warmup = -np.arange(n_warmup, 0, -1) / rate
+        measured = np.arange(n_measured) / rate
+    warmup = warmup[warmup >= -load.warmup_s]
+    if load.requests is None:
+        measured = measured[measured < load.duration_s]
+    return np.concatenate([warmup, measured])
 
 
 def _prompt(n_words: int, seed: int) -> str:

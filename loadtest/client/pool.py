@@ -15,7 +15,7 @@ from loadtest.client import worker
 from loadtest.client.worker import Done, Failed, Job, Ready, Tick
 from loadtest.load import Load
 from loadtest.records import Records
-from loadtest.schedule import arrivals
+from loadtest.workload import arrivals
 
 START_S = 0.05  # between the word to start and the first call
 READY_S = 120.0  # an engine in the process may have to compile its kernels first

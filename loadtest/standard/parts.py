@@ -18,9 +18,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import report, result, service
-from loadtest.load import Load
-from loadtest.mix import Mix
+from loadtest import report, result
+from loadtest.load import Load, Mix
+from loadtest.server import facts
 from loadtest.standard import services
 from loadtest.sweep import Sweep
 from loadtest.sweep import carry_out as run_sweep
@@ -152,11 +152,11 @@ def carry_out(parts: list[Part], settings: Settings, again: bool, quiet: bool) -
 def _measure(part: Part, settings: Settings, address: str, stream: bool, quiet: bool) -> None:
     began = time.monotonic()
     sweep = part.sweep(settings, address, stream)
-    facts = service.facts(sweep.loads[0])
+    about = facts(sweep.loads[0])
     runs = run_sweep(sweep, quiet)
     if not all(run["statuses"].get("OK") for run in runs):
         raise RuntimeError(f"a run without any answer: {[run['statuses'] for run in runs]}")
-    found = result.assemble(runs, part.label, part.replicas, facts)
+    found = result.assemble(runs, part.label, part.replicas, about)
     result.write(_path(part, settings, stream), found)
     console.print(f"  {_mode(stream)}: {len(runs)} runs in {(time.monotonic() - began) / 60:.1f} min")
 

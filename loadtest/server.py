@@ -1,4 +1,4 @@
-"""The processes that serve an address on this machine, and the CPU time they use: found, or said to be unknown."""
+"""The measured server: what it says of itself, its processes on this machine, and the CPU time that they use."""
 
 from __future__ import annotations
 
@@ -9,9 +9,38 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import grpc
 import psutil
 
+from loadtest.load import Load
+from tinylm.client import CHANNEL_OPTIONS, METADATA
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
+
+FACTS_LIMIT_S = 10.0
 RAY_DAEMONS = ("raylet", "gcs_server")
+
+
+def facts(load: Load) -> dict[str, Any] | None:
+    """GetModelInfo as a dictionary; None of a server that has no such thing.
+
+    Raises ValueError when nothing can be reached at the address, so that no sweep begins in vain.
+    """
+    if load.protocol != "grpc":
+        return None
+    options = list(CHANNEL_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(load.ca) if load.ca else None
+    metadata = (*METADATA, *((("authorization", f"Bearer {load.api_key}"),) if load.api_key else ()))
+    make = grpc.secure_channel if credentials else grpc.insecure_channel
+    with make(load.server, *([credentials] if credentials else []), options=options) as channel:
+        try:
+            info = TinyLMStub(channel).GetModelInfo(pb.GetModelInfoRequest(), metadata=metadata, timeout=FACTS_LIMIT_S)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                return None
+            reason = f"{error.code().name}: {error.details()}"
+            raise ValueError(f"no TinyLM service answers at {load.server}: {reason}") from None
+    return {field.name: getattr(info, field.name) for field in info.DESCRIPTOR.fields}
 
 
 @dataclass(frozen=True)
@@ -100,8 +129,8 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
     try:
         root = next((p for p in process.parents() if p.name() == "raylet"), process)
         family = [root, *root.children(recursive=True)]
-        if root is not process:
-            family += [p for p in (root.parent().children() if root.parent() else ()) if p.name() in RAY_DAEMONS]
+        if root is not process and (session := root.parent()):
+            family += [p for p in session.children() if p.name() in RAY_DAEMONS]
         return [*family, process]
     except psutil.Error:
         return [process]
