@@ -37,7 +37,7 @@ format: $(VENV)/development ## Format the code and mend what the linter can
 proto: $(VENV)/development ## Generate tinylm/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. tinylm/v1/tinylm.proto
 
-bench: $(VENV)/bench ## Measure the standard set of services into docs/results/standard/ (ONLY=haproxy,bare; goes on where it stopped)
+bench: $(VENV)/bench ## Measure the standard set of services (ONLY=haproxy,bare) into docs/results/standard/
 	$(BIN)/python -m loadtest standard $(if $(ONLY),--only $(ONLY))
 
 peers: $(VENV)/peers ## Compare the engine with llama.cpp, ONNX Runtime and PyTorch; writes docs/results/peers.json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view and no 
 
 def main() -> None:
     """`python -m loadtest ...`: whatever is no subcommand belongs to `run`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped, as after Ctrl-C
     arguments = sys.argv[1:]
     names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     if not arguments or arguments[0] not in {*names, "-h", "--help"}:

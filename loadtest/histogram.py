@@ -29,10 +29,19 @@ def figures(histogram: HdrHistogram) -> dict[str, float]:
     """Mean, percentiles and maximum in milliseconds; {} of nothing."""
     if not histogram.get_total_count():
         return {}
-    found = histogram.get_percentile_to_value_dict(list(PERCENTILES))
-    values = {"mean": histogram.get_mean_value(), **{f"p{p:g}": found[p] for p in PERCENTILES}}
-    values["max"] = histogram.get_max_value()
-    return {name: round(value / 1000, 3) for name, value in values.items()}
+    buckets, counts = recorded(histogram)
+    found = percentiles(histogram, np.array(PERCENTILES) / 100)
+    values = {"mean": float(np.average(buckets, weights=counts))}
+    values |= {f"p{p:g}": value for p, value in zip(PERCENTILES, found.tolist(), strict=True)}
+    values["max"] = float(buckets[-1])
+    return {name: round(value, 3) for name, value in values.items()}
+
+
+def percentiles(histogram: HdrHistogram, shares: np.ndarray) -> np.ndarray:
+    """(n,) milliseconds that such shares (n,) of the durations do not exceed: the nearest rank, not interpolated."""
+    values, counts = recorded(histogram)
+    ranks = np.maximum(np.ceil(shares * counts.sum() - 1e-9), 1)
+    return values[np.searchsorted(np.cumsum(counts), ranks)]
 
 
 def encode(histogram: HdrHistogram) -> str:
@@ -45,17 +54,17 @@ def decode(text: str) -> HdrHistogram:
 
 
 def curve(histogram: HdrHistogram, points: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """(shares, milliseconds): up to `points` percentiles, evenly spaced in log(1 / (1 - share))."""
+    """(shares, milliseconds): `points` percentiles, evenly spaced in log(1 / (1 - share))."""
     total = histogram.get_total_count()
     if not total:
         return np.empty(0), np.empty(0)
     shares = 1 - np.logspace(0, -np.log10(max(total, 2)), points)
-    found = histogram.get_percentile_to_value_dict((shares * 100).tolist())
-    return shares, np.array([found[share] / 1000 for share in shares * 100])
+    return shares, percentiles(histogram, shares)
 
 
 def recorded(histogram: HdrHistogram) -> tuple[np.ndarray, np.ndarray]:
-    """(milliseconds, counts) of every bucket that holds something."""
-    items = [(i.value_iterated_to, i.count_at_value_iterated_to) for i in histogram.get_recorded_iterator()]
-    values, counts = zip(*items, strict=True) if items else ((), ())
-    return np.array(values) / 1000, np.array(counts, np.int64)
+    """(milliseconds, counts) of every bucket that holds something, ascending; a bucket's value is its highest."""
+    counts = np.array(histogram.counts)  # the library's own iterators take a hundred times as long
+    (filled,) = np.nonzero(counts)
+    values = [histogram.get_highest_equivalent_value(histogram.get_value_from_index(int(i))) for i in filled]
+    return np.array(values) / 1000, counts[filled]
