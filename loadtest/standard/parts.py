@@ -113,7 +113,7 @@ def show_plan(parts: list[Part], settings: Settings, again: bool) -> None:
         table.add_column(column)
     total = 0.0
     for part in parts:
-        modes = _to_do(part, settings, again)
+        modes = to_do(part, settings, again)
         seconds = 0.0 if part.missing else _seconds(part, modes, settings)
         total += seconds
         state = f"no package {part.missing[0]}" if part.missing else ", ".join(map(_mode, modes)) or "nothing"
@@ -124,17 +124,17 @@ def show_plan(parts: list[Part], settings: Settings, again: bool) -> None:
 
 def carry_out(parts: list[Part], settings: Settings, again: bool, quiet: bool) -> None:
     """Measure what is still to do, then draw everything. Raises RuntimeError at the end when a part has failed."""
-    to_do = [(part, _to_do(part, settings, again)) for part in parts if not part.missing]
-    to_do = [(part, modes) for part, modes in to_do if modes]
+    planned = [(part, to_do(part, settings, again)) for part in parts if not part.missing]
+    planned = [(part, modes) for part, modes in planned if modes]
     failed: dict[str, str] = {}
     busy = os.getloadavg()[0]
-    if to_do and busy > 0.3 * CORES:
+    if planned and busy > 0.3 * CORES:
         console.print(
             f"[yellow]note:[/yellow] the machine is busy (load {busy:.1f}): figures will be worse than they are"
         )
-    for number, (part, modes) in enumerate(to_do):
-        left = sum(_seconds(other, theirs, settings) for other, theirs in to_do[number:])
-        console.print(f"{part.name} ({number + 1} of {len(to_do)}), about {left / 60:.0f} min left")
+    for number, (part, modes) in enumerate(planned):
+        left = sum(_seconds(other, theirs, settings) for other, theirs in planned[number:])
+        console.print(f"{part.name} ({number + 1} of {len(planned)}), about {left / 60:.0f} min left")
         try:
             with part.start() as address:
                 for stream in modes:
@@ -161,7 +161,7 @@ def _measure(part: Part, settings: Settings, address: str, stream: bool, quiet: 
     console.print(f"  {_mode(stream)}: {len(runs)} runs in {(time.monotonic() - began) / 60:.1f} min")
 
 
-def _to_do(part: Part, settings: Settings, again: bool) -> list[bool]:
+def to_do(part: Part, settings: Settings, again: bool) -> list[bool]:
     """Which of unary (False) and stream (True) have no result with these loads yet."""
     return [stream for stream in (False, True) if again or not _is_done(part, settings, stream)]
 
