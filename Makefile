@@ -11,7 +11,7 @@ STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve tls certificate monitor test chaos check format proto peers parts train train-demo clean
+.PHONY: help setup setup-dev serve tls certificate monitor test chaos check format proto bench peers parts train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -58,6 +58,9 @@ format: $(VENV)/development ## Format the code and mend what the linter can
 proto: $(VENV)/development ## Generate tinylm/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. tinylm/v1/tinylm.proto
 
+bench: $(VENV)/bench ## Measure the standard set of services (ONLY=haproxy,bare) into docs/results/standard/
+	$(BIN)/python -m loadtest standard $(if $(ONLY),--only $(ONLY))
+
 peers: $(VENV)/peers ## Compare the engine with llama.cpp, ONNX Runtime and PyTorch; writes docs/results/peers.json
 	$(BIN)/python -m loadtest.peers --out docs/results/peers.json --plot docs/images/peers.png
 
@@ -83,7 +86,11 @@ $(VENV)/serving: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/development: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[train,export,test,dev]'
+	$(PIP) --editable '.[train,export,bench,test,dev]'
+	touch $@ $(VENV)/serving
+
+$(VENV)/bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[bench]'
 	touch $@ $(VENV)/serving
 
 $(VENV)/peers: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -1,41 +1,102 @@
-"""From single answers to the figures of a run."""
+"""Results as pictures and one HTML page that holds everything in itself. What is drawn is `plots`' business."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
+import base64
+import html
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from matplotlib.figure import Figure
 
-from loadtest.closed_loop import Answer, Load
+from loadtest import plots
+from loadtest.table import load_name, ms, notes
 
-PERCENTILES = (50, 90, 95, 99)
-
-
-def latencies(seconds: list[float]) -> dict[str, float]:
-    """Mean, percentiles and maximum in milliseconds; {} of nothing."""
-    if not seconds:
-        return {}
-    values = np.array(seconds) * 1000
-    percentiles = {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
-    return {
-        name: round(value, 2)
-        for name, value in {"mean": float(values.mean()), **percentiles, "max": float(values.max())}.items()
-    }
+DPI = 110
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
+td, th { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+td:first-child, th:first-child { text-align: left; }
+img { max-width: 100%; } code { font-size: 12px; } .note { color: #8a5a00; } .facts { color: #666; font-size: 13px; }
+"""
+COLUMNS = ("load", "run", "req/s", "tokens/s", "latency p50", "p90", "p99", "p99.9", "max", "ttft p50", "p99")
+MORE_COLUMNS = ("itl p50", "p99", "not OK", "replicas", "spread", "client cores", "server cores", "goodput")
 
 
-def summarize(load: Load, answers: list[Answer]) -> dict:
-    """Rates count answers that ended in the measured time; latencies are of the answers with status OK."""
-    good = [answer for answer in answers if answer.status == "OK"]
-    tokens = sum(answer.tokens for answer in good)
-    return {
-        "load": dataclasses.asdict(load),
-        "requests_per_s": round(len(good) / load.duration_s, 3),
-        "tokens_per_s": round(tokens / load.duration_s, 1),
-        "tokens_an_answer": round(tokens / len(good), 2) if good else 0.0,
-        "full_length_answers": sum(answer.tokens == load.max_tokens for answer in good),
-        "latency_ms": latencies([answer.ended_at - answer.sent_at for answer in good]),
-        "first_token_ms": latencies([a.first_text_at - a.sent_at for a in good if a.first_text_at]) or None,
-        "statuses": dict(Counter(answer.status for answer in answers)),
-        "replicas": dict(sorted(Counter(answer.replica for answer in good).items())),
-    }
+def write(results: Sequence[Mapping[str, Any]], directory: Path) -> Path:
+    """Write report.html and a PNG a picture; returns the page's path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    body = ["<h1>Load test</h1>"]
+    body += [_picture(directory, name, figure) for name, figure in _overview(results)]
+    for result in results:
+        body.append(_section(result))
+        slug = re.sub(r"[^\w.-]+", "-", result["label"]).strip("-")
+        for quantity in plots.TITLES:
+            if figure := plots.histograms(result, quantity):
+                body.append(_picture(directory, f"{slug}-{quantity}-histogram", figure))
+            if figure := plots.percentiles(result, quantity):
+                body.append(_picture(directory, f"{slug}-{quantity}-percentiles", figure))
+    page = directory / "report.html"
+    title = html.escape(", ".join(result["label"] for result in results))
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    page.write_text(head + "\n".join(body) + "</html>\n", encoding="utf-8")
+    return page
+
+
+def _overview(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Figure]]:
+    for stream in (False, True):
+        kind = "stream" if stream else "unary"
+        if figure := plots.against_load(results, stream):
+            yield f"load-{kind}", figure
+        if figure := plots.against_replicas(results, stream):
+            yield f"replicas-{kind}", figure
+
+
+def _picture(directory: Path, name: str, figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    (directory / f"{name}.png").write_bytes(buffer.getvalue())
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>'
+
+
+def _section(result: Mapping[str, Any]) -> str:
+    """A result's heading, where and how it was measured, its runs, its notes."""
+    machine, versions = result["machine"], result["versions"]
+    facts = [result["date"], machine["processor"], f"{machine['cores']} cores", f"revision {result['revision']}"]
+    facts += [f"{name} {version}" for name, version in versions.items()]
+    if service := result.get("service"):
+        facts.append(f"model {service['name']}, {service['arithmetic']}" if service["arithmetic"] else service["name"])
+    head = "".join(f"<th>{name}</th>" for name in (*COLUMNS, *MORE_COLUMNS))
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(run)) + "</tr>" for run in result["runs"]
+    )
+    hints = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes(result["runs"]))
+    return (
+        f"<h2>{html.escape(result['label'])}</h2><p class=facts>{html.escape(', '.join(facts))}<br>"
+        f"<code>{html.escape(result['command'])}</code></p><table><tr>{head}</tr>{rows}</table>{hints}"
+        "<p class=facts>Milliseconds; definitions are in docs/loadtest.md.</p>"
+    )
+
+
+def _cells(run: Mapping[str, Any]) -> list[str]:
+    goodput, cores = run.get("goodput"), run["server"]["cores"]
+    return [
+        load_name(run) + (", stream" if run["load"]["stream"] else ""),
+        str(run["repeat"] + 1),
+        f"{run['requests_per_s']:.1f}",
+        f"{run['tokens_per_s']:.0f}",
+        *(ms(run["latency_ms"], name) for name in ("p50", "p90", "p99", "p99.9", "max")),
+        *(ms(run.get("ttft_ms"), name) for name in ("p50", "p99")),
+        *(ms(run.get("itl_ms"), name) for name in ("p50", "p99")),
+        str(run["requests"] - run["statuses"].get("OK", 0)),
+        str(len(run["replicas"])),
+        f"{run['replica_spread']:.2f}" if run["replica_spread"] else "-",
+        f"{run['client']['cores']:.2f}",
+        "unknown" if cores is None else f"{cores:.2f}",
+        f"{goodput['requests_per_s']:.1f}/s, {goodput['share']:.1%}" if goodput else "-",
+    ]

@@ -1,0 +1,122 @@
+"""What one run asks and how hard: settings alone, checked once, where they enter. `workload` makes requests of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Arrivals = Literal["poisson", "constant"]
+OPEN_LOOP_CONNECTIONS = 16
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Whole numbers and the share of requests that each is for, as in `16:0.5,64:0.3,128:0.2`; shares are relative to
+    their sum. For lengths of answers, of prompts, for delays."""
+
+    values: tuple[int, ...]
+    shares: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, text: str, name: str, least: int = 1) -> Mix:
+        """`64` -> always 64; `16:3,64:1` -> three times in four 16. Raises ValueError naming `name`."""
+        values, shares = [], []
+        for item in text.split(","):
+            number, _, share = item.partition(":")
+            try:
+                values.append(int(number))
+                shares.append(float(share) if share else 1.0)
+            except ValueError:
+                raise ValueError(
+                    f"{name} is {text!r}: it must be a whole number, or several with shares as in 16:0.5,64:0.5"
+                ) from None
+            if values[-1] < least:
+                raise ValueError(f"{name} has {values[-1]}: it must be at least {least}")
+            if not 0 < shares[-1] < float("inf"):
+                raise ValueError(f"{name} gives {values[-1]} the share {share}: it must be above 0")
+        return cls(tuple(values), tuple(shares))
+
+    def draw(self, n: int, seed: int) -> np.ndarray:
+        """(n,) of the values, each as often as its share says but for the luck of the draw."""
+        if len(self.values) == 1:
+            return np.full(n, self.values[0])
+        shares = np.array(self.shares)
+        return np.random.default_rng(seed).choice(self.values, n, p=shares / shares.sum())
+
+    def __str__(self) -> str:
+        if len(self.values) == 1:
+            return str(self.values[0])
+        return ",".join(f"{value}:{share:g}" for value, share in zip(self.values, self.shares, strict=True))
+
+
+@dataclass(frozen=True)
+class Load:
+    """One run. Exactly one of `concurrency` (closed loop) and `rate_per_s` (open loop) is set."""
+
+    server: str  # HOST:PORT (gRPC), http://HOST:PORT (OpenAI's completions), engine:DIRECTORY (no server at all)
+    max_tokens: Mix
+    concurrency: int | None = None  # clients that each ask again as soon as they have their answer
+    rate_per_s: float | None = None  # requests sent a second, whatever comes back
+    arrivals: Arrivals = "poisson"
+    stream: bool = False
+    duration_s: float = 60.0  # measured, after the warm-up; `requests` replaces it
+    requests: int | None = None  # stop after so many measured requests
+    warmup_s: float = 5.0  # left out of every figure
+    prompts: tuple[str, ...] = ()  # empty: built in
+    prompt_words: Mix | None = None  # lengths of built-in prompts; None: four short ones
+    connections: int | None = None  # None: one a client, or OPEN_LOOP_CONNECTIONS
+    count_tokens: bool = False  # ask for log-probabilities, so that each message tells how many tokens it carries
+    timeout_s: float = 60.0  # a call that takes longer counts as DEADLINE_EXCEEDED
+    max_in_flight: int = 4096  # open loop: later requests wait, and their waiting counts
+    seed: int = 0
+    api_key: str | None = dataclasses.field(default=None, repr=False)
+    ca: bytes | None = dataclasses.field(default=None, repr=False)  # PEM; set: TLS
+
+    def __post_init__(self) -> None:
+        if (self.concurrency is None) == (self.rate_per_s is None):
+            raise ValueError("a load has either a concurrency (closed loop) or a rate (open loop)")
+        for name, least in (
+            ("concurrency", 1),
+            ("duration_s", 0.1),
+            ("requests", 1),
+            ("warmup_s", 0),
+            ("connections", 1),
+            ("timeout_s", 0.001),
+            ("max_in_flight", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise ValueError(f"{name} is {value}: it must be at least {least}")
+        if self.rate_per_s is not None and not 0 < self.rate_per_s <= 1e6:
+            raise ValueError(f"rate is {self.rate_per_s:g}: it must be above 0 and at most 1,000,000 a second")
+
+    @property
+    def n_connections(self) -> int:
+        return self.connections or self.concurrency or OPEN_LOOP_CONNECTIONS
+
+    @property
+    def protocol(self) -> str:
+        """ "grpc", "openai" or "engine", by the form of `server`."""
+        if self.server.startswith(("http://", "https://")):
+            return "openai"
+        return "engine" if self.server.startswith("engine:") else "grpc"
+
+    @property
+    def name(self) -> str:
+        """For a table: "16 clients" or "200/s"."""
+        if self.concurrency is not None:
+            return f"{self.concurrency} client{'s' if self.concurrency > 1 else ''}"
+        return f"{self.rate_per_s:g}/s"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a result file: no secrets, and of prompts their number."""
+        values = dataclasses.asdict(self)
+        values |= {"max_tokens": str(self.max_tokens), "prompt_words": str(self.prompt_words or "") or None}
+        values |= {"prompts": len(self.prompts) or "built in", "connections": self.n_connections}
+        values |= {"api_key": self.api_key is not None, "ca": self.ca is not None}
+        values["protocol"] = self.protocol
+        return values

@@ -1,0 +1,147 @@
+"""The measured server: what it says of itself, its processes on this machine, and the CPU time that they use."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+import psutil
+
+from loadtest.load import Load
+from tinylm.client import CHANNEL_OPTIONS, METADATA
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
+
+FACTS_LIMIT_S = 10.0
+RAY_DAEMONS = ("raylet", "gcs_server")
+
+
+def facts(load: Load) -> dict[str, Any] | None:
+    """GetModelInfo as a dictionary; None of a server that has no such thing.
+
+    Raises ValueError when nothing can be reached at the address, so that no sweep begins in vain.
+    """
+    if load.protocol != "grpc":
+        return None
+    options = list(CHANNEL_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(load.ca) if load.ca else None
+    metadata = (*METADATA, *((("authorization", f"Bearer {load.api_key}"),) if load.api_key else ()))
+    make = grpc.secure_channel if credentials else grpc.insecure_channel
+    with make(load.server, *([credentials] if credentials else []), options=options) as channel:
+        try:
+            info = TinyLMStub(channel).GetModelInfo(pb.GetModelInfoRequest(), metadata=metadata, timeout=FACTS_LIMIT_S)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                return None
+            reason = f"{error.code().name}: {error.details()}"
+            raise ValueError(f"no TinyLM service answers at {load.server}: {reason}") from None
+    return {field.name: getattr(info, field.name) for field in info.DESCRIPTOR.fields}
+
+
+@dataclass(frozen=True)
+class ServerProcesses:
+    """Those behind one address; `unknown` says why there are none."""
+
+    processes: list[psutil.Process] = field(default_factory=list)
+    unknown: str | None = None
+
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds used so far by role: replicas, proxy, ray (everything else of its session) or server."""
+        totals: dict[str, float] = defaultdict(float)
+        for process in self.processes:
+            try:
+                times = process.cpu_times()
+                totals[_role(process)] += times.user + times.system
+            except psutil.Error:  # it has ended: its time is lost
+                continue
+        return dict(totals)
+
+
+class CpuMeter:
+    """Cores that the server's processes use within the measured time; `look` is to be called often."""
+
+    def __init__(self, server: str) -> None:
+        self._server = find(server)
+        self._first: tuple[float, dict[str, float]] | None = None
+        self._last: tuple[float, dict[str, float]] | None = None
+
+    def look(self, begin: float, end: float) -> None:
+        """begin, end: of the measured time, `time.monotonic()`; end may be infinite: then `finish` is the end."""
+        now = time.monotonic()
+        if self._server.unknown or now < begin:
+            return
+        if self._first is None:
+            self._first = now, self._server.cpu_s()
+        elif self._last is None and now >= end:
+            self._last = now, self._server.cpu_s()
+
+    def finish(self) -> dict[str, Any]:
+        """Cores in all and by role, for a result file; None with the reason where they can't be told."""
+        if self._server.unknown or self._first is None:
+            return {"cores": None, "unknown": self._server.unknown or "the run was over too soon"}
+        (begin, before), (end, after) = self._first, self._last or (time.monotonic(), self._server.cpu_s())
+        roles = {role: round((used - before.get(role, 0)) / (end - begin), 3) for role, used in sorted(after.items())}
+        return {"cores": round(sum(roles.values()), 3), "by_role": roles}
+
+
+def find(server: str) -> ServerProcesses:
+    """Whoever listens on the address, with its children; of a Ray process, its whole Ray session."""
+    if server.startswith("engine:"):
+        return ServerProcesses(unknown="the engine runs in the load generator's own processes")
+    split = urlsplit(server if "//" in server else f"//{server}")
+    host, port = split.hostname or "", split.port or 0
+    if not _is_local(host):
+        return ServerProcesses(unknown=f"{host} is another machine")
+    listening = {process.pid: process for process in psutil.process_iter() if _listens(process, port)}
+    if not listening:
+        return ServerProcesses(unknown=f"no process that this user may look at listens on port {port}")
+    found: dict[int, psutil.Process] = {}
+    for process in listening.values():
+        for member in _family(process):
+            found[member.pid] = member
+    return ServerProcesses(list(found.values()))
+
+
+def _is_local(host: str) -> bool:
+    try:
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    own = {address.address.partition("%")[0] for group in psutil.net_if_addrs().values() for address in group}
+    return any(address.startswith("127.") or address in own for address in addresses)
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    try:
+        connections = process.net_connections(kind="tcp")
+    except (psutil.Error, OSError):
+        return False
+    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    """The process and its descendants; where a raylet is among its ancestors, that one's and its session's daemons."""
+    try:
+        root = next((p for p in process.parents() if p.name() == "raylet"), process)
+        family = [root, *root.children(recursive=True)]
+        if root is not process and (session := root.parent()):
+            family += [p for p in session.children() if p.name() in RAY_DAEMONS]
+        return [*family, process]
+    except psutil.Error:
+        return [process]
+
+
+def _role(process: psutil.Process) -> str:
+    title = " ".join(process.cmdline())
+    if "ServeReplica" in title:
+        return "replicas"
+    if "haproxy" in process.name() or "ProxyActor" in title:
+        return "proxy"
+    if process.name() in RAY_DAEMONS or "ray" in title.partition(" ")[0] or "/ray/" in title:
+        return "ray"
+    return "server"

@@ -1,0 +1,123 @@
+"""Which prompt, length and seed the n-th request has, and in an open loop when it is sent: all decided beforehand,
+whatever the service does meanwhile, and the same in every run with the same seed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loadtest.load import Load
+
+SHORT_PROMPTS = (
+    "Once upon a time",
+    "One day, a little girl named Lily",
+    "There was once an old bear who lived in the woods. Every morning",
+    '"Where are you going?" asked the fox.',
+)
+PLAN = 4096  # requests after which lengths and long prompts come again, with other seeds
+# Long prompts are sentences of these in random order, so that no two begin alike and no cached prefix helps.
+SENTENCES = (
+    "The old bear went down to the river to look for fish.",
+    "A small boat was tied to the wooden gate by the water.",
+    "Nobody knew who had left the lamp burning all night.",
+    "Tom had a red kite, and he took it with him everywhere.",
+    '"It will rain before dinner," said the owl.',
+    "Her mother gave her a basket of bread and two green apples.",
+    "The path through the woods was dark and full of leaves.",
+    "In the garden there stood a tree with silver bark.",
+    "They waited until the moon was high, and then they began to walk.",
+    "A mouse lived under the stairs and came out when it was quiet.",
+    "The king was tired of gold and wished for a friend.",
+    '"Please do not go," said the little girl, but the cat had already gone.',
+    "On the hill behind the house, three sheep were eating grass.",
+    "The baker woke early and lit the fire in the big oven.",
+    "Every spring the birds came back to the same roof.",
+    "Sam found a shell on the beach and heard the sea in it.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request, before it becomes a message of some protocol."""
+
+    prompt: str
+    max_tokens: int
+    seed: int
+
+
+class Workload:
+    """`workload[n]` is the n-th request of a run."""
+
+    def __init__(self, load: Load) -> None:
+        self._seed = load.seed
+        self._prompts = load.prompts or SHORT_PROMPTS
+        self._lengths = load.max_tokens.draw(PLAN, load.seed).tolist()
+        if load.prompt_words is not None and not load.prompts:
+            words = load.prompt_words.draw(PLAN, load.seed + 1)
+            self._prompts = tuple(_prompt(n, load.seed + i) for i, n in enumerate(words.tolist()))
+
+    def __getitem__(self, turn: int) -> Ask:
+        prompt = self._prompts[turn % len(self._prompts)]
+        return Ask(prompt, self._lengths[turn % PLAN], self._seed * 1_000_003 + turn)
+
+
+def arrivals(load: Load) -> np.ndarray:
+    """Seconds from the start of the measured time, ascending; negative ones are the warm-up's.
+
+    "poisson": independent, exponentially distributed pauses with mean 1 / rate, as of many users who don't know of each
+    other; "constant": even pauses. With `load.requests` exactly so many are measured, else those of `duration_s`.
+    """
+    rate = load.rate_per_s
+    assert rate is not None
+    rng = np.random.default_rng(load.seed)
+    n_warmup = int(np.ceil(load.warmup_s * rate * 2)) + 20
+    n_measured = load.requests or int(np.ceil(load.duration_s * rate + 8 * np.sqrt(load.duration_s * rate))) + 20
+    if load.arrivals == "poisson":
+        warmup = -np.cumsum(rng.exponential(1 / rate, n_warmup))[::-1]
+        measured = np.cumsum(rng.exponential(1 / rate, n_measured))
+    else:
+        warmup = -np.arange(n_warmup, 0, -1) / rate
+        measured = np.arange(n_measured) / rate
+    warmup = warmup[warmup >= -load.warmup_s]
+    if load.requests is None:
+        measured = measured[measured < load.duration_s]
+    return np.concatenate([warmup, measured])
+
+
+def _prompt(n_words: int, seed: int) -> str:
+    order = np.random.default_rng(seed).integers(len(SENTENCES), size=n_words)  # far more sentences than it takes
+    words: list[str] = []
+    for index in order:
+        words += SENTENCES[index].split()
+        if len(words) >= n_words:
+            break
+    return " ".join(words[:n_words])
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Prompts of a file, one a line: JSON with a field `prompt` (or a JSON string) in a .jsonl, plain text otherwise.
+
+    Raises ValueError naming file and line.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".jsonl":
+        prompts = [_json_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt: it must have one a line")
+    return tuple(prompts)
+
+
+def _json_prompt(path: Path, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is no JSON: {error}") from None
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise ValueError(f'{path}, line {number} has no text: it must be {{"prompt": "..."}} or a string')
+    return prompt
