@@ -21,8 +21,9 @@ from pathlib import Path
 import grpc
 import pytest
 import yaml
+from ports import free_ports
 from prometheus_client.parser import text_string_to_metric_families
-from test_service import free_ports, with_own_ports
+from service_fixtures import with_own_ports
 
 from tinylm.serving import metrics
 from tinylm.serving.monitor import DISCOVERY_FILE
@@ -101,7 +102,7 @@ class Monitored:
 @pytest.fixture(scope="module")
 def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     directory = tmp_path_factory.mktemp("monitored")
-    config, port = with_own_ports(Path("configs/serve.yaml"), directory)
+    config, port, _ = with_own_ports(Path("configs/serve.yaml"), directory)
     values = yaml.safe_load(config.read_text())
     values["applications"][0]["args"] |= {"slots": 2, "max_waiting": 2}
     values["applications"][0]["deployments"][0]["num_replicas"] = N_REPLICAS
