@@ -2,9 +2,9 @@
 
     python -m tinylm.serving.metrics      # the table of docs/monitoring.md
 
-The end of a request and the engine's steps only change plain numbers; once a second a task hands them to `ray.serve.metrics`, where every
-call costs microseconds. Ray adds the prefix `ray_` and the labels deployment, replica and application, and its node
-agents show the numbers to Prometheus; dashboards and alerts are in configs/monitoring.
+The end of a request and the engine's steps only change plain numbers; once a second a task hands them to
+`ray.serve.metrics`, where every call costs microseconds. Ray adds the prefix `ray_` and the labels deployment, replica
+and application, and its node agents show the numbers to Prometheus; dashboards and alerts are in configs/monitoring.
 """
 
 from __future__ import annotations
