@@ -145,6 +145,12 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
                 start("monitor", "/alerts", "tinylm.serving.monitor", *options, "--prometheus-port", str(own_port))
             service = Monitored(f"localhost:{port}", Path(ray_directory) / "ray" / DISCOVERY_FILE, prometheus)
             wait_until(lambda: len(service.snapshot().series.get("requests_total", [])) == N_REPLICAS, "two replicas")
+            if prometheus:  # of what was there at its first look, `rate` says nothing
+
+                def scraped() -> bool:
+                    return len(service.query("ray_tinylm_requests_total")) == N_REPLICAS
+
+                wait_until(scraped, "two replicas scraped before the load")
             yield service
         finally:
             for process in reversed(processes):
