@@ -38,7 +38,8 @@ def page(report: dict) -> str:
     """The page's text; `report` is what tests/chaos/conftest.py writes."""
     machine = report["machine"]
     lines = [
-        f"{report['date'][:10]}, {machine['processor']}, {machine['cores']} cores, Ray {report['versions']['ray']}.",
+        f"{report['date'][:10]}, {machine['processor']}, {machine['cores']} cores, Ray {report['versions']['ray']}, "
+        f"revision {report['revision']}.",
         "",
         f"| fault | {' | '.join(COLUMNS.values())} |",
         f"| --- |{' ---: |' * len(COLUMNS)}",

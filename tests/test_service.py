@@ -232,38 +232,41 @@ def test_the_load_test_counts_every_answer(service: Service, mode: list[str], tm
     assert {"replicas", "proxy"} <= set(run["server"]["by_role"])
 
 
-# The short form of tests/chaos, which `make chaos` runs. The last test replaces a replica.
+# The short form of tests/chaos, with the default proxy. The last test replaces a replica.
 
 
-def test_no_request_breaks_the_service(service: Service) -> None:
-    before = service.replicas()
-    statuses = fault_actions.fuzz(service.address)
-    assert set(statuses) == {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}, statuses
-    assert service.replicas() == before
-
-
-def test_a_storm_of_cancellations_leaves_no_work_behind(service: Service) -> None:
-    assert fault_actions.cancel(service.address, 200) == {"CANCELLED": 200}
-    assert service.is_healthy()
-
-
-def test_a_full_queue_refuses_and_forgets_nobody(service: Service) -> None:
+@pytest.fixture
+def haproxy_service(service: Service) -> Service:
     if service.config.name != "serve.yaml":
-        pytest.skip("the plain proxy is slower than the replicas: their queues don't fill")
-    statuses = fault_actions.fill_queue(service.address, 600)
+        pytest.skip("faults are tried with the default proxy")
+    return service
+
+
+def test_no_request_breaks_the_service(haproxy_service: Service) -> None:
+    before = haproxy_service.replicas()
+    statuses = fault_actions.fuzz(haproxy_service.address)
+    assert set(statuses) == {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}, statuses
+    assert haproxy_service.replicas() == before
+
+
+def test_a_storm_of_cancellations_leaves_no_work_behind(haproxy_service: Service) -> None:
+    assert fault_actions.cancel(haproxy_service.address, 200) == {"CANCELLED": 200}
+    assert haproxy_service.is_healthy()
+
+
+def test_a_full_queue_refuses_and_forgets_nobody(haproxy_service: Service) -> None:
+    statuses = fault_actions.fill_queue(haproxy_service.address, 600)
     assert set(statuses) == {"OK", "RESOURCE_EXHAUSTED"}, statuses
     assert statuses["OK"] >= 4 * 16
 
 
-def test_a_replica_dies_under_load_and_nobody_s_request_is_lost(service: Service, stories: LLM) -> None:
-    if service.config.name != "serve.yaml":
-        pytest.skip("tried with the default proxy")
+def test_a_replica_dies_under_load_and_nobody_s_request_is_lost(haproxy_service: Service, stories: LLM) -> None:
     expected = stories.generate("Once upon a time", GREEDY)[0].text
-    with FaultLoad([service.address], 4, "Once upon a time", expected, GREEDY.max_tokens) as load:
-        victim = next(iter(service.replicas().values()))
+    with FaultLoad([haproxy_service.address], 4, "Once upon a time", expected, GREEDY.max_tokens) as load:
+        victim = next(iter(haproxy_service.replicas().values()))
         fault_at = time.perf_counter()
-        service.mark.signal(signal.SIGKILL, [victim])
-        service.wait_until_healthy(HEAL_LIMIT_S, without=[victim])
+        haproxy_service.mark.signal(signal.SIGKILL, [victim])
+        haproxy_service.wait_until_healthy(HEAL_LIMIT_S, without=[victim])
     figures = account(load.requests, fault_at)
     assert figures["answered"] > 0
     assert figures["lost"] == 0, figures

@@ -32,7 +32,13 @@ CHANNEL_OPTIONS = (
 )
 # What a caller may see when a replica or the proxy dies under a call; a call that has produced nothing may be repeated.
 RETRIED = frozenset(
-    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED}
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.NOT_FOUND,  # by a proxy that has just started: it has not heard of the application yet
+    }
 )
 T = TypeVar("T")
 

@@ -84,7 +84,12 @@ def test_a_part_dies_under_load(
         healed_s = service.wait_until_healthy(HEAL_LIMIT_S, without=gone)
         healed_at = time.perf_counter()
         time.sleep(AFTER_S)
-    faults[name] = figures = {**account(running.requests, fault_at), "healed_s": round(healed_s, 1), "clients": CLIENTS}
+    faults[name] = figures = {
+        **account(running.requests, fault_at),
+        "healed_s": round(healed_s, 1),
+        "clients": CLIENTS,
+        "haproxy_processes": len(service.mark.processes("haproxy")),  # one of a dead manager goes on by itself
+    }
     assert figures["lost"] == 0, figures
     late = {request.outcome for request in running.requests if request.sent_at > healed_at + 1}
     assert late == {"answered"}
@@ -114,7 +119,7 @@ def test_deadlines_shorter_than_the_answer(service: Service, faults: dict[str, d
 
 
 def test_no_request_breaks_the_service(service: Service, faults: dict[str, dict]) -> None:
-    fault_actions.fuzz(service.address)
+    fault_actions.fuzz(service.address, rounds=4)  # each replica has had its largest message
     before = memory(service)
     statuses = fault_actions.fuzz(service.address, rounds=5)
     healed_s = service.wait_until_healthy(HEAL_LIMIT_S)
@@ -185,7 +190,7 @@ def test_the_disk_is_full_while_a_model_is_written(tmp_path: Path, stories: LLM,
         "from tinylm import ModelConfig\n"
         "from tinylm.weights import save_model, tensor_shapes\n"
         "directory = Path(sys.argv[1])\n"
-        "config = ModelConfig.from_json((directory / 'config.json').read_text())\n"
+        "config = ModelConfig()\n"
         "tensors = {name: np.zeros(shape, np.float32) for name, shape in tensor_shapes(config).items()}\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
         "save_model(directory, config, tensors, (directory / 'tokenizer.model').read_bytes())\n"
