@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 CPUS = 4  # that each node says it has: replicas ask for one each, and share what there is
 WORKER_PORTS = 60
+HEAD_IP = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's own address
 START_LIMIT_S = 120
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -101,7 +102,7 @@ class RayCluster:
 
     def __enter__(self) -> Self:
         try:
-            self.head = self._start("127.0.0.1", self._head_arguments, self.grpc_port, self.http_port)
+            self.head = self._start(HEAD_IP, self._head_arguments, self.grpc_port, self.http_port)
             wait_until(lambda: self._get("/api/version"), "the dashboard answers", START_LIMIT_S)
         except BaseException:
             self.__exit__()
@@ -116,8 +117,8 @@ class RayCluster:
     def join(self) -> RayNode:
         """One more node, once the head knows it."""
         grpc_port, http_port = free_ports(2)
-        ip = f"127.0.0.{len(self._nodes) + 1}"
-        node = self._start(ip, [f"--address=127.0.0.1:{self.gcs_port}"], grpc_port, http_port)
+        ip = f"127.0.0.{len(self._nodes) + 2}"
+        node = self._start(ip, [f"--address={HEAD_IP}:{self.gcs_port}"], grpc_port, http_port)
         wait_until(lambda: ip in self.alive(), f"node {ip} has joined", START_LIMIT_S)
         return node
 
