@@ -5,6 +5,7 @@ python -m loadtest.faults_page docs/results/chaos.json docs/chaos.md
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -55,6 +56,17 @@ def _cell(key: str, value: float | None) -> str:
     return f"{value:+.1f}" if key == "memory_growth_mib" else f"{value:,}"
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path, help="what `make chaos` has measured")
+    parser.add_argument("page", type=Path, help="the page to write")
+    arguments = parser.parse_args()
+    try:
+        report = json.loads(arguments.report.read_text(encoding="utf-8"))
+        arguments.page.write_text(page(report), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    target.write_text(page(json.loads(source.read_text(encoding="utf-8"))), encoding="utf-8")
+    main()
