@@ -23,6 +23,7 @@ This page is made by `python -m loadtest.faults_page docs/results/chaos.json doc
 
 """
 COLUMNS = {
+    "revision": "revision",
     "requests": "requests",
     "answered": "answered",
     "answered_after_retries": "of these after retries",
@@ -39,8 +40,7 @@ def page(report: dict) -> str:
     """The page's text; `report` is what tests/chaos/conftest.py writes."""
     machine = report["machine"]
     lines = [
-        f"{report['date'][:10]}, {machine['processor']}, {machine['cores']} cores, Ray {report['versions']['ray']}, "
-        f"revision {report['revision']}.",
+        f"{report['date'][:10]}, {machine['processor']}, {machine['cores']} cores, Ray {report['versions']['ray']}.",
         "",
         f"| fault | {' | '.join(COLUMNS.values())} |",
         f"| --- |{' ---: |' * len(COLUMNS)}",
@@ -50,9 +50,11 @@ def page(report: dict) -> str:
     return HEAD + "\n".join(lines) + "\n"
 
 
-def _cell(key: str, value: float | None) -> str:
+def _cell(key: str, value: float | str | None) -> str:
     if value is None:
         return ""
+    if isinstance(value, str):
+        return value
     return f"{value:+.1f}" if key == "memory_growth_mib" else f"{value:,}"
 
 

@@ -22,15 +22,10 @@ class Mark:
         return [pid for pid, command in self._all() if Path(command).name.startswith(named)]
 
     def signal(self, number: int, processes: list[int]) -> None:
-        """To these processes; raises ValueError for one that isn't marked, and passes over what has ended."""
-        marked = set(self.processes())
-        for process in processes:
-            if process not in marked and Path(f"/proc/{process}").exists():
-                raise ValueError(f"process {process} was not started here")
-            try:
+        """To those of these processes that are marked and have not ended."""
+        for process in set(self.processes()).intersection(processes):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
-            except ProcessLookupError:
-                continue
 
     def kill_all(self) -> None:
         while remaining := self.processes():  # just listed, so no check: one that has ended since is no mistake

@@ -245,7 +245,7 @@ def haproxy_service(service: Service) -> Service:
 def test_no_request_breaks_the_service(haproxy_service: Service) -> None:
     before = haproxy_service.replicas()
     statuses = fault_actions.fuzz(haproxy_service.address)
-    assert set(statuses) == {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}, statuses
+    assert set(statuses) <= {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}, statuses
     assert haproxy_service.replicas() == before
 
 

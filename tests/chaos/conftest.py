@@ -41,6 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if path := os.environ.get("CHAOS_REPORT"):
         report = Path(path)
         before = json.loads(report.read_text(encoding="utf-8"))["faults"] if report.exists() else {}
-        dated = {name: {**figures, "date": describe()["date"]} for name, figures in faults.items()}
+        when = {key: describe()[key] for key in ("date", "revision")}
+        dated = {name: {**figures, **when} for name, figures in faults.items()}
         text = json.dumps({"command": "make chaos", **describe(), "faults": before | dated}, indent=2)
         report.write_text(text + "\n", encoding="utf-8")

@@ -124,7 +124,7 @@ def test_no_request_breaks_the_service(service: Service, faults: dict[str, dict]
     statuses = fault_actions.fuzz(service.address, rounds=5)
     healed_s = service.wait_until_healthy(HEAL_LIMIT_S)
     figures = faults["damaged and extreme requests"] = of_statuses(statuses, healed_s, before, memory(service))
-    assert set(statuses) == {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}, statuses
+    assert set(statuses) <= {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}, statuses
     assert figures["memory_growth_mib"] < GROWTH_MIB
 
 
