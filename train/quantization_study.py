@@ -10,6 +10,7 @@ served. Prints the table in Markdown. Speed is of one core: measure it while not
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ def study(config: TrainConfig, speed: bool) -> dict:
                 {
                     "weights": name,
                     "arithmetic": arithmetic,
-                    "kernels": model.arithmetic if model else None,
+                    "decode_kernels": model.arithmetic if model else None,
                     "bytes_on_disk": n_bytes,
                     "collections": against(of, exact),
                     "decode_tokens_per_cpu_s": decode_speed(model) if model and speed else None,
@@ -153,11 +154,8 @@ def study(config: TrainConfig, speed: bool) -> dict:
             )
     kept = ("documents", "sources", "bytes", "bits_per_byte", "interval_95")
     return {
-        "command": f"python -m train.quantization_study name={config.name} "
-        f"export.evaluate_bytes={config.export.evaluate_bytes}",
         "model": config.name,
         "step": state["step"],
-        **describe(),
         "held_out": {name: {key: summary(scores)[key] for key in kept} for name, scores in exact.items()},
         "formats": rows,
     }
@@ -187,7 +185,9 @@ def main() -> None:
     parser.add_argument("--no-speed", action="store_true", help="sizes and quality only, which a busy machine can tell")
     arguments = parser.parse_args()
     try:
-        result = study(load_config(arguments.config, arguments.overrides), not arguments.no_speed)
+        command = shlex.join(["python", "-m", "train.quantization_study", *sys.argv[1:]])
+        measured = {"command": command, **describe()}  # before: the revision may be another one afterwards
+        result = {**measured, **study(load_config(arguments.config, arguments.overrides), not arguments.no_speed)}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except (ConfigError, ModelError, ValueError, OSError) as error:
