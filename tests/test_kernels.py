@@ -466,6 +466,8 @@ def test_processes_that_start_together_compile_once(stories_dir, tmp_path):
 # --- memory
 
 GROWTH = """
+import sys
+sys.modules["scipy"] = None  # which Numba loads where it is; serving does not install it
 import json
 import numpy as np
 import tinylm.kernels.numba

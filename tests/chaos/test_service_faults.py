@@ -26,7 +26,6 @@ HEAL_LIMIT_S = 120
 BEFORE_S, AFTER_S = 3, 3  # of load, before the fault and after full health
 SOAK_S = float(os.environ.get("CHAOS_SOAK_S", "20"))
 GROWTH_MIB = 16  # of a replica's own memory, that still counts as flat: caches of gRPC and of the allocator
-SUPERVISED = False  # once `tinylm serve` begins anew when Ray's own processes die
 Kill = Callable[[Service], list[int]]
 
 
@@ -66,7 +65,6 @@ def load(service: Service, expected: str) -> FaultLoad:
             "Ray's head is killed (GCS and raylet)",
             processes("gcs_server", "raylet"),
             signal.SIGKILL,
-            marks=pytest.mark.skipif(not SUPERVISED, reason="nobody starts Ray again"),
         ),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
