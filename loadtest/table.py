@@ -18,7 +18,7 @@ def show(runs: Sequence[Mapping[str, Any]], console: Console) -> None:
     table = _table("load", "req/s", "tokens/s", "p50 ms", "p99 ms", "max ms", "not OK", "replicas", "client", "server")
     table.title = "latency end to end; CPU cores that client and server used"
     if goodput:
-        table.add_column("goodput", justify="right", no_wrap=True)
+        table.add_column("goodput", justify="right")
     for run in runs:
         failed = run["requests"] - run["statuses"].get("OK", 0)
         cores = run["server"]["cores"]
@@ -90,5 +90,5 @@ def ms(figures: Mapping[str, float] | None, name: str) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
     return table
