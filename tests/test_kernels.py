@@ -487,7 +487,9 @@ for _ in range(16):
     engine.submit(rng.integers(2, model.config.vocab_size, length).tolist(), SamplingParams(temperature=0))
 while engine.has_work:
     engine.step()
-print(json.dumps((memory_mb() - imported).tolist()))
+print(json.dumps((memory_mb() - imported).tolist()), flush=True)
+if sys.argv[1:] == ["stay"]:
+    sys.stdin.read()
 """
 
 
@@ -498,5 +500,12 @@ def test_a_replica_is_small():
     Memory of its own, that is: pages of LLVM's library, which loading the code touches, are there once for all.
     """
     outcome(start_python(GROWTH))  # so that the code lies compiled on disk
-    own_mb, resident_mb = json.loads(outcome(start_python(GROWTH))[0])
+    neighbour = start_python(GROWTH, "stay")  # as replicas have: what both have mapped is nobody's own
+    try:
+        assert neighbour.stdout is not None
+        neighbour.stdout.readline()
+        own_mb, resident_mb = json.loads(outcome(start_python(GROWTH))[0])
+    finally:
+        neighbour.kill()
+        neighbour.wait()
     assert own_mb < 60, f"a loaded engine added {own_mb:.1f} MB of its own ({resident_mb:.1f} MB resident)"
