@@ -114,10 +114,13 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("step", [5, 15])
-def test_a_resumed_run_ends_where_the_unbroken_one_does(config: TrainConfig, unbroken, step: int):
-    """Of the optimizers' moments, the average, the schedule and the data, anything lost would move the weights:
-    one step moves them by 0.02 in the matrices, some 20,000 times the tolerance."""
+def test_a_resumed_run_ends_where_the_unbroken_one_does(config: TrainConfig, unbroken, step: int, dropout: float):
+    """Of the optimizers' moments, the average, the schedule, the data and what is dropped, anything lost would move
+    the weights: one step moves them by 0.02 in the matrices, some 20,000 times the tolerance."""
+    if dropout:
+        unbroken = trained(config, dropout=dropout)
     file = io.BytesIO()
 
     def save(values: dict) -> None:
@@ -126,12 +129,25 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(config: TrainConfig, unb
             raise Killed
 
     with pytest.raises(Killed):
-        trained(config, save=save)
+        trained(config, save=save, dropout=dropout)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    weights, lines = trained(config, state)
+    weights, lines = trained(config, state, dropout=dropout)
     assert_close(weights, unbroken[0], atol=1e-6)
     assert losses(lines) == losses(unbroken[1])[step:]
+
+
+def test_dropout_is_for_training_alone():
+    """With dropout each pass differs; the averaged model, which is validated and exported, never drops anything."""
+    ids = torch.arange(64)[None] % 50
+    model = GPT(ModelConfig(n_layers=2, vocab_size=400), dropout=0.3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+        assert not torch.equal(model(ids), model(ids))
+        plain = GPT(ModelConfig(n_layers=2, vocab_size=400))
+        plain.load_state_dict(model.state_dict())
+        assert torch.equal(model.eval()(ids), plain(ids))
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(config: TrainConfig, unbroken):

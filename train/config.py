@@ -81,6 +81,7 @@ class Run(_Section):
     adamw_lr: float = Field(default=3e-3, gt=0)
     adamw_betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(default=0.02, ge=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # for text that is gone through many times
     grad_clip: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
     constant_share: float = Field(default=0.4, ge=0, le=1)  # of the steps, before the linear decay begins

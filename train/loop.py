@@ -27,6 +27,7 @@ from train.model import GPT
 from train.muon import Muon
 
 LN2 = 0.6931471805599453
+DRAWS = 1_000_003  # between the random numbers of one seed and the next
 
 
 def total_steps(run: Run, config: ModelConfig) -> int:
@@ -145,9 +146,8 @@ def train(
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     check_fits(config, data, world)
-    torch.manual_seed(config.seed)
-    model = GPT(shape, seed=config.seed).to(device)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay))
+    model = GPT(shape, seed=config.seed, dropout=run.dropout).to(device)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay)).eval()
     optimizers = make_optimizers(model, run)
     step, wall_before = 0, 0.0
     if state is not None:
@@ -183,6 +183,7 @@ def train(
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
         first = step * run.batch_rows + rank * micro_batches * run.micro_rows
+        torch.manual_seed(config.seed * DRAWS + first)  # what is dropped follows from the step, as the rows do
         loss_sum = torch.zeros((), device=device)
         for micro in range(micro_batches):
             rows = torch.from_numpy(data.mixture.rows(first + micro * run.micro_rows, run.micro_rows)).to(device)

@@ -67,33 +67,35 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class Transformer(nn.Module):
     cos: Tensor  # (context, head_dim), a buffer
     sin: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         cos, sin = rope_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed_tokens(ids)  # (B, T, hidden)
+        x = self.dropout(self.embed_tokens(ids))  # (B, T, hidden)
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for layer in self.layers:
             x = layer(x, cos, sin)
@@ -101,12 +103,15 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """ids (B, T) -> logits (B, T, vocab); the output shares the embedding's weight."""
+    """ids (B, T) -> logits (B, T, vocab); the output shares the embedding's weight.
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    dropout: the share of the embedding's and each branch's outputs that training leaves out (Srivastava et al. 2014).
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        self.model = Transformer(config)
+        self.model = Transformer(config, dropout)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
