@@ -99,12 +99,13 @@ def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
 
 
 def against_replicas(results: Sequence[Result], stream: bool) -> Figure | None:
-    """Tokens a second against the number of replicas, a line a number of clients; None for one number of replicas."""
+    """Tokens a second against the number of replicas, a line a series and load; None if no series has two numbers."""
     lines: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         for run in result["runs"]:
             if run["load"]["stream"] == stream and result["replicas"]:
-                lines[load_name(run)][result["replicas"]].append(run["tokens_per_s"])
+                name = ", ".join(filter(None, (result["series"], load_name(run))))
+                lines[name][result["replicas"]].append(run["tokens_per_s"])
     several = {name: points for name, points in lines.items() if len(points) > 1}
     if not several:
         return None

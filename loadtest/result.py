@@ -18,14 +18,19 @@ SECRET_OPTIONS = ("--api-key",)
 
 
 def assemble(
-    runs: list[dict], label: str, replicas: int | None, service: dict | None, command: str | None = None
+    runs: list[dict], label: str, replicas: int | None, service: dict | None, series: str = ""
 ) -> dict[str, Any]:
-    """A result as it is written. replicas: how many the service had, those seen if None."""
+    """A result as it is written.
+
+    replicas: how many the service had, those seen if None. series: results of one series that differ in their number of
+    replicas make one line of a picture.
+    """
     seen = max((len(run["replicas"]) for run in runs), default=0)
     return {
         "format": FORMAT,
         "label": label,
-        "command": command or own_command(sys.argv[1:]),
+        "series": series,
+        "command": own_command(sys.argv[1:]),
         **describe(),
         "service": service,
         "replicas": replicas or seen,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
 FACTS_LIMIT_S = 10.0
+REPLACED_S = 1.0
 RAY_DAEMONS = ("raylet", "gcs_server")
 
 
@@ -50,16 +52,14 @@ class ServerProcesses:
     processes: list[psutil.Process] = field(default_factory=list)
     unknown: str | None = None
 
-    def cpu_s(self) -> dict[str, float]:
-        """CPU seconds used so far by role: replicas, proxy, ray (everything else of its session) or server."""
-        totals: dict[str, float] = defaultdict(float)
+    def cpu_s(self) -> dict[tuple[int, str], float]:
+        """CPU seconds used so far by process: (pid, role), the role being replicas, proxy, server or ray (the rest)."""
+        used: dict[tuple[int, str], float] = {}
         for process in self.processes:
-            try:
+            with suppress(psutil.Error):  # it has ended: its time is lost
                 times = process.cpu_times()
-                totals[_role(process)] += times.user + times.system
-            except psutil.Error:  # it has ended: its time is lost
-                continue
-        return dict(totals)
+                used[process.pid, _role(process)] = times.user + times.system
+        return used
 
 
 class CpuMeter:
@@ -67,26 +67,30 @@ class CpuMeter:
 
     def __init__(self, server: str) -> None:
         self._server = find(server)
-        self._first: tuple[float, dict[str, float]] | None = None
-        self._last: tuple[float, dict[str, float]] | None = None
+        self._first: tuple[float, dict[tuple[int, str], float]] | None = None
+        self._last: tuple[float, dict[tuple[int, str], float]] | None = None
 
     def look(self, begin: float, end: float) -> None:
         """begin, end: of the measured time, `time.monotonic()`; end may be infinite: then `finish` is the end."""
         now = time.monotonic()
-        if self._server.unknown or now < begin:
+        if now < begin or self._server.unknown:
             return
-        if self._first is None:
+        if self._first is None and now < end:
             self._first = now, self._server.cpu_s()
-        elif self._last is None and now >= end:
+        elif self._first and self._last is None and now >= end:
             self._last = now, self._server.cpu_s()
 
     def finish(self) -> dict[str, Any]:
         """Cores in all and by role, for a result file; None with the reason where they can't be told."""
         if self._server.unknown or self._first is None:
-            return {"cores": None, "unknown": self._server.unknown or "the run was over too soon"}
+            return {"cores": None, "unknown": self._server.unknown or "the run was over before it was looked at"}
         (begin, before), (end, after) = self._first, self._last or (time.monotonic(), self._server.cpu_s())
-        roles = {role: round((used - before.get(role, 0)) / (end - begin), 3) for role, used in sorted(after.items())}
-        return {"cores": round(sum(roles.values()), 3), "by_role": roles}
+        roles: dict[str, float] = defaultdict(float)
+        for key, used in after.items():
+            if key in before:
+                roles[key[1]] += (used - before[key]) / (end - begin)
+        by_role = {role: round(cores, 3) for role, cores in sorted(roles.items())}
+        return {"cores": round(sum(by_role.values()), 3), "by_role": by_role}
 
 
 def find(server: str) -> ServerProcesses:
@@ -97,11 +101,14 @@ def find(server: str) -> ServerProcesses:
     host, port = split.hostname or "", split.port or 0
     if not _is_local(host):
         return ServerProcesses(unknown=f"{host} is another machine")
-    listening = {process.pid: process for process in psutil.process_iter() if _listens(process, port)}
+    listening = _listening(port)
+    if not listening:  # a proxy that replaces itself, as Ray's does when it hears of replicas, is away for a moment
+        time.sleep(REPLACED_S)
+        listening = _listening(port)
     if not listening:
         return ServerProcesses(unknown=f"no process that this user may look at listens on port {port}")
     found: dict[int, psutil.Process] = {}
-    for process in listening.values():
+    for process in listening:
         for member in _family(process):
             found[member.pid] = member
     return ServerProcesses(list(found.values()))
@@ -114,6 +121,10 @@ def _is_local(host: str) -> bool:
         return False
     own = {address.address.partition("%")[0] for group in psutil.net_if_addrs().values() for address in group}
     return any(address.startswith("127.") or address in own for address in addresses)
+
+
+def _listening(port: int) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter() if _listens(process, port)]
 
 
 def _listens(process: psutil.Process, port: int) -> bool:

@@ -43,7 +43,7 @@ def summarize(load: Load, records: Records, limits: dict[str, float] | None = No
         "prompt_tokens_a_request": _mean(ok.prompt_tokens),
         "full_length_answers": int((ok.tokens == ok.wanted).sum()),
         "statuses": dict(Counter(calls.status.tolist()).most_common()),
-        "replicas": dict(sorted(Counter(ok.replica.tolist()).items())),
+        "replicas": dict(sorted(Counter(ok.replica[ok.replica != ""].tolist()).items())),
         "replica_spread": _spread(ok),
         **{f"{name}_ms": histogram.figures(h) for name, h in histograms.items()},
     }
@@ -93,7 +93,7 @@ def _mean(values: np.ndarray) -> float:
 
 def _spread(ok: Records) -> float | None:
     """The busiest replica's answers over the mean of all that answered: 1 is perfectly even."""
-    counts = np.unique(ok.replica, return_counts=True)[1]
+    counts = np.unique(ok.replica[ok.replica != ""], return_counts=True)[1]
     return round(float(counts.max() / counts.mean()), 3) if len(counts) else None
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from loadtest import goodput, histogram
+from loadtest import goodput, histogram, plots
 from loadtest.client.pool import share_out
 from loadtest.compare import compare
 from loadtest.load import Load, Mix
@@ -259,3 +259,22 @@ def test_noise_alone_is_seldom_called_a_difference() -> None:
     noise = np.exp(rng.normal(0, 0.1, (300, 2, 4))) * 10
     wrong = [set(verdicts(*pair.tolist()).values()) != {"no difference seen"} for pair in noise]
     assert sum(wrong) < 40
+
+
+def test_services_of_different_kinds_share_no_line_over_their_replicas() -> None:
+    """A point of the other proxy, or of a bare server, would make a bend that no service has."""
+
+    def measured(series: str, replicas: int) -> dict:
+        return result_of([10.0]) | {"series": series, "replicas": replicas}
+
+    results = [measured("one", 1), measured("one", 4), measured("other", 4), measured("", 0)]
+    figure = plots.against_replicas(results, stream=False)
+    assert figure is not None
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["one, 4 clients"]
+    assert plots.against_replicas(results[1:], stream=False) is None
+
+
+def test_a_server_that_names_no_replica_has_none() -> None:
+    calls = [Call(turn, 8, 0.0, 0.0, 0.1, tokens=8) for turn in range(3)]
+    run = summarize(Load("http://localhost:1", ONE, concurrency=1, duration_s=1), Records.of(calls, 0.0))
+    assert (run["replicas"], run["replica_spread"], run["requests"]) == ({}, None, 3)

@@ -57,6 +57,7 @@ class Part:
     label: str
     start: Callable[[], AbstractContextManager[str]]  # gives the address of a service that runs
     replicas: int | None = None
+    series: str = ""  # what it is but for the number of replicas
     few: bool = False  # only the highest numbers of clients
     processes: int | None = None  # of the load generator
     packages: tuple[str, ...] = ()  # modules that it needs beyond ours
@@ -79,10 +80,25 @@ def _serve(config: Path, replicas: int) -> Callable[[], AbstractContextManager[s
 
 
 PARTS = (
-    Part("haproxy", f"Ray Serve, HAProxy mode, {REPLICAS} replicas", _serve(HAPROXY, REPLICAS), REPLICAS),
-    Part("python-proxy", f"Ray Serve, Python proxy, {REPLICAS} replicas", _serve(PYTHON_PROXY, REPLICAS), REPLICAS),
+    Part(
+        "haproxy", f"Ray Serve, HAProxy mode, {REPLICAS} replicas", _serve(HAPROXY, REPLICAS), REPLICAS, "HAProxy mode"
+    ),
+    Part(
+        "python-proxy",
+        f"Ray Serve, Python proxy, {REPLICAS} replicas",
+        _serve(PYTHON_PROXY, REPLICAS),
+        REPLICAS,
+        "Python proxy",
+    ),
     *(
-        Part(f"replicas-{n}", f"Ray Serve, HAProxy mode, {n} replica{'s' * (n > 1)}", _serve(HAPROXY, n), n, few=True)
+        Part(
+            f"replicas-{n}",
+            f"Ray Serve, HAProxy mode, {n} replica{'s' * (n > 1)}",
+            _serve(HAPROXY, n),
+            n,
+            "HAProxy mode",
+            few=True,
+        )
         for n in range(1, REPLICAS)
     ),
     Part("engine", f"the engine alone, {CORES} processes", services.engine, processes=CORES),
@@ -129,9 +145,7 @@ def carry_out(parts: list[Part], settings: Settings, again: bool, quiet: bool) -
     failed: dict[str, str] = {}
     busy = os.getloadavg()[0]
     if planned and busy > 0.3 * CORES:
-        console.print(
-            f"[yellow]note:[/yellow] the machine is busy (load {busy:.1f}): figures will be worse than they are"
-        )
+        console.print(f"[yellow]note:[/yellow] the machine is busy (load {busy:.1f}): wait until it is quiet")
     for number, (part, modes) in enumerate(planned):
         left = sum(_seconds(other, theirs, settings) for other, theirs in planned[number:])
         console.print(f"{part.name} ({number + 1} of {len(planned)}), about {left / 60:.0f} min left")
@@ -156,7 +170,7 @@ def _measure(part: Part, settings: Settings, address: str, stream: bool, quiet: 
     runs = run_sweep(sweep, quiet)
     if not all(run["statuses"].get("OK") for run in runs):
         raise RuntimeError(f"a run without any answer: {[run['statuses'] for run in runs]}")
-    found = result.assemble(runs, part.label, part.replicas, about)
+    found = result.assemble(runs, part.label, part.replicas, about, part.series or part.label)
     result.write(_path(part, settings, stream), found)
     console.print(f"  {_mode(stream)}: {len(runs)} runs in {(time.monotonic() - began) / 60:.1f} min")
 
