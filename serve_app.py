@@ -7,9 +7,11 @@
 
 # No `from __future__ import annotations` here: Serve reads the builder's annotation to make its argument.
 
+import math
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 from google.protobuf.message import Message
@@ -47,6 +49,7 @@ class AppArgs(BaseModel):
     kernels: KernelName = "auto"  # compiled ones where they can be, else NumPy
     precision: Precision = "auto"  # of activations and KV cache: int8, float32
     blas_threads: int = Field(default=1, ge=1)  # of one replica, for the numpy kernels
+    stream_interval_ms: float = Field(default=10.0, ge=0)  # between a stream's messages, from its second
     stalled_s: float = Field(default=10.0, gt=0)  # a step that takes longer gets the replica replaced
     api_keys: Path | None = None  # the key file (`tinylm key`); without one, callers on this machine alone are served
     allow_anonymous: bool = False  # without a key file: serve callers from anywhere
@@ -59,6 +62,15 @@ def build_app(args: AppArgs) -> serve.Application:
     return TinyLM.bind(args.model_copy(update=paths))  # type: ignore[attr-defined]
 
 
+class Delta(NamedTuple):
+    """What has been added to an answer."""
+
+    text: str
+    n_tokens: int
+    logprobs: list[pb.TokenLogprob]  # one a token, if asked for
+    completion: Completion | None  # with the last
+
+
 @serve.deployment
 class TinyLM(HealthMethods):
     """One replica: an engine with its own weights in memory and its own KV cache."""
@@ -68,7 +80,7 @@ class TinyLM(HealthMethods):
         self._tokenizer, model = load(args.model, args.kernels, args.precision)
         self._config, self._weights, self._arithmetic = model.config, model.weight_type, model.arithmetic
         self._name = args.model.name
-        self._args = args
+        self._args, self._every_s = args, args.stream_interval_ms / 1000
         engine = Engine(model, args.slots, args.max_waiting, args.prefill_tokens)
         self._engine = AsyncEngine(engine, args.blas_threads)
         self._metrics = ServiceMetrics(engine)
@@ -87,9 +99,10 @@ class TinyLM(HealthMethods):
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
         with self._answering("Generate", request, grpc_context) as call:
-            async with aclosing(self._deltas(request, call)) as deltas:
-                async for _, _, completion in deltas:
-                    if completion is None:
+            every_s = self._every_s if request.stop else math.inf
+            async with aclosing(self._deltas(request, call, every_s)) as deltas:
+                async for delta in deltas:
+                    if (completion := delta.completion) is None:
                         continue
                     if completion.finish_reason == "timeout":
                         raise Refused(
@@ -108,11 +121,10 @@ class TinyLM(HealthMethods):
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         with self._answering("GenerateStream", request, grpc_context) as call:
-            async with aclosing(self._deltas(request, call)) as deltas:
-                async for text, logprobs, completion in deltas:
+            async with aclosing(self._deltas(request, call, self._every_s)) as deltas:
+                async for text, n_tokens, logprobs, completion in deltas:
                     ending = {} if completion is None else self._ending(completion)
-                    if text or logprobs or ending:
-                        yield pb.GenerateStreamResponse(text=text, logprobs=logprobs, **ending)
+                    yield pb.GenerateStreamResponse(text=text, tokens=n_tokens, logprobs=logprobs, **ending)
         if call.status is not grpc.StatusCode.OK:
             yield pb.GenerateStreamResponse()  # the Python proxy takes the status from a message alone
 
@@ -154,10 +166,8 @@ class TinyLM(HealthMethods):
                 raise ValueError(request.reason)
             yield call
 
-    async def _deltas(
-        self, request: pb.GenerateRequest, call: Call
-    ) -> AsyncGenerator[tuple[str, list[pb.TokenLogprob], Completion | None], None]:
-        """Text and log-probabilities as they become certain; the completion comes with the last."""
+    async def _deltas(self, request: pb.GenerateRequest, call: Call, every_s: float) -> AsyncGenerator[Delta, None]:
+        """What becomes certain of an answer, not oftener than every_s after its first token."""
         _check_size("prompt", request.prompt)
         if self._args.log_prompts:
             call.prompt = request.prompt
@@ -165,15 +175,18 @@ class TinyLM(HealthMethods):
         ids = self._tokenizer.encode_document(request.prompt)
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
         builder: CompletionBuilder | None = None
-        async with aclosing(self._engine.generate(ids, params, timeout_s)) as updates:
+        n_sent = 0
+        async with aclosing(self._engine.generate(ids, params, timeout_s, every_s)) as updates:
             async for sequence in updates:
                 if builder is None:
                     builder, call.sequence = CompletionBuilder(sequence, self._tokenizer), sequence
-                before = builder.n_taken
                 text = builder.take()
-                new = slice(before, builder.n_taken)
                 call.completion = builder.completion
-                yield text, self._logprobs(sequence.tokens[new], sequence.logprobs[new]), builder.completion
+                if text or builder.completion is not None:
+                    new = slice(n_sent, builder.n_taken)
+                    n_sent = builder.n_taken
+                    logprobs = self._logprobs(sequence.tokens[new], sequence.logprobs[new])
+                    yield Delta(text, new.stop - new.start, logprobs, builder.completion)
                 if builder.completion is not None:
                     return
 

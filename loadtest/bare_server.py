@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -29,6 +30,8 @@ from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server
 from tinylm.wire import FINISH_REASONS, params_from_request
 
+STREAM_INTERVAL_S = 0.01  # as serve_app's
+
 
 class Bare(TinyLMServicer):
     """One engine with what `configs/serve.yaml` gives each replica. Make it inside the event loop."""
@@ -39,8 +42,8 @@ class Bare(TinyLMServicer):
         self._name, self._replica = model.name, f"process {os.getpid()}"
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
-        async with aclosing(self._deltas(request, context)) as deltas:
-            async for _, completion in deltas:
+        async with aclosing(self._deltas(request, context, math.inf)) as deltas:
+            async for _, _, completion in deltas:
                 if completion is not None:
                     return pb.GenerateResponse(text=completion.text, **self._ending(completion))
         raise RuntimeError("the answer never ended")
@@ -48,11 +51,13 @@ class Bare(TinyLMServicer):
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        async with aclosing(self._deltas(request, context)) as deltas:
-            async for text, completion in deltas:
+        async with aclosing(self._deltas(request, context, STREAM_INTERVAL_S)) as deltas:
+            n_sent = 0
+            async for text, n_taken, completion in deltas:
                 ending = {} if completion is None else self._ending(completion)
                 if text or ending:
-                    yield pb.GenerateStreamResponse(text=text, **ending)
+                    yield pb.GenerateStreamResponse(text=text, tokens=n_taken - n_sent, **ending)
+                    n_sent = n_taken
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
@@ -61,17 +66,17 @@ class Bare(TinyLMServicer):
         return pb.GetModelInfoResponse(name=self._name, arithmetic=arithmetic, replica=self._replica)
 
     async def _deltas(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncGenerator[tuple[str, Completion | None], None]:
-        """Text as it becomes certain; the completion comes with the last."""
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext, every_s: float
+    ) -> AsyncGenerator[tuple[str, int, Completion | None], None]:
+        """Text as it becomes certain, and of how many tokens so far; the completion comes with the last."""
         builder: CompletionBuilder | None = None
         try:
             ids = self._tokenizer.encode_document(request.prompt)
-            async with aclosing(self._engine.generate(ids, params_from_request(request))) as updates:
+            async with aclosing(self._engine.generate(ids, params_from_request(request), every_s=every_s)) as updates:
                 async for sequence in updates:
                     builder = builder or CompletionBuilder(sequence, self._tokenizer)
                     text = builder.take()
-                    yield text, builder.completion
+                    yield text, builder.n_taken, builder.completion
                     if builder.completion is not None:
                         return
         except ValueError as error:

@@ -95,9 +95,6 @@ def run(
         Optional[str],
         typer.Option(metavar="LIMITS", help="Count requests within limits in ms: ttft<50,tpot<5,e2e<500."),
     ] = None,
-    count_tokens: Annotated[
-        bool, typer.Option("--count-tokens", help="Have each message tell its tokens (asks for log-probabilities).")
-    ] = False,
     processes: Annotated[
         Optional[int], typer.Option(help="Of the load generator. Default: 1, and more while one is too busy.")
     ] = None,
@@ -150,7 +147,6 @@ def run(
             "prompt_words": Mix.parse(prompt_words, "--prompt-words") if prompt_words else None,
             "arrivals": arrivals,
             "connections": connections,
-            "count_tokens": count_tokens,
             "max_in_flight": max_in_flight,
             "timeout_s": timeout,
             "seed": seed,

@@ -68,7 +68,6 @@ class Load:
     prompts: tuple[str, ...] = ()  # empty: built in
     prompt_words: Mix | None = None  # lengths of built-in prompts; None: four short ones
     connections: int | None = None  # None: one a client, or OPEN_LOOP_CONNECTIONS
-    count_tokens: bool = False  # ask for log-probabilities, so that each message tells how many tokens it carries
     timeout_s: float = 60.0  # a call that takes longer counts as DEADLINE_EXCEEDED
     max_in_flight: int = 4096  # open loop: later requests wait, and their waiting counts
     seed: int = 0

@@ -43,6 +43,7 @@ class Records:
     prompt_tokens: np.ndarray
     replica: np.ndarray
     messages: np.ndarray  # with text
+    told: np.ndarray  # whether the messages told how many tokens they carried
     first_tokens: np.ndarray  # tokens in the first message
     gap_call: np.ndarray  # (m,) the call that a gap between two messages belongs to
     gap_s: np.ndarray  # (m,)
@@ -90,6 +91,7 @@ class Records:
             prompt_tokens=np.array([call.prompt_tokens for call in calls], np.int64),
             replica=np.array([call.replica for call in calls], np.str_),
             messages=np.array([len(call.text_at) for call in calls], np.int64),
+            told=np.array([call.text_tokens is not None for call in calls], np.bool_),
             first_tokens=np.array(first_tokens, np.int64),
             gap_call=joined(gap_call, np.int64),
             gap_s=joined(gap_s, np.float64),
@@ -126,7 +128,7 @@ _OF_GAPS = {"gap_call", "gap_s", "gap_tokens", "itl_s"}
 def tokens_by_message(call: Call) -> np.ndarray:
     """How many tokens each message with text carried.
 
-    Exact where the messages tell (`--count-tokens`) and where there are as many as tokens. Otherwise only the answer's
+    Exact where the messages tell and where there are as many as tokens. Otherwise only the answer's
     total is known, and it is taken to be spread evenly over them: 7 tokens in 3 messages are 2, 3 and 2.
     """
     if call.text_tokens is not None:

@@ -30,7 +30,7 @@ class Stub(TinyLMServicer):
         delays = Mix.parse(arguments.delay_ms, "--delay-ms", least=0)
         self._delays_s = (delays.draw(DRAWS, seed=1) / 1000).tolist()
         self._token_s = arguments.token_ms / 1000
-        self._per_message = arguments.tokens_a_message
+        self._per_message, self._tells = arguments.tokens_a_message, not arguments.untold
         self._freeze_after_s, self._freeze_s = arguments.freeze_after_s, arguments.freeze_s
         self._api_key = arguments.api_key
         self._n_calls = 0
@@ -61,7 +61,8 @@ class Stub(TinyLMServicer):
             left -= n
             logprobs = [pb.TokenLogprob(token=2)] * n if request.HasField("logprobs") else []
             ending = {} if left else self._ending(request)
-            yield pb.GenerateStreamResponse(text="a" * n, logprobs=logprobs, **ending)
+            tokens = n if self._tells else 0
+            yield pb.GenerateStreamResponse(text="a" * n, tokens=tokens, logprobs=logprobs, **ending)
             if left and self._token_s:
                 await asyncio.sleep(self._token_s * min(self._per_message, left))
 
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--delay-ms", default="0", help="before the first token, a mix; default: %(default)s")
     parser.add_argument("--token-ms", type=float, default=0, help="for each further token; default: %(default)s")
     parser.add_argument("--tokens-a-message", type=int, default=1, help="of a stream; default: %(default)s")
+    parser.add_argument("--untold", action="store_true", help="messages don't say how many tokens they carry")
     parser.add_argument("--freeze-after-s", type=float, default=1)
     parser.add_argument("--freeze-s", type=float, default=0)
     parser.add_argument("--api-key", help="refuse calls without it")

@@ -48,7 +48,7 @@ def summarize(load: Load, records: Records, limits: dict[str, float] | None = No
         **{f"{name}_ms": histogram.figures(h) for name, h in histograms.items()},
     }
     if load.stream:
-        result["messages"] = _messages(load, ok)
+        result["messages"] = _messages(ok)
     if load.rate_per_s is not None:
         result["sends"] = _sends(calls, window_s)
     elif load.requests is None:
@@ -97,9 +97,9 @@ def _spread(ok: Records) -> float | None:
     return round(float(counts.max() / counts.mean()), 3) if len(counts) else None
 
 
-def _messages(load: Load, ok: Records) -> dict[str, Any]:
+def _messages(ok: Records) -> dict[str, Any]:
     """How tokens came in messages, and whether the number in each is known rather than spread evenly."""
-    known = load.count_tokens or load.protocol == "engine" or bool((ok.messages == ok.tokens).all())
+    known = bool((ok.told | (ok.messages == ok.tokens)).all())
     return {"tokens_a_message": _mean(ok.tokens / np.maximum(ok.messages, 1)), "tokens_of_each_known": known}
 
 

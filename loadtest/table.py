@@ -73,7 +73,7 @@ def notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{unfinished['longest_ms']:.0f} ms, longer than any that is counted"
             )
     if any(not run["messages"]["tokens_of_each_known"] for run in runs if "messages" in run):
-        found.append("messages carried several tokens: itl is spread evenly over them (--count-tokens counts them)")
+        found.append("messages carried several tokens: itl is spread evenly over them")
     unknown = {run["server"]["unknown"] for run in runs if run["server"]["cores"] is None}
     found += [f"the server's CPU is unknown: {reason}" for reason in sorted(unknown)]
     return found

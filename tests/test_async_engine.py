@@ -70,6 +70,31 @@ def test_concurrent_tasks_get_what_the_synchronous_engine_gives(model, prompts):
     assert [(s.tokens, s.finish_reason) for s in sequences] == expected
 
 
+@pytest.mark.parametrize("every_s", [0.0, 0.004, 3600.0, float("inf")])
+def test_how_often_one_listens_changes_nothing_but_how_often_one_hears(model, prompts, every_s):
+    """The first token at once (but for infinity, which is told of the end alone) and everything at the end."""
+    params = SamplingParams(temperature=0, max_tokens=40)
+
+    async def listen(engine, prompt):
+        counts = []
+        async for sequence in engine.generate(prompt, params, every_s=every_s):
+            counts.append(len(sequence.tokens))
+        return sequence.tokens, counts
+
+    async def use(engine):
+        plain = [await answer(engine, prompt, params) for prompt in prompts]
+        return plain, await asyncio.gather(*[listen(engine, prompt) for prompt in prompts])
+
+    plain, heard = on_engine(model, use, n_slots=4)
+    for expected, (tokens, counts) in zip(plain, heard, strict=True):
+        assert tokens == expected.tokens
+        assert counts[-1] == len(tokens)
+        if every_s >= 3600:
+            assert len(counts) <= (1 if every_s == float("inf") else 2)  # both at once, if it was looked for late
+        else:
+            assert counts == sorted(counts)
+
+
 @pytest.fixture
 def replace_step(monkeypatch):
     """Call with f(step, *arguments): what the model's steps shall be in every engine made from now on."""
@@ -193,7 +218,7 @@ def test_who_leaves_in_the_moment_of_being_admitted_leaves_the_queue(model, perm
             with pytest.raises(asyncio.CancelledError):
                 await tasks[-1]
             await end(submitted, permits)
-        assert not engine._waiters, "a service would remember every request that it ever had"
+        assert not engine._listeners, "a service would remember every request that it ever had"
         return submitted
 
     sequences = on_engine(model, use, n_slots=1)

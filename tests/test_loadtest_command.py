@@ -69,10 +69,11 @@ def test_a_stall_shows_from_the_intended_time_and_hides_from_the_sent_one() -> N
 
 
 def test_tokens_of_messages_are_counted_or_said_to_be_guessed() -> None:
-    with stub_server.running("--tokens-a-message", "4", "--token-ms", "2") as server:
-        load = Load(server, EIGHT, concurrency=2, stream=True, requests=10, warmup_s=0)
-        guessed = one_run(load)
-        counted = one_run(Load(server, EIGHT, concurrency=2, stream=True, requests=10, warmup_s=0, count_tokens=True))
+    def run_against(*arguments: str) -> dict:
+        with stub_server.running("--tokens-a-message", "4", "--token-ms", "2", *arguments) as server:
+            return one_run(Load(server, EIGHT, concurrency=2, stream=True, requests=10, warmup_s=0))
+
+    counted, guessed = run_against(), run_against("--untold")
     assert not guessed["messages"]["tokens_of_each_known"]
     assert counted["messages"] == {"tokens_a_message": 4.0, "tokens_of_each_known": True}
     for run in (guessed, counted):

@@ -1,12 +1,14 @@
 """An engine on a thread of its own, asked from an event loop: ids in, an asynchronous stream of tokens out.
 
-The loop only hands requests in and takes tokens out; each step's results cross over in one call. Text, gRPC and Ray
-are other modules' business.
+The loop only hands requests in and takes tokens out. Each crossing wakes the loop, which then takes the interpreter's
+lock from the engine: so the results of a step cross together, and only those that somebody wants by now. Text, gRPC
+and Ray are other modules' business.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 import time
@@ -24,6 +26,23 @@ class EngineDied(RuntimeError):
     """The engine's thread ended by an error; every request on it fails, and so will new ones."""
 
 
+class _Listener:
+    """Whoever waits for a sequence, and when it wants to hear of it next."""
+
+    __slots__ = ("changed", "every_s", "next_at")
+
+    def __init__(self, every_s: float) -> None:
+        self.changed = asyncio.Event()
+        self.every_s = every_s
+        self.next_at = 0.0 if math.isfinite(every_s) else math.inf  # the first token at once, or none but the last
+
+    def wants(self, sequence: EngineSequence, now: float) -> bool:
+        if sequence.finish_reason is None and now < self.next_at:
+            return False
+        self.next_at = now + self.every_s
+        return True
+
+
 class AsyncEngine:
     """Start it inside a running event loop; `generate` may be called by any number of tasks of that loop."""
 
@@ -32,8 +51,8 @@ class AsyncEngine:
         self._blas_threads = blas_threads
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._waiters: dict[EngineSequence, asyncio.Event] = {}
-        self._submitting: set[asyncio.Future[EngineSequence]] = set()
+        self._listeners: dict[EngineSequence, _Listener] = {}  # the engine's thread adds them and takes them away
+        self._submitting: set[asyncio.Future[tuple[EngineSequence, asyncio.Event]]] = set()
         self._error: BaseException | None = None
         self._last_beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="tinylm-engine", daemon=True)
@@ -47,15 +66,15 @@ class AsyncEngine:
             raise EngineDied(f"the engine's thread has not finished a step for {stalled_s} s")
 
     async def generate(
-        self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None
+        self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None, every_s: float = 0.0
     ) -> AsyncGenerator[EngineSequence, None]:
-        """Yields the same sequence whenever it has gained tokens, and a last time when it has ended.
+        """Yields the same sequence when it has gained tokens, and a last time when it has ended.
 
-        Raises ValueError or EngineFull as `Engine.submit` does, EngineDied when there is no engine any more. Closing
-        the generator, or cancelling the task that runs it, frees the slot before the next step.
+        every_s: after the first token, not oftener than this; infinity: only when it has ended. Raises ValueError or
+        EngineFull as `Engine.submit` does, EngineDied when there is no engine any more. Closing the generator, or
+        cancelling the task that runs it, frees the slot before the next step.
         """
-        sequence = await self._submit(lambda: self.engine.submit(prompt, params, timeout_s))
-        changed = self._waiters[sequence]
+        sequence, changed = await self._submit(lambda: self.engine.submit(prompt, params, timeout_s), every_s)
         try:
             finished = False
             while not finished:
@@ -74,40 +93,46 @@ class AsyncEngine:
         self._thread.join()
 
     def _leave(self, sequence: EngineSequence) -> None:
-        self._waiters.pop(sequence, None)
-        self._commands.put(lambda: self.engine.cancel(sequence))
+        def command() -> None:
+            self._listeners.pop(sequence, None)
+            self.engine.cancel(sequence)
 
-    async def _submit(self, submit: Callable[[], EngineSequence]) -> EngineSequence:
-        """Run `submit` on the engine's thread and register its sequence before that can make a step."""
+        self._commands.put(command)
+
+    async def _submit(
+        self, submit: Callable[[], EngineSequence], every_s: float
+    ) -> tuple[EngineSequence, asyncio.Event]:
+        """Run `submit` on the engine's thread and listen to its sequence before that can make a step."""
         self.check()
-        future: asyncio.Future[EngineSequence] = self._loop.create_future()
+        future: asyncio.Future[tuple[EngineSequence, asyncio.Event]] = self._loop.create_future()
         self._submitting.add(future)
         future.add_done_callback(self._submitting.discard)
 
-        def answer(sequence: EngineSequence | None, error: Exception | None) -> None:
+        def accept(sequence: EngineSequence, changed: asyncio.Event) -> None:
             if future.cancelled():
-                if sequence is not None:
-                    self._leave(sequence)
-            elif error is not None:
+                self._leave(sequence)
+            else:
+                future.set_result((sequence, changed))
+
+        def refuse(error: Exception) -> None:
+            if not future.cancelled():
                 future.set_exception(error)
-            elif sequence is not None:
-                self._waiters[sequence] = asyncio.Event()
-                future.set_result(sequence)
 
         def command() -> None:
             try:
                 sequence = submit()
             except Exception as error:  # the caller's, whatever it is: the engine has not changed
-                self._loop.call_soon_threadsafe(answer, None, error)
+                self._loop.call_soon_threadsafe(refuse, error)
             else:
-                self._loop.call_soon_threadsafe(answer, sequence, None)
+                self._listeners[sequence] = listener = _Listener(every_s)
+                self._loop.call_soon_threadsafe(accept, sequence, listener.changed)
 
         self._commands.put(command)
         try:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                self._leave(future.result())  # it came in the same moment as the cancellation
+                self._leave(future.result()[0])  # it came in the same moment as the cancellation
             raise
 
     def _run(self) -> None:
@@ -115,9 +140,13 @@ class AsyncEngine:
             with ThreadpoolController().limit(limits=self._blas_threads, user_api="blas"):
                 while self._obey():
                     changed = self.engine.step()
-                    self._last_beat = time.monotonic()
-                    if changed:
-                        self._loop.call_soon_threadsafe(self._deliver, changed)
+                    self._last_beat = now = time.monotonic()
+                    if wanted := [
+                        listener.changed
+                        for sequence in changed
+                        if (listener := self._listeners.get(sequence)) and listener.wants(sequence, now)
+                    ]:
+                        self._loop.call_soon_threadsafe(_set_all, wanted)
             self._end(RuntimeError("it was stopped"))
         except BaseException as error:  # whatever it was, those who wait must hear of it
             self._end(error)
@@ -140,17 +169,16 @@ class AsyncEngine:
             self._last_beat = time.monotonic()
             command()
 
-    def _deliver(self, changed: list[EngineSequence]) -> None:
-        for sequence in changed:
-            if event := self._waiters.get(sequence):
-                event.set()
-
     def _deliver_end(self) -> None:
-        for event in self._waiters.values():
-            event.set()
+        _set_all([listener.changed for listener in self._listeners.values()])
         for future in self._submitting:
             if not future.done():
                 future.set_exception(self._died())
 
     def _died(self) -> EngineDied:
         return EngineDied(f"the engine's thread has ended: {self._error!r}")
+
+
+def _set_all(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

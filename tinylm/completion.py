@@ -52,10 +52,12 @@ class CompletionBuilder:
             return ""
         finish_reason = self._sequence.finish_reason  # read before the tokens: none can come after it
         text = ""
-        for token in self._sequence.tokens[self._n_taken :]:
-            text += self._stream.push([token])
-            self._n_taken += 1
-            if self._stream.stopped:  # tokens that came after it in the same batch don't count
+        tokens = self._sequence.tokens[self._n_taken :]
+        # Tokens after a stop string don't count, so where there are any, each token has to be asked for one.
+        for part in [[token] for token in tokens] if self._sequence.params.stop else [tokens]:
+            text += self._stream.push(part)
+            self._n_taken += len(part)
+            if self._stream.stopped:
                 finish_reason = "stop"
                 break
         if finish_reason is not None:

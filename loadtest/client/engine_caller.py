@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from contextlib import aclosing
@@ -25,13 +26,14 @@ class EngineCaller:
         self._tokenizer, model = load_model(Path(load.server.removeprefix("engine:")))
         self._engine = AsyncEngine(Engine(model, n_slots=16, max_waiting=load.max_in_flight))
         self._name = f"process {os.getpid()}"
+        self._every_s = 0.01 if load.stream else math.inf  # as often as the service would be told
 
     async def ask(self, ask: Ask, call: Call, connection: int) -> None:
         ids = self._tokenizer.encode_document(ask.prompt)
         params = SamplingParams(max_tokens=ask.max_tokens, seed=ask.seed)
         call.replica, counts = self._name, []
         try:
-            async with aclosing(self._engine.generate(ids, params)) as updates:
+            async with aclosing(self._engine.generate(ids, params, every_s=self._every_s)) as updates:
                 builder: CompletionBuilder | None = None
                 async for sequence in updates:
                     builder = builder or CompletionBuilder(sequence, self._tokenizer)

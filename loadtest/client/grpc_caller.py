@@ -41,21 +41,19 @@ class GrpcCaller:
     async def ask(self, ask: Ask, call: Call, connection: int) -> None:
         stub, load = self._stubs[connection % len(self._stubs)], self._load
         request = pb.GenerateRequest(prompt=ask.prompt, max_tokens=ask.max_tokens, seed=ask.seed)
-        if load.count_tokens:
-            request.logprobs = 0
         last: pb.GenerateResponse | pb.GenerateStreamResponse | None = None
         try:
             if load.stream:
                 counts: list[int] = []
+                waiting = 0  # tokens that came without text, and show with the next
                 async for message in stub.GenerateStream(request, metadata=self._metadata, timeout=load.timeout_s):
                     last = message
-                    if load.count_tokens:
-                        if message.logprobs:
-                            call.text_at.append(time.monotonic())
-                            counts.append(len(message.logprobs))
-                    elif message.text:
+                    waiting += message.tokens
+                    if message.text:
                         call.text_at.append(time.monotonic())
-                if load.count_tokens:
+                        counts.append(waiting)
+                        waiting = 0
+                if any(counts):  # else it is a service that does not tell
                     call.text_tokens = counts
                 if last is None or last.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
                     call.status = "CUT_OFF"  # the stream ended as OK, but before the answer did
