@@ -46,6 +46,7 @@ def summarize(load: Load, records: Records, limits: dict[str, float] | None = No
         "replicas": dict(sorted(Counter(ok.replica[ok.replica != ""].tolist()).items())),
         "replica_spread": _spread(ok),
         **{f"{name}_ms": histogram.figures(h) for name, h in histograms.items()},
+        "failures_ms": _failures(calls),
     }
     if load.stream:
         result["messages"] = _messages(ok)
@@ -89,6 +90,13 @@ def distributions(load: Load, ok: Records) -> dict[str, tuple[np.ndarray, np.nda
 
 def _mean(values: np.ndarray) -> float:
     return round(float(values.mean()), 2) if len(values) else 0.0
+
+
+def _failures(calls: Records) -> dict[str, dict[str, float]]:
+    """How long calls took that ended otherwise than by an answer, by status: a refusal should be quick."""
+    seconds = times(calls)["e2e"]
+    statuses = sorted(set(calls.status.tolist()) - {"OK"})
+    return {name: histogram.figures(histogram.of_seconds(seconds[calls.status == name])) for name in statuses}
 
 
 def _spread(ok: Records) -> float | None:

@@ -59,6 +59,11 @@ def notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     failed.pop("OK", None)
     if failed:
         found.append("not OK: " + ", ".join(f"{status} {count}" for status, count in failed.items()))
+        found += [
+            f"{load_name(run)}: {status} came after {ms(figures, 'p50')} ms at p50, {ms(figures, 'p99')} ms at p99"
+            for run in runs
+            for status, figures in run["failures_ms"].items()
+        ]
     if busy := [run for run in runs if run["client"]["too_busy"]]:
         most = max(run["client"]["busiest_process"] for run in busy)
         found.append(f"{len(busy)} runs kept a process of the load generator {most:.0%} busy: it may be the limit")

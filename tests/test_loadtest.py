@@ -278,3 +278,12 @@ def test_a_server_that_names_no_replica_has_none() -> None:
     calls = [Call(turn, 8, 0.0, 0.0, 0.1, tokens=8) for turn in range(3)]
     run = summarize(Load("http://localhost:1", ONE, concurrency=1, duration_s=1), Records.of(calls, 0.0))
     assert (run["replicas"], run["replica_spread"], run["requests"]) == ({}, None, 3)
+
+
+def test_how_long_a_failure_took_is_told_by_status() -> None:
+    calls = [Call(turn, 8, 0.0, 0.0, 0.1, tokens=8) for turn in range(3)]
+    calls += [Call(turn, 8, 0.0, 0.0, 0.002, status="RESOURCE_EXHAUSTED") for turn in range(2)]
+    run = summarize(Load("localhost:1", ONE, concurrency=1, duration_s=1), Records.of(calls, 0.0))
+    (status,) = run["failures_ms"]
+    assert (status, run["failures_ms"][status]["p99"]) == ("RESOURCE_EXHAUSTED", pytest.approx(2, rel=0.01))
+    assert run["latency_ms"]["p50"] == pytest.approx(100, rel=0.01)
