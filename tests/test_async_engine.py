@@ -72,7 +72,7 @@ def test_concurrent_tasks_get_what_the_synchronous_engine_gives(model, prompts):
 
 @pytest.mark.parametrize("every_s", [0.0, 0.004, 3600.0, float("inf")])
 def test_how_often_one_listens_changes_nothing_but_how_often_one_hears(model, prompts, every_s):
-    """The first token at once (but for infinity, which is told of the end alone) and everything at the end."""
+    """That the engine has taken it, the first token at once (but for infinity), and everything at the end."""
     params = SamplingParams(temperature=0, max_tokens=40)
 
     async def listen(engine, prompt):
@@ -90,7 +90,7 @@ def test_how_often_one_listens_changes_nothing_but_how_often_one_hears(model, pr
         assert tokens == expected.tokens
         assert counts[-1] == len(tokens)
         if every_s >= 3600:
-            assert len(counts) <= (1 if every_s == float("inf") else 2)  # both at once, if it was looked for late
+            assert len(counts) <= (2 if every_s == float("inf") else 3)  # two at once, if it was looked for late
         else:
             assert counts == sorted(counts)
 
@@ -138,7 +138,6 @@ def test_tokens_arrive_while_they_are_made(model, permits):
 
     async def use(engine):
         seen = []
-        permits.release()
         async with aclosing(engine.generate([1, 5], SamplingParams(temperature=0, max_tokens=8))) as updates:
             async for sequence in updates:
                 seen.append(list(sequence.tokens))
@@ -146,7 +145,7 @@ def test_tokens_arrive_while_they_are_made(model, permits):
         return seen
 
     seen = on_engine(model, use)
-    assert [len(tokens) for tokens in seen] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [len(tokens) for tokens in seen] == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert all(later[: len(tokens)] == tokens for tokens, later in pairwise(seen))
 
 

@@ -112,12 +112,14 @@ def test_sampled_text_follows_its_seed_and_settings(client: Client, stories: LLM
 
 
 def test_a_stream_comes_in_pieces_and_only_its_last_message_ends_it(stub: TinyLMStub) -> None:
-    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=30, temperature=0)
+    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=100, temperature=0)
     messages = list(stub.GenerateStream(request, metadata=METADATA))
-    assert len(messages) > 5
+    assert len(messages) >= 3
+    assert sum(message.tokens for message in messages) == 100
+    assert "".join(message.text for message in messages) == stub.Generate(request, metadata=METADATA).text
     assert [message.finish_reason for message in messages[:-1]] == [pb.FINISH_REASON_UNSPECIFIED] * (len(messages) - 1)
     assert messages[-1].finish_reason == pb.FINISH_REASON_LENGTH
-    assert messages[-1].usage.completion_tokens == 30
+    assert messages[-1].usage.completion_tokens == 100
     assert 0 <= messages[-1].timings.first_token_ms <= messages[-1].timings.total_ms
 
 

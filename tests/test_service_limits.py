@@ -130,15 +130,16 @@ def test_a_full_queue_refuses_at_once_and_who_leaves_makes_room(
     refused = [call for call in calls if call.done()]
     assert [call.code() for call in refused] == [Code.RESOURCE_EXHAUSTED] * 4
     assert "limit" in refused[0].details()
-    assert health(channel) == health_pb2.HealthCheckResponse.SERVING  # never refused
-    for call in calls:
+    check = health_pb2_grpc.HealthStub(channel).Check.future(health_pb2.HealthCheckRequest(), timeout=10)
+    for call in calls:  # at once, before they end by themselves
         call.cancel()
+    assert check.result().status == health_pb2.HealthCheckResponse.SERVING  # never refused
     assert client.generate(PROMPT, SHORT).n_tokens == 2
     left: list[dict] = []
-    while len(left) < WAITING and time.monotonic() < deadline:  # a call's line is written once its last hop has ended
+    while len(left) < SLOTS + WAITING and time.monotonic() < deadline:
         left = [line for line in log_lines(service) if line.get("finish_reason") == "cancelled"]
         time.sleep(0.01)
-    assert len(left) >= WAITING
+    assert len(left) == SLOTS + WAITING
     assert all(line["completion_tokens"] < full_length for line in left)
 
 

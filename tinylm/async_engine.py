@@ -68,7 +68,7 @@ class AsyncEngine:
     async def generate(
         self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None, every_s: float = 0.0
     ) -> AsyncGenerator[EngineSequence, None]:
-        """Yields the same sequence when it has gained tokens, and a last time when it has ended.
+        """Yields the same sequence once the engine has taken it, when it has gained tokens, and when it has ended.
 
         every_s: after the first token, not oftener than this; infinity: only when it has ended. Raises ValueError or
         EngineFull as `Engine.submit` does, EngineDied when there is no engine any more. Closing the generator, or
@@ -76,6 +76,7 @@ class AsyncEngine:
         """
         sequence, changed = await self._submit(lambda: self.engine.submit(prompt, params, timeout_s), every_s)
         try:
+            yield sequence
             finished = False
             while not finished:
                 await changed.wait()

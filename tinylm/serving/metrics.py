@@ -87,7 +87,7 @@ METRICS = (
         "prompt_tokens",
         "counter",
         "tokens",
-        "prompt tokens, the boundary included, of requests whose answer had begun, by how they ended; over "
+        "prompt tokens, the boundary included, of requests that had got a slot, by how they ended; over "
         "stop, length and timeout it is the sum of usage.prompt_tokens",
         "finished_reason",
         _ENDINGS,
@@ -199,7 +199,7 @@ class ServiceMetrics:
 
     def _count_tokens(self, call: Call) -> None:
         reason = call.finish_reason
-        if call.sequence is not None and reason is not None:
+        if call.sequence is not None and call.sequence.admitted_at is not None and reason is not None:
             self._add("prompt_tokens", reason, len(call.sequence.prompt))
             self._add("generation_tokens", reason, call.n_tokens)
 
@@ -212,7 +212,7 @@ class ServiceMetrics:
             ended_at = sequence.submitted_at + completion.total_s
             self._observe("e2e_request_latency_seconds", ended_at - call.began_at)
         if completion is not None or call.status is grpc.StatusCode.CANCELLED:
-            admitted_at = sequence and sequence.admitted_at
+            admitted_at = None if sequence is None else sequence.admitted_at
             self._observe("request_queue_time_seconds", (admitted_at or time.monotonic()) - call.began_at)
 
     def _add(self, name: str, value: str = "", amount: int = 1) -> None:
