@@ -47,6 +47,7 @@ class RayNode:
         self.ip = ip
         self.address = f"127.0.0.1:{grpc_port}"  # of its gRPC proxy
         self._mark = Mark()
+        metrics_port, stats_port, fallback_http, fallback_grpc = free_ports(4)
         environment = {
             **os.environ,
             **self._mark.environment,
@@ -55,6 +56,11 @@ class RayNode:
             "RAY_worker_niceness": "0",
             "RAY_SERVE_WORKER_PROXY_GRPC_PORT": str(grpc_port),  # the head keeps to the config's
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(http_port),
+            # HAProxy binds these on all addresses, which here are those of the other nodes too.
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
         environment.pop("RAY_ADDRESS", None)
@@ -129,14 +135,7 @@ class RayCluster:
 
     def deploy(self, config: dict) -> None:
         """`serve deploy`, with this cluster's ports in place of the config's; returns before it is done."""
-        metrics, stats, fallback_http, fallback_grpc = free_ports(4)
         config["grpc_options"]["port"], config["http_options"]["port"] = self.grpc_port, self.http_port
-        config["controller_options"]["runtime_env"]["env_vars"] |= {
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
-            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
-        }
         path = self._logs / "serve.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         command = [str(BIN / "serve"), "deploy", str(path), "--address", f"http://127.0.0.1:{self.dashboard_port}"]
