@@ -1,14 +1,16 @@
-"""What the tests share: the committed model, a small random one, and one BLAS thread for all of them."""
+"""What the tests share: the committed model, a small random one, a running service, one BLAS thread for all of them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from kernel_fixtures import quantized
+from service_fixtures import Service, running_service
 from threadpoolctl import ThreadpoolController
 
 from tinylm import LLM, ModelConfig, SamplingParams
@@ -29,6 +31,19 @@ def one_blas_thread():
     """More threads than free cores make small matrix products many times slower."""
     with ThreadpoolController().limit(limits=1, user_api="blas"):
         yield
+
+
+@pytest.fixture(scope="session", params=["serve.yaml", "serve-python-proxy.yaml"])
+def shared_service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The committed configs as a user starts them, each once for all tests that leave them as they were."""
+    with running_service(Path("configs") / request.param, tmp_path_factory.mktemp("service")) as service:
+        yield service
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the shared services come last: one that is up takes memory and time from all others."""
+    items.sort(key=lambda item: "shared_service" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
