@@ -50,13 +50,8 @@ def stub(service: Service) -> Iterator[TinyLMStub]:
 
 
 def drain(client: Client, prompt: str, params: SamplingParams) -> tuple[list[str], object]:
-    pieces = []
     stream = client.stream(prompt, params)
-    while True:
-        try:
-            pieces.append(next(stream))
-        except StopIteration as end:
-            return pieces, end.value
+    return list(stream), stream.completion
 
 
 def test_the_dashboard_opens_without_further_steps_and_shows_four_running_replicas(service: Service) -> None:

@@ -202,15 +202,12 @@ def test_a_service_that_is_told_to_end_finishes_what_it_has_begun(
     """The last test here: it ends the service."""
     (launcher,) = (p for p in psutil.Process().children() if str(service.config) in p.cmdline())
     stream = client.stream(PROMPT, LONG)
-    pieces = [next(stream)]
+    next(stream)
     watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     os.kill(launcher.pid, signal.SIGTERM)
-    try:
-        while True:
-            pieces.append(next(stream))
-    except StopIteration as end:
-        completion = end.value
-    assert completion.n_tokens == full_length
+    for _ in stream:
+        pass
+    assert stream.completion.n_tokens == full_length
     assert [message.status for message in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
     assert launcher.wait(GIVE_UP_S) in (0, None)
