@@ -31,6 +31,7 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 5000),  # in fact the most that a connection may take to be made
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.ping_timeout_ms", 5000),
     ("grpc.http2.bdp_probe", 0),  # its pings would use those two up; it makes room for messages larger than ours
 )
 # What a caller may see when a replica or the proxy dies under a call; a call that has produced nothing may be repeated.
