@@ -27,6 +27,6 @@ def model_directories(incomplete: str) -> list[str]:
             continue
         if (directory / "config.json").exists():
             found.append(str(directory))
-        elif incomplete and any(child.is_dir() for child in directory.iterdir()):
+        elif incomplete:
             found.append(f"{directory}/")
     return found
