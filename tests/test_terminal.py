@@ -1,6 +1,7 @@
 """`tinylm write` as its user has it, on a pseudo-terminal and on pipes; and its parts that are easier tried alone."""
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -65,6 +66,22 @@ def test_a_session_at_a_terminal(tmp_path: Path, numpy_stories):
     history = tmp_path / "tinylm" / "history"
     assert f"+{BEGIN}\n" in history.read_text(encoding="utf-8")
     assert history.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_transcript_of_the_page_is_what_happens(tmp_path: Path):
+    """Speeds aside."""
+    page = Path("docs/client.md").read_text(encoding="utf-8")
+    (transcript,) = re.findall(r"```console\n\$ tinylm write (.*?)```", page, re.DOTALL)
+    options, *turns = re.split(r"^> ?", transcript, flags=re.MULTILINE)
+
+    def without_speed(text: str) -> str:
+        return re.sub(r"· [\d,]+ tokens/s", "", text).strip()
+
+    with terminal(*shlex.split(options), state=tmp_path) as t:
+        for turn in turns[:-1]:
+            line, _, expected = turn.partition("\n")
+            assert without_speed(expected) in without_speed(t.enter(line))
+        assert turns[-1] == "/quit\n"
 
 
 def test_ctrl_c_stops_the_model_and_takes_a_line_back(tmp_path: Path):
