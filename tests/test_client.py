@@ -5,6 +5,7 @@ The real service has its share in test_service.py.
 
 import asyncio
 import gc
+import socket
 import subprocess
 import sys
 import time
@@ -245,11 +246,16 @@ def test_a_connection_that_goes_silent_is_noticed_and_not_waited_for(server: Scr
         return caught.value.code
 
     server.acts = [Act(silent=True)]
-    with forwarder(running[1]) as (forward, port), ThreadPoolExecutor(2) as pool:
+    with (
+        forwarder(running[1]) as (forward, port),
+        socket.create_server(("127.0.0.1", 0)) as mute,  # takes connections and never says a word
+        ThreadPoolExecutor(3) as pool,
+    ):
         outcomes = [pool.submit(outcome, ask, port) for ask in (plain, asynchronous)]
+        outcomes.append(pool.submit(outcome, plain, mute.getsockname()[1]))
         wait_until(lambda: len(server.timeouts_s) == 2)
         forward.blocked = True
-        assert [future.result() for future in outcomes] == [Code.UNAVAILABLE] * 2
+        assert [future.result() for future in outcomes] == [Code.UNAVAILABLE] * 3
 
 
 def test_importing_the_package_imports_neither_engine_nor_grpc():
