@@ -10,9 +10,8 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 from tinylm.client import RETRIED, Client, ServiceError
 from tinylm.sampling import SamplingParams
@@ -21,7 +20,6 @@ from tinylm.sampling import SamplingParams
 RETRYABLE = frozenset(code.name for code in RETRIED) | {"RESOURCE_EXHAUSTED"}
 CALL_LIMIT_S = 20.0  # an answer takes a fraction of a second; a call that takes this long was forgotten by somebody
 PAUSE_S = 0.1  # after a failed request, so that a service that refuses is not asked in a busy loop
-T = TypeVar("T")
 Outcome = Literal["answered", "refused", "cut", "lost"]
 
 
@@ -39,21 +37,6 @@ class Request:
     outcome: Outcome
     status: str  # the gRPC status's name
     attempts: int
-
-
-class CountingClient(Client):
-    """The client, with the number of calls that its last request took."""
-
-    attempts = 0
-
-    def _call(self, call: Callable[[], T]) -> T:
-        self.attempts = 0
-
-        def counted() -> T:
-            self.attempts += 1
-            return call()
-
-        return super()._call(counted)
 
 
 class FaultLoad:
@@ -88,30 +71,33 @@ class FaultLoad:
             thread.join()
 
     def _client(self, address: str, streamed: bool) -> None:
-        with CountingClient(address, timeout_s=CALL_LIMIT_S) as client:
+        with Client(address, timeout_s=CALL_LIMIT_S) as client:
             while not self._stopped.is_set():
                 request = self._ask(client, streamed)
                 self.requests.append(request)
                 if request.outcome != "answered":
                     self._stopped.wait(PAUSE_S)
 
-    def _ask(self, client: CountingClient, streamed: bool) -> Request:
+    def _ask(self, client: Client, streamed: bool) -> Request:
         pieces: list[str] = []
-        status = "OK"
+        status, attempts = "OK", 1
         outcome: Outcome
         sent_at = time.perf_counter()
         try:
             if streamed:
-                pieces.extend(client.stream(self._prompt, self._params))
+                stream = client.stream(self._prompt, self._params)
+                pieces.extend(stream)
+                answer = stream.completion
             else:
-                pieces.append(client.generate(self._prompt, self._params).text)
-            outcome = "answered" if "".join(pieces) == self._expected else "lost"
+                answer = client.generate(self._prompt, self._params)
+                pieces.append(answer.text)
+            outcome, attempts = "answered" if "".join(pieces) == self._expected else "lost", answer.attempts
         except ServiceError as error:
-            status = error.code.name
+            status, attempts = error.code.name, error.attempts
             outcome = "lost" if status not in RETRYABLE else "cut" if pieces else "refused"
         except ValueError as error:  # INVALID_ARGUMENT: nothing is wrong with the request
             status, outcome = str(error), "lost"
-        return Request(sent_at, time.perf_counter(), outcome, status, client.attempts)
+        return Request(sent_at, time.perf_counter(), outcome, status, attempts)
 
 
 def account(requests: list[Request], fault_at: float) -> dict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -11,13 +13,8 @@ PROMPT = "Once upon a time"
 
 
 def drained(stream):
-    """The pieces of a stream and its return value."""
-    pieces = []
-    try:
-        while True:
-            pieces.append(next(stream))
-    except StopIteration as end:
-        return pieces, end.value
+    """The pieces of a stream and its completion."""
+    return list(stream), stream.completion
 
 
 def without_times(completion):
@@ -92,15 +89,11 @@ def test_two_streams_at_once_do_not_disturb_each_other(tiny):
     params = [SamplingParams(seed=7, max_tokens=30), SamplingParams(temperature=0, max_tokens=20)]
     expected = [tiny.generate(prompt, p)[0] for prompt, p in zip(prompts, params, strict=True)]
     streams = [tiny.stream(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-    texts, completions = ["", ""], [None, None]
-    while None in completions:
-        for i, stream in enumerate(streams):
-            try:
-                texts[i] += next(stream)
-            except StopIteration as end:
-                completions[i] = completions[i] or end.value
+    texts = ["", ""]
+    for pieces in itertools.zip_longest(*streams, fillvalue=""):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     assert texts == [completion.text for completion in expected]
-    assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
+    assert [stream.completion.token_ids for stream in streams] == [c.token_ids for c in expected]
 
 
 def test_generate_in_the_middle_of_a_stream_leaves_it_whole(tiny):
@@ -114,6 +107,18 @@ def test_generate_in_the_middle_of_a_stream_leaves_it_whole(tiny):
     pieces, completion = drained(stream)
     assert first + "".join(pieces) == expected.text == completion.text
     assert between.token_ids == tiny.generate("The king", other)[0].token_ids
+
+
+def test_a_stream_has_its_completion_at_its_end_and_log_probabilities_as_it_goes(tiny):
+    stream = tiny.stream(PROMPT, SamplingParams(seed=1, max_tokens=20, logprobs=1))
+    seen = 0
+    for _ in stream:
+        assert len(stream.logprobs) > seen, "a piece without a token of its own"
+        seen = len(stream.logprobs)
+        if seen < 15:
+            with pytest.raises(RuntimeError, match="end"):
+                _ = stream.completion
+    assert stream.logprobs == stream.completion.logprobs
 
 
 def test_leaving_a_stream_early_frees_its_slot(tiny):

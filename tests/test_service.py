@@ -1,5 +1,6 @@
 """The real configs, started as `tinylm serve` starts them, asked over real gRPC: both proxies, four replicas each."""
 
+import asyncio
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from tls_fixtures import make_certificate, tls_front
 
 from loadtest.faults import FaultLoad, account
 from tinylm import LLM, SamplingParams
-from tinylm.client import METADATA, Client, ServiceError
+from tinylm.client import METADATA, AsyncClient, Client, ServedCompletion, ServiceError
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
@@ -49,13 +50,8 @@ def stub(service: Service) -> Iterator[TinyLMStub]:
 
 
 def drain(client: Client, prompt: str, params: SamplingParams) -> tuple[list[str], object]:
-    pieces = []
     stream = client.stream(prompt, params)
-    while True:
-        try:
-            pieces.append(next(stream))
-        except StopIteration as end:
-            return pieces, end.value
+    return list(stream), stream.completion
 
 
 def test_the_dashboard_opens_without_further_steps_and_shows_four_running_replicas(service: Service) -> None:
@@ -167,6 +163,55 @@ def test_the_client_raises_what_a_caller_can_act_on(service: Service, client: Cl
         list(client.stream("word " * 300))
     with Client("localhost:1", retries=0) as nobody, pytest.raises(ServiceError, match="UNAVAILABLE"):
         nobody.info()
+
+
+def test_the_asynchronous_client_gives_what_the_plain_one_does_also_in_many_streams_at_once(
+    service: Service, client: Client
+) -> None:
+    settings = [SamplingParams(max_tokens=24, seed=seed, logprobs=1) for seed in range(32)]
+    expected = [client.generate("Once upon a time", params) for params in settings]
+
+    async def one(asking: AsyncClient, params: SamplingParams) -> tuple[str, ServedCompletion]:
+        stream = asking.stream("Once upon a time", params)
+        text = "".join([piece async for piece in stream])
+        return text, stream.completion
+
+    async def all_at_once() -> None:
+        async with AsyncClient(service.address, retries=0) as asking:
+            streamed = await asyncio.gather(*(one(asking, params) for params in settings))
+            whole = await asyncio.gather(*(asking.generate("Once upon a time", params) for params in settings))
+            assert (await asking.info()).name == "stories-8m"
+            assert await asking.tokenize("a cat") == client.tokenize("a cat")
+            with pytest.raises(ValueError, match="prompt has"):
+                await asking.generate("word " * 300)
+        for (text, completion), other, ours in zip(streamed, whole, expected, strict=True):
+            assert text == completion.text == other.text == ours.text
+            for answer in (completion, other):
+                assert (answer.finish_reason, answer.n_tokens) == (ours.finish_reason, ours.n_tokens)
+                assert len(answer.logprobs) == ours.n_tokens
+                assert [e.logprob for e in answer.logprobs] == pytest.approx(
+                    [e.logprob for e in ours.logprobs], abs=1e-3
+                )
+
+    asyncio.run(all_at_once())
+
+
+def test_the_examples_of_the_clients_page_run(service: Service) -> None:
+    page = Path("docs/client.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        code = example.replace("localhost:9000", service.address)
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert len(result.stdout) > 40
+
+
+def test_the_story_prompt_writes_by_the_service(service: Service, client: Client, tmp_path: Path) -> None:
+    story = "Once upon a time" + client.generate("Once upon a time", GREEDY).text
+    story += client.generate(story, GREEDY).text
+    command = [sys.executable, "-m", "tinylm.cli", "write", "--server", service.address, "-t", "0", "-n", "24"]
+    done = subprocess.run(command, input="Once upon a time\n\n", capture_output=True, text=True, check=True)
+    assert done.stdout == story.removesuffix("\n") + "\n"
 
 
 def test_a_cancelled_stream_leaves_the_service_answering(client: Client) -> None:

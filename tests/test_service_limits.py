@@ -3,6 +3,7 @@
 One replica with two slots, and the slow kernels, so that an answer of 250 tokens lasts for seconds.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -18,9 +19,10 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service_fixtures import Service, running_service
+from terminal_fixtures import terminal
 
 from tinylm import LLM, SamplingParams
-from tinylm.client import METADATA, Client
+from tinylm.client import METADATA, AsyncClient, Client
 from tinylm.serving.keys import make_key
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
@@ -85,6 +87,19 @@ def log_lines(service: Service) -> list[dict]:
     (pid,) = service.replicas().values()
     (path,) = {file.path for file in psutil.Process(pid).open_files() if "/replica_tinylm" in file.path}
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def cancelled(service: Service) -> list[dict]:
+    return [line for line in log_lines(service) if line.get("finish_reason") == "cancelled"]
+
+
+def wait_for_cancelled(service: Service, before: int) -> dict:
+    """The next call's line of that kind: it is written once the call's last hop has ended."""
+    deadline = time.monotonic() + GIVE_UP_S
+    while len(cancelled(service)) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return cancelled(service)[before]
 
 
 def health(channel: grpc.Channel, service: str = "") -> int:
@@ -225,21 +240,52 @@ def _unchecked(**fields: object) -> SamplingParams:
     return params
 
 
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
+def test_an_asyncio_task_that_is_cancelled_ends_its_answer_in_the_service(
+    service: Service, secret: tuple[str, str], full_length: int, streamed: bool
+) -> None:
+    async def leave() -> None:
+        async with AsyncClient(service.address, retries=0, api_key=secret[0]) as client:
+            if streamed:
+                async for _ in client.stream(PROMPT, LONG):
+                    break
+            else:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(client.generate(PROMPT, LONG), 0.3)
+
+    before = len(cancelled(service))
+    asyncio.run(leave())
+    assert wait_for_cancelled(service, before)["completion_tokens"] < full_length
+
+
+def test_ctrl_c_in_the_terminal_ends_the_answer_in_the_service(
+    service: Service, secret: tuple[str, str], full_length: int, tmp_path: Path
+) -> None:
+    before = len(cancelled(service))
+    options = ("--server", service.address, "-n", "250", "-t", "0")
+    with terminal(*options, state=tmp_path, TINYLM_API_KEY=secret[0]) as t:
+        t.child.sendline(PROMPT)
+        t.child.expect(r"\?2004l")  # the line editor is done
+        t.child.expect(r"\w+ \w+")  # of the answer: the line itself has gone by
+        t.child.sendintr()
+        assert "cancelled" in t.prompt()
+        assert wait_for_cancelled(service, before)["completion_tokens"] < full_length
+        t.enter("/set max_tokens 2")
+        assert "2 tokens" in t.enter("")
+
+
 def test_a_service_that_is_told_to_end_finishes_what_it_has_begun(
     service: Service, client: Client, channel: grpc.Channel, full_length: int
 ) -> None:
     """The last test here: it ends the service."""
     (launcher,) = (p for p in psutil.Process().children() if str(service.config) in p.cmdline())
     stream = client.stream(PROMPT, LONG)
-    pieces = [next(stream)]
+    next(stream)
     watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     os.kill(launcher.pid, signal.SIGTERM)
-    try:
-        while True:
-            pieces.append(next(stream))
-    except StopIteration as end:
-        completion = end.value
-    assert completion.n_tokens == full_length
+    for _ in stream:
+        pass
+    assert stream.completion.n_tokens == full_length
     assert [message.status for message in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
     assert launcher.wait(GIVE_UP_S) in (0, None)

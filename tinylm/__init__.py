@@ -1,10 +1,49 @@
 """TinyLM: a small language model, its engine, and the ways to ask it. Imports neither Ray nor PyTorch."""
 
-from tinylm.completion import Completion
-from tinylm.config import ModelConfig
-from tinylm.llm import LLM
-from tinylm.sampling import SamplingParams, TokenLogprobs
-from tinylm.weights import ModelError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinylm.client import AsyncClient, Client, ServiceError
+    from tinylm.completion import Completion
+    from tinylm.config import ModelConfig
+    from tinylm.llm import LLM
+    from tinylm.sampling import SamplingParams, TokenLogprobs
+    from tinylm.weights import ModelError
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "ModelConfig", "ModelError", "SamplingParams", "TokenLogprobs", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncClient",
+    "Client",
+    "Completion",
+    "ModelConfig",
+    "ModelError",
+    "SamplingParams",
+    "ServiceError",
+    "TokenLogprobs",
+    "__version__",
+]
+# Imported when first used: a client needs no engine, the engine no gRPC, and a shell's completion neither.
+_MODULES = {
+    "LLM": "llm",
+    "AsyncClient": "client",
+    "Client": "client",
+    "Completion": "completion",
+    "ModelConfig": "config",
+    "ModelError": "weights",
+    "SamplingParams": "sampling",
+    "ServiceError": "client",
+    "TokenLogprobs": "sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'tinylm' has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f"tinylm.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
-"""The command line: `tinylm generate`, `info`, `tokenize`, `bench`, `serve`, `key`.
+"""The command line: `tinylm generate`, `write`, `info`, `tokenize`, `bench`, `serve`, `key`.
 
-Parses, prints, and turns errors into one line.
+Parses, prints, and turns errors into one line. The story prompt itself is `tinylm.terminal.writer`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -20,6 +20,12 @@ from rich.status import Status
 from rich.table import Table
 
 from tinylm import __version__
+from tinylm.terminal import shell_completion
+
+if TYPE_CHECKING:
+    from tinylm.llm import LLM
+    from tinylm.sampling import SamplingParams
+    from tinylm.stream import Stream
 
 DEFAULT_MODEL = Path("models/stories-8m")
 
@@ -29,9 +35,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Model = Annotated[Path, typer.Option("--model", "-m", help="A model directory.", metavar="DIR")]
-Kernels = Annotated[str, typer.Option(help="How to compute: numba (compiled), numpy, or auto.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="Of activations: int8, float32, or auto.")]
+Model = Annotated[
+    Path,
+    typer.Option(
+        "--model", "-m", help="A model directory.", metavar="DIR", autocompletion=shell_completion.model_directories
+    ),
+]
+Kernels = Annotated[
+    str,
+    typer.Option(help="How to compute: numba (compiled), numpy, or auto.", autocompletion=shell_completion.kernels),
+]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--precision", help="Of activations: int8, float32, or auto.", autocompletion=shell_completion.precisions
+    ),
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="The most tokens to answer with.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that reach this probability.")]
+TopK = Annotated[int, typer.Option(help="Keep so many of the likeliest tokens; 0 keeps all.")]
+MinP = Annotated[float, typer.Option(help="Keep tokens this share as likely as the likeliest.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1, seen tokens become less likely.")]
+Stop = Annotated[Optional[list[str]], typer.Option(help="End before this text; may be repeated.")]
+Seed = Annotated[Optional[int], typer.Option(help="The same seed gives the same text.")]
 Server = Annotated[
     Optional[str], typer.Option("--server", "-s", help="Ask a running service instead.", metavar="HOST:PORT")
 ]
@@ -82,14 +109,14 @@ def main(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="The most tokens to answer with.")] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that reach this probability.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Keep so many of the likeliest tokens; 0 keeps all.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Keep tokens this share as likely as the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, seen tokens become less likely.")] = 1.0,
-    stop: Annotated[Optional[list[str]], typer.Option(help="End before this text; may be repeated.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="The same seed gives the same text.")] = None,
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = None,
     logprobs: Annotated[
         Optional[int], typer.Option(help="With --json: log-probabilities and so many alternatives.")
     ] = None,
@@ -109,44 +136,83 @@ def generate(
         params = SamplingParams(
             max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop or ()), seed, logprobs
         )
-        if as_json:
-            completion = _drain(_stream(text, params, server, ca or tls, model, kernels, precision), lambda piece: None)
-            typer.echo(json.dumps({"prompt": text, **dataclasses.asdict(completion)}))
-            return
-        shown = iter([text])  # the prompt is shown with the first piece, so that an error stands alone
-
-        def show(piece: str) -> None:
-            typer.secho(next(shown, ""), nl=False, bold=True)
-            typer.echo(piece, nl=False)
-            sys.stdout.flush()
-
-        _drain(_stream(text, params, server, ca or tls, model, kernels, precision), show)
-        typer.secho(next(shown, ""), bold=True)  # the prompt, if there was no piece at all; and the line's end
+        with _stream(text, params, server, ca or tls, model, kernels, precision) as stream:
+            if as_json:
+                for _ in stream:
+                    pass
+                typer.echo(json.dumps({"prompt": text, **dataclasses.asdict(stream.completion)}))
+                return
+            shown = iter([text])  # the prompt is shown with the first piece, so that an error stands alone
+            for piece in stream:
+                typer.secho(next(shown, ""), nl=False, bold=True)
+                typer.echo(piece, nl=False)
+                sys.stdout.flush()
+            typer.secho(next(shown, ""), bold=True)  # the prompt, if there was no piece at all; and the line's end
 
 
 def _stream(
-    text: str, params: Any, server: str | None, tls: bool | Path, model: Path, kernels: str, precision: str
-) -> Generator[str, None, Any]:
-    if server is None:
-        from tinylm.llm import LLM
+    text: str, params: SamplingParams, server: str | None, tls: bool | Path, model: Path, kernels: str, precision: str
+) -> Stream[Any]:
+    if server is not None:
+        from tinylm.client import Client
 
-        with _loading():
-            llm = LLM(model, n_slots=1, kernels=kernels, precision=precision)
-        return llm.stream(text, params)
-    from tinylm.client import Client
-
-    return Client(server, tls=tls).stream(text, params)
+        return Client(server, tls=tls).stream(text, params)
+    return _load_model(model, kernels, precision).stream(text, params)
 
 
-def _drain(stream: Generator[str, None, Any], show: Callable[[str], None]) -> Any:
-    """Take a stream to its end, showing each piece; returns its completion."""
-    try:
-        while True:
-            show(next(stream))
-    except StopIteration as end:
-        return end.value
-    finally:
-        stream.close()
+def _load_model(model: Path, kernels: str, precision: str) -> LLM:
+    from tinylm.llm import LLM
+
+    with _loading():
+        return LLM(model, n_slots=1, kernels=kernels, precision=precision)
+
+
+@app.command()
+@app.command("chat", hidden=True)  # what many look for first; its help says what it is instead
+def write(
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = None,
+    color_probabilities: Annotated[
+        bool, typer.Option("--color-probabilities", help="Colour tokens by their probability.")
+    ] = False,
+    history: Annotated[bool, typer.Option(help="Keep the lines typed for the next time.")] = True,
+    model: Model = DEFAULT_MODEL,
+    kernels: Kernels = "auto",
+    precision: PrecisionOption = "auto",
+    server: Server = None,
+    tls: Tls = False,
+    ca: Ca = None,
+) -> None:
+    """Write a story in turns with the model: it goes on from your line, you from its text. It does not chat.
+
+    Without a terminal, each line of standard input is a turn, and the story is printed.
+    """
+    from tinylm.sampling import SamplingParams
+    from tinylm.terminal import lines
+    from tinylm.terminal.screen import Screen
+    from tinylm.terminal.source import LocalSource, ServiceSource, Source
+    from tinylm.terminal.writer import COMMANDS, Writer, words_after
+
+    with _one_line_errors():
+        params = SamplingParams(
+            max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop or ()), seed
+        )
+        source: Source
+        if server is not None:
+            from tinylm.client import Client
+
+            source = ServiceSource(Client(server, tls=ca or tls))
+        else:
+            source = LocalSource(_load_model(model, kernels, precision))
+        at_a_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        typed = lines.TerminalLines(COMMANDS, words_after, history) if at_a_terminal else lines.PipeLines()
+        Writer(source, params, typed, Screen(), color_probabilities).run()
 
 
 @app.command()

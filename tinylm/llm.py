@@ -15,6 +15,7 @@ from tinylm.completion import Completion, CompletionBuilder
 from tinylm.engine import Engine
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.sampling import SamplingParams
+from tinylm.stream import Stream, Update
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import TOKENIZER, ModelError, load_model
 
@@ -95,19 +96,22 @@ class LLM:
                 self._engine.cancel(sequence)
         return [builder.completion for builder in builders if builder.completion is not None]
 
-    def stream(self, prompt: str, params: SamplingParams | None = None) -> Generator[str, None, Completion]:
+    def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream[Completion]:
         """Answer one prompt piece by piece; the pieces joined are the text that `generate` returns.
 
-        The generator's return value (what `yield from` gives) is the completion. Leaving it early frees its slot.
+        Begins with the first piece asked for, and raises as `generate` does. Closing it early frees its slot.
         """
-        sequence = self._engine.submit(self.tokenizer.encode_document(prompt), params or SamplingParams())
+        return Stream(self._updates(prompt, params or SamplingParams()))
+
+    def _updates(self, prompt: str, params: SamplingParams) -> Generator[Update[Completion], None, None]:
+        sequence = self._engine.submit(self.tokenizer.encode_document(prompt), params)
         builder = CompletionBuilder(sequence, self.tokenizer)
         try:
             while builder.completion is None:
                 self._step()
-                if text := builder.take():
-                    yield text
-            return builder.completion
+                before = builder.n_taken
+                text = builder.take()
+                yield text, sequence.logprobs[before : builder.n_taken], builder.completion
         finally:
             self._engine.cancel(sequence)
 

@@ -1,0 +1,165 @@
+"""A small real gRPC server that does what a test tells it to, and a connection to it that can lose everything."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server
+
+ANSWER = ["Once", " upon", " a time"]
+
+
+@dataclass(frozen=True)
+class Act:
+    """What one attempt gets: messages, then a status; or silence until the client leaves."""
+
+    n_messages: int = len(ANSWER)
+    status: grpc.StatusCode = grpc.StatusCode.OK
+    empty_first: bool = False  # as a refused stream has it behind Serve's Python proxy
+    only_logprobs: bool = False  # tokens whose text is held back
+    silent: bool = False
+    details: str = "as told"
+
+
+@dataclass
+class Scripted(TinyLMServicer):
+    """Each attempt gets the next act, the last one again and again."""
+
+    acts: list[Act] = field(default_factory=lambda: [Act()])
+    timeouts_s: list[float] = field(default_factory=list)  # what each attempt was given
+    cancelled: int = 0
+    open_streams: int = 0
+
+    async def _begin(self, context: grpc.aio.ServicerContext) -> Act:
+        self.timeouts_s.append(context.time_remaining())
+        act = self.acts[min(len(self.timeouts_s), len(self.acts)) - 1]
+        if act.silent:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+        return act
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
+        act = await self._begin(context)
+        if act.status is not grpc.StatusCode.OK:
+            await context.abort(act.status, act.details)
+        return pb.GenerateResponse(text="".join(ANSWER), finish_reason=pb.FINISH_REASON_LENGTH)
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        if request.prompt == "endless":
+            async for message in self._endless():
+                yield message
+        act = await self._begin(context)
+        if act.empty_first:
+            yield pb.GenerateStreamResponse()
+        if act.only_logprobs:
+            yield pb.GenerateStreamResponse(logprobs=[pb.TokenLogprob(logprob=-1)])
+        for text in ANSWER[: act.n_messages]:
+            yield pb.GenerateStreamResponse(text=text)
+        if act.status is not grpc.StatusCode.OK:
+            await context.abort(act.status, act.details)
+        if act.n_messages == len(ANSWER):
+            yield pb.GenerateStreamResponse(finish_reason=pb.FINISH_REASON_LENGTH)
+
+    async def _endless(self) -> AsyncIterator[pb.GenerateStreamResponse]:
+        self.open_streams += 1
+        try:
+            while True:
+                yield pb.GenerateStreamResponse(text=".")
+                await asyncio.sleep(0.02)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.open_streams -= 1
+
+
+class Loop:
+    """An event loop in a thread of its own, for servers that plain code talks to."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+@contextmanager
+def scripted_server() -> Iterator[tuple[Scripted, int]]:
+    """The server, and its port."""
+    loop, servicer = Loop(), Scripted()
+
+    async def start() -> tuple[grpc.aio.Server, int]:
+        server = grpc.aio.server()
+        add_TinyLMServicer_to_server(servicer, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        return server, port
+
+    server, port = loop.run(start())
+    try:
+        yield servicer, port
+    finally:
+        loop.run(server.stop(0))
+        loop.stop()
+
+
+class Forwarder:
+    """TCP to a port of this machine; while `blocked`, it takes everything and hands nothing on, either way."""
+
+    def __init__(self, port: int) -> None:
+        self.blocked = False
+        self._target = port
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> int:
+        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        return self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        lost = self.blocked  # a connection that was made into the hole stays there
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            task = asyncio.create_task(self._pump(source, sink, lost))
+            self._tasks.add(task)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, lost: bool) -> None:
+        while data := await source.read(65536):
+            lost = lost or self.blocked
+            if not lost:
+                sink.write(data)
+        sink.close()
+
+
+@contextmanager
+def forwarder(port: int) -> Iterator[tuple[Forwarder, int]]:
+    """The forwarder, and its own port."""
+    loop, forward = Loop(), Forwarder(port)
+    own_port = loop.run(forward.start())
+    try:
+        yield forward, own_port
+    finally:
+        loop.run(forward.stop())
+        loop.stop()

@@ -1,0 +1,48 @@
+"""A `tinylm write` on a pseudo-terminal, used as one does by hand."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pexpect
+
+TINYLM = str(Path(sys.executable).with_name("tinylm"))
+WAIT_S = 60
+PROMPT_READY = r"\x1b\[\?2004h"  # the line editor asks for pasted text in brackets
+CONTROL = re.compile(r"\x1b\[[?0-9;]*[a-zA-Z]|\r|\x08")
+
+
+class Terminal:
+    def __init__(self, child: pexpect.spawn) -> None:
+        self.child = child
+        self.prompt()
+
+    def prompt(self) -> str:
+        """What has been printed until the prompt is there again, without control sequences."""
+        return CONTROL.sub("", self.raw_prompt())
+
+    def raw_prompt(self) -> str:
+        self.child.expect(PROMPT_READY)
+        return self.child.before
+
+    def enter(self, line: str) -> str:
+        self.child.sendline(line)
+        return self.prompt()
+
+
+@contextmanager
+def terminal(*arguments: str, state: Path, **environment: str) -> Iterator[Terminal]:
+    """`tinylm write` with these options; `state` is where its history goes."""
+    defaults = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(state)}
+    inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    child = pexpect.spawn(
+        TINYLM, ["write", *arguments], env={**inherited, **defaults, **environment}, encoding="utf-8",
+        timeout=WAIT_S, dimensions=(40, 400),
+    )  # fmt: skip
+    try:
+        yield Terminal(child)
+    finally:
+        child.close(force=True)

@@ -1,0 +1,210 @@
+"""What both clients share: the connection's settings, when a call is repeated, and what its caller gets to see.
+
+Sending, waiting and pausing are theirs: `tinylm.client.sync` and `tinylm.client.aio`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grpc
+
+from tinylm.engine import FinishReason
+from tinylm.sampling import SamplingParams, TokenLogprobs
+from tinylm.stream import Update
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.wire import FINISH_REASON_NAMES
+
+METADATA = (("application", "tinylm"),)
+CHANNEL_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # http_proxy of the environment is not meant for this
+    ("grpc.initial_reconnect_backoff_ms", 100),  # a proxy is back in seconds; gRPC's own pauses grow to two minutes
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A peer that is gone without a word, or took the connection and never spoke, is noticed after these instead of at
+    # the call's deadline. gRPC itself sends at most two such pings in a silent call's first minute, which servers bear.
+    ("grpc.min_reconnect_backoff_ms", 5000),  # in fact the most that a connection may take to be made
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.ping_timeout_ms", 5000),
+    ("grpc.http2.bdp_probe", 0),  # its pings would use those two up; it makes room for messages larger than ours
+)
+# What a caller may see when a replica or the proxy dies under a call; a call that has produced nothing may be repeated.
+RETRIED = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.NOT_FOUND,  # by a proxy that has just started: it has not heard of the application yet
+    }
+)
+FIRST_PAUSE_S = 0.1  # before the first repetition; each further pause is twice as long
+CUT_OFF = (grpc.StatusCode.UNAVAILABLE, "the answer ended before its last message")
+
+
+class ServiceError(RuntimeError):
+    """The service refused or failed a call, or there is none.
+
+    code: the gRPC status; attempts: how often the call was sent. The message is what the service said and what helps.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str, attempts: int = 1) -> None:
+        super().__init__(f"{code.name}: {details}")
+        self.code, self.attempts = code, attempts
+
+
+@dataclass(frozen=True, slots=True)
+class ServedCompletion:
+    """An answer of the service; times are the replica's own, without the network."""
+
+    text: str
+    finish_reason: FinishReason
+    n_prompt_tokens: int
+    n_tokens: int
+    logprobs: list[TokenLogprobs] | None
+    queue_s: float
+    first_token_s: float
+    total_s: float
+    replica: str
+    attempts: int  # how often the call was sent
+
+
+class Connection:
+    """Where a client asks, and how: the base of both clients."""
+
+    def __init__(
+        self,
+        address: str = "localhost:9000",
+        timeout_s: float | None = 60.0,
+        retries: int = 6,
+        api_key: str | None = None,
+        tls: bool | Path = False,
+    ) -> None:
+        """address: host:port, or several as `ipv4:10.0.0.1:9000,10.0.0.2:9000`: the first that answers is used.
+
+        timeout_s: of one call on this side, with its repetitions and the pauses between them.
+        retries: of a call that failed before it produced anything; the default takes about 5 seconds, in which Serve
+        replaces a dead proxy.
+        api_key: by default what TINYLM_API_KEY in the environment says, if anything.
+        tls: True trusts the usual authorities, a PEM file those in it alone; OSError or ValueError if it can't be read.
+        """
+        api_key = api_key or os.environ.get("TINYLM_API_KEY")
+        self.address = address
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._metadata = (*METADATA, *([("authorization", f"Bearer {api_key}")] if api_key else ()))
+        self._credentials = _credentials(tls)
+
+    def _open(self, module: ModuleType) -> Any:
+        """A channel of `grpc` or of `grpc.aio`."""
+        if self._credentials is None:
+            return module.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        return module.secure_channel(self.address, self._credentials, options=CHANNEL_OPTIONS)
+
+    def _attempts(self) -> Attempts:
+        return Attempts(self.address, self._timeout_s, self._retries)
+
+
+class Attempts:
+    """The attempts of one call: how long each may take, whether there is another, and after what pause."""
+
+    def __init__(self, address: str, timeout_s: float | None, retries: int) -> None:
+        self.n = 0
+        self._address, self._timeout_s, self._retries = address, timeout_s, retries
+        self._deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+
+    def begin(self) -> float | None:
+        """Count another attempt; the seconds that are left for it, None without a limit."""
+        self.n += 1
+        return None if self._timeout_s is None else max(0.0, self._deadline - time.monotonic())
+
+    def pause_s(self, code: grpc.StatusCode, details: str | None, has_begun: bool = False) -> float:
+        """Seconds to wait before the next attempt, after one that failed so.
+
+        Raises what the caller is to see when there must be none: the call's answer has begun, the status is not one
+        that a dying replica gives, or the retries or the time are used up.
+        """
+        pause_s = random.uniform(0.5, 1.0) * FIRST_PAUSE_S * 2 ** (self.n - 1)
+        in_time = time.monotonic() + pause_s < self._deadline
+        if code in RETRIED and not has_begun and self.n <= self._retries and in_time:
+            return pause_s
+        if code == grpc.StatusCode.INVALID_ARGUMENT:
+            raise ValueError(details) from None
+        raise ServiceError(code, self._explained(code, details or "no details given"), self.n) from None
+
+    def _explained(self, code: grpc.StatusCode, details: str) -> str:
+        """What the service said, with what a caller can do about it."""
+        match code:
+            case grpc.StatusCode.UNAVAILABLE:
+                times = f", asked {self.n} times" if self.n > 1 else ""
+                return f"{details} (from {self._address}{times})"
+            case grpc.StatusCode.UNAUTHENTICATED:
+                return f"{details} (the key is taken from api_key or TINYLM_API_KEY)"
+            case grpc.StatusCode.DEADLINE_EXCEEDED:
+                return f"{details} (from {self._address}; timeout_s is {self._timeout_s})"
+            case grpc.StatusCode.UNIMPLEMENTED | grpc.StatusCode.NOT_FOUND:
+                return f"{details} (is it TinyLM that serves at {self._address}?)"
+            case _:
+                return details
+
+
+class Answer:
+    """Gathers the messages of one attempt, be it a stream's or the single one of a whole answer."""
+
+    def __init__(self, params: SamplingParams, attempt: int) -> None:
+        self._wants_logprobs, self._attempt = params.logprobs is not None, attempt
+        self._pieces: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything of it has come: text, or tokens that are not text yet."""
+        return any(self._pieces) or bool(self._logprobs)
+
+    def add(self, message: pb.GenerateResponse | pb.GenerateStreamResponse) -> Update[ServedCompletion]:
+        """What the message brings; a refused stream has an empty one before its status."""
+        new = [TokenLogprobs(e.logprob, tuple((top.token, top.logprob) for top in e.top)) for e in message.logprobs]
+        self._pieces.append(message.text)
+        self._logprobs += new
+        if message.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
+            return message.text, new, None
+        completion = ServedCompletion(
+            text="".join(self._pieces),
+            finish_reason=FINISH_REASON_NAMES[message.finish_reason],
+            n_prompt_tokens=message.usage.prompt_tokens,
+            n_tokens=message.usage.completion_tokens,
+            logprobs=self._logprobs if self._wants_logprobs else None,
+            queue_s=message.timings.queue_ms / 1000,
+            first_token_s=message.timings.first_token_ms / 1000,
+            total_s=message.timings.total_ms / 1000,
+            replica=message.replica,
+            attempts=self._attempt,
+        )
+        return message.text, new, completion
+
+
+def whole(params: SamplingParams, response: pb.GenerateResponse, attempt: int) -> ServedCompletion:
+    """The completion of an answer that came in one message."""
+    _, _, completion = Answer(params, attempt).add(response)
+    if completion is None:
+        raise ServiceError(*CUT_OFF, attempt)
+    return completion
+
+
+def tokens(response: pb.TokenizeResponse) -> list[tuple[int, bytes]]:
+    return [(token.id, token.bytes) for token in response.tokens]
+
+
+def _credentials(tls: bool | Path) -> grpc.ChannelCredentials | None:
+    if tls is False:
+        return None
+    authorities = None if tls is True else Path(tls).read_bytes()
+    if authorities is not None and b"-----BEGIN CERTIFICATE-----" not in authorities:
+        raise ValueError(f"tls is {tls}: there is no PEM certificate in it")
+    return grpc.ssl_channel_credentials(authorities)

@@ -1,0 +1,99 @@
+"""The client for plain threads. What it shares with the asynchronous one is in `tinylm.client.common`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Self, TypeVar
+
+import grpc
+
+from tinylm.client.common import CUT_OFF, Answer, Connection, ServedCompletion, tokens, whole
+from tinylm.sampling import SamplingParams
+from tinylm.stream import Stream, Update
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
+from tinylm.wire import request_from_params
+
+R = TypeVar("R")
+
+
+class Client(Connection):
+    """A connection to a service; close it, or use it in a `with`. Safe for several threads."""
+
+    def __init__(
+        self,
+        address: str = "localhost:9000",
+        timeout_s: float | None = 60.0,
+        retries: int = 6,
+        api_key: str | None = None,
+        tls: bool | Path = False,
+    ) -> None:
+        super().__init__(address, timeout_s, retries, api_key, tls)
+        self._channel = self._open(grpc)
+        self._stub = TinyLMStub(self._channel)
+
+    __init__.__doc__ = Connection.__init__.__doc__
+
+    def generate(self, prompt: str, params: SamplingParams | None = None) -> ServedCompletion:
+        """The whole answer. Raises ValueError for a bad request, ServiceError for whatever else goes wrong."""
+        params = params or SamplingParams()
+        response, attempt = self._ask(self._stub.Generate, request_from_params(prompt, params))
+        return whole(params, response, attempt)
+
+    def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream[ServedCompletion]:
+        """The answer piece by piece; its `completion` afterwards. Closing it, or dropping it, cancels the call.
+
+        The call begins with the first piece asked for. Raises as `generate` does; once a piece has come, a stream
+        that breaks is not repeated.
+        """
+        params = params or SamplingParams()
+        return Stream(self._updates(request_from_params(prompt, params), params))
+
+    def tokenize(self, text: str) -> list[tuple[int, bytes]]:
+        """Token ids of a text, each with its own bytes."""
+        return tokens(self._ask(self._stub.Tokenize, pb.TokenizeRequest(text=text))[0])
+
+    def info(self) -> pb.GetModelInfoResponse:
+        """What the service says of its model, and which replica said it."""
+        return self._ask(self._stub.GetModelInfo, pb.GetModelInfoRequest())[0]
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _ask(self, method: Callable[..., R], request: object) -> tuple[R, int]:
+        """A unary call's response, and how many attempts it took."""
+        attempts = self._attempts()
+        while True:
+            try:
+                return method(request, metadata=self._metadata, timeout=attempts.begin()), attempts.n
+            except grpc.RpcError as error:
+                pause_s = attempts.pause_s(error.code(), error.details())
+            time.sleep(pause_s)
+
+    def _updates(
+        self, request: pb.GenerateRequest, params: SamplingParams
+    ) -> Generator[Update[ServedCompletion], None, None]:
+        attempts = self._attempts()
+        while True:
+            call = self._stub.GenerateStream(request, metadata=self._metadata, timeout=attempts.begin())
+            answer = Answer(params, attempts.n)
+            try:
+                for message in call:
+                    update = answer.add(message)
+                    yield update
+                    if update[-1] is not None:
+                        return
+                pause_s = attempts.pause_s(*CUT_OFF, answer.has_begun)
+            except grpc.RpcError as error:
+                pause_s = attempts.pause_s(error.code(), error.details(), answer.has_begun)
+            finally:
+                call.cancel()
+            time.sleep(pause_s)

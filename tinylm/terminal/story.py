@@ -1,0 +1,50 @@
+"""A story in turns, each what was typed and what the model went on with, and how much of it the model gets to see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+_JOINED = tuple(".,;:!?)\u201d\u2019")  # what follows a word without a space
+_BEGINNINGS = (re.compile(r"(?<=[.!?\"'\u201d\u2019])\s+(?=\S)|\n+"), re.compile(r"\s+"))  # of a sentence, of a word
+_SPARE_TOKENS = 4  # a text that begins in the middle may have a few more tokens than it had as a part
+
+
+@dataclass(slots=True)
+class Turn:
+    typed: str
+    written: str = ""
+
+
+@dataclass(slots=True)
+class Story:
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(turn.typed + turn.written for turn in self.turns)
+
+    def add(self, line: str) -> Turn:
+        """Begin a turn with a line, set off from the text before it; an empty one lets the model go on by itself."""
+        before = self.text
+        apart = line and before and not before[-1].isspace() and not line[0].isspace() and not line.startswith(_JOINED)
+        self.turns.append(Turn(f" {line}" if apart else line))
+        return self.turns[-1]
+
+
+def visible_end(text: str, token_bytes: Callable[[str], list[bytes]], n_tokens: int) -> str:
+    """The end of a text in at most `n_tokens` tokens, from the beginning of a sentence, or else of a word.
+
+    What is given up for such a beginning is at most half of what there is room for.
+    """
+    if len(text.encode()) <= n_tokens:  # a token has a byte at least
+        return text
+    pieces = token_bytes(text)
+    if len(pieces) <= n_tokens:
+        return text
+    end = b"".join(pieces[-(n_tokens - _SPARE_TOKENS) :]).decode(errors="ignore")
+    for beginning in _BEGINNINGS:
+        if match := beginning.search(end, 0, len(end) // 2):
+            return end[match.end() :]
+    return end

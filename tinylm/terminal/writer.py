@@ -1,0 +1,166 @@
+"""The story prompt's loop: lines go into the story, the model goes on with it, commands change either.
+
+Which model, which terminal and how text looks are the business of `source`, `lines` and `screen`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tinylm.client import ServiceError
+from tinylm.sampling import SamplingParams
+from tinylm.terminal import settings
+from tinylm.terminal.lines import Lines
+from tinylm.terminal.screen import LEGEND, Screen
+from tinylm.terminal.source import Source
+from tinylm.terminal.story import Story, Turn, visible_end
+
+COMMANDS = {
+    "/help": "this list",
+    "/new": "begin another story",
+    "/retry": "write the last part anew (differently, unless a seed is set)",
+    "/undo": "take the last part back, with the line before it",
+    "/show": "the whole story so far",
+    "/set": "NAME [VALUE]: a setting, as in /set temperature 0.7; without a value its default",
+    "/settings": "how tokens are chosen now",
+    "/colors": "on or off: colour tokens by their probability",
+    "/save": "FILE: write the story into a file",
+    "/quit": "leave, as Ctrl-D does",
+}
+GREETING = "Begin a story. Enter alone lets the model go on, Ctrl-C stops it, /help lists the commands."
+HELP = "\n".join(f"{name:<11}{text}" for name, text in COMMANDS.items()) + (
+    "\n\nAny other line goes into the story (//text: a line that begins with a slash). Enter alone: go on.\n"
+    "Ctrl-C stops the model; Ctrl-D leaves."
+)
+
+
+def words_after(command: str) -> Iterable[str] | None:
+    """What completion offers after a command; None: a path."""
+    return {"/set": settings.NAMES, "/colors": ("on", "off"), "/save": None}.get(command, ())
+
+
+class Writer:
+    def __init__(
+        self, source: Source, params: SamplingParams, lines: Lines, screen: Screen, colors: bool = False
+    ) -> None:
+        self._source, self._lines, self._screen = source, lines, screen
+        self._params, self._colors = params, colors
+        self._story = Story()
+        self._told_of_context = False
+        self._saved_as: set[Path] = set()
+
+    def run(self) -> None:
+        """Until the lines end. What goes wrong is told, and ends it only where nobody sits at a terminal."""
+        if self._lines.interactive:
+            self._screen.about(GREETING)
+        while (line := self._lines.read()) is not None:
+            try:
+                if line.startswith("/") and not line.startswith("//"):
+                    if line.split() == ["/quit"]:
+                        break
+                    self._command(line)
+                else:
+                    self._go_on(line.removeprefix("/") if line.startswith("//") else line)
+            except (ValueError, ServiceError, OSError) as error:
+                if not self._lines.interactive:
+                    self._screen.end_line()
+                    raise
+                self._screen.error(str(error))
+        self._screen.end_line()
+
+    def _command(self, line: str) -> None:
+        match shlex.split(line):
+            case ["/help"]:
+                self._screen.about(HELP)
+            case ["/new"]:
+                self._story, self._told_of_context = Story(), False
+                self._screen.about("another story")
+            case ["/retry"]:
+                turn = self._last_turn()
+                turn.written = ""
+                self._write(turn)
+            case ["/undo"]:
+                self._last_turn()
+                self._story.turns.pop()
+                self._screen.about(f"taken back; the story ends: …{self._story.text[-60:]}" if self._story.text else
+                                   "taken back; the story is empty")  # fmt: skip
+            case ["/show"]:
+                self._screen.story(self._story.text)
+                self._screen.end_line()
+            case ["/set", name, *words]:
+                self._params = settings.changed(self._params, name, words)
+            case ["/settings"]:
+                self._screen.about(settings.described(self._params))
+            case ["/colors", ("on" | "off") as wanted]:
+                self._colors = wanted == "on"
+                self._screen.about(LEGEND if self._colors else "one colour")
+            case ["/save", name]:
+                self._save(Path(name).expanduser())
+            case [name, *_] if name in COMMANDS:
+                raise ValueError(f"{name} is used so: {name} {COMMANDS[name]}")
+            case [name, *_]:
+                raise ValueError(f"there is no command {name}: /help lists them")
+
+    def _last_turn(self) -> Turn:
+        if not self._story.turns:
+            raise ValueError("the story is empty")
+        return self._story.turns[-1]
+
+    def _save(self, path: Path) -> None:
+        if path not in self._saved_as and path.exists():
+            raise ValueError(f"{path} is there already: give another name")
+        path.write_text(self._story.text + "\n", encoding="utf-8")
+        self._saved_as.add(path)
+        self._screen.about(f"saved as {path}")
+
+    def _go_on(self, line: str) -> None:
+        turn = self._story.add(line)
+        if not self._lines.interactive:  # a terminal has shown it when it was typed
+            self._screen.story(turn.typed)
+        self._write(turn)
+
+    def _write(self, turn: Turn) -> None:
+        """Let the model go on from the story's end. Ctrl-C ends the request; what has come stays."""
+        began_at = time.monotonic()
+        params = dataclasses.replace(self._params, logprobs=0) if self._colors else self._params
+        try:
+            with self._source.stream(self._visible(), params) as stream:
+                n_before = 0
+                for piece in stream:
+                    first, turn.written = not turn.written, turn.written + piece
+                    shown = piece.lstrip(" ") if first and self._lines.interactive else piece
+                    self._screen.story(shown, stream.logprobs[n_before:])
+                    n_before = len(stream.logprobs)
+                completion = stream.completion
+        except KeyboardInterrupt:
+            if not self._lines.interactive:
+                raise
+            self._screen.about("cancelled")
+            return
+        if self._lines.interactive:
+            self._screen.about(status_line(completion, time.monotonic() - began_at))
+
+    def _visible(self) -> str:
+        """The story, or as much of its end as leaves the answer its room in the context."""
+        text = self._story.text
+        room = self._source.context - 1 - min(self._params.max_tokens, self._source.context // 2)  # 1: the boundary
+        visible = visible_end(text, self._source.token_bytes, room)
+        if len(visible) < len(text) and not self._told_of_context:
+            self._told_of_context = True
+            self._screen.about(
+                f"The story is longer than the model can see ({self._source.context} tokens): "
+                f"from now on it goes by the end alone, “{visible[:40].strip()}…”"
+            )
+        return visible
+
+
+def status_line(completion: Any, seconds: float) -> str:
+    """How an answer ended, and how fast it came to this side: `length · 64 tokens · 812 tokens/s`."""
+    n_tokens = completion.n_tokens if hasattr(completion, "n_tokens") else len(completion.token_ids)
+    ended = ": the story ends here, or goes on with a line of yours" if completion.finish_reason == "stop" else ""
+    return f"{completion.finish_reason} · {n_tokens} tokens · {n_tokens / max(seconds, 1e-9):,.0f} tokens/s{ended}"
