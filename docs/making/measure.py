@@ -3,7 +3,7 @@
     python -m docs.making.measure
 
 Writes docs/results/pictures.json; drawing it is `docs.making.pictures`, telling it `docs.making.page`. Times are CPU
-time of the thread that computes, so that other work on the machine counts little; everything else is the same each time.
+time of the thread that computes, so that other work on the machine counts little; all else is the same each time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MODEL = Path("models/stories-8m")
 OUT = Path("docs/results/pictures.json")
 STORY = "Lily had a little dog named Max. Max liked to run in the park. One day, Lily lost her red ball. Max found the"
 TEXTS = ("Once upon a time, there was a little girl.", "The astrolabe glittered.", "Ω 🐶")
-PROMPT = "Once upon a time, there was a little"
+PROMPT = "One day, Tom went to the"
 PENALIZED = "The dog saw a big dog. The"
 TEMPERATURES = (0.0, 0.5, 0.8, 1.5)
 LENGTHS = (16, 32, 64, 96, 128, 160, 192, 224, 255)
@@ -254,7 +254,16 @@ def cache_times(model: Model) -> dict:
 
 def timeline(tokenizer: Tokenizer, model: Model) -> dict:
     """Eight requests on four slots of a real engine: for each step, what went through the model for whom."""
-    prompts = ("Once upon a time", STORY, "The cat", "It was raining and", STORY + " ball", "One day", "A bird", "Tom")
+    prompts = (
+        "Once upon a time",
+        STORY,
+        "A fox and a cat sat by the river. " * 2,
+        "It was raining and",
+        STORY + " ball",
+        "One day",
+        "A bird",
+        "Tom",
+    )
     arrivals = (0, 0, 3, 6, 8, 10, 18, 24)
     lengths = (24, 30, 14, 22, 12, 10, 16, 8)
     engine = Engine(model, n_slots=4, prefill_tokens=12)

@@ -63,8 +63,9 @@ def rotation(results: dict) -> Figure:
     figure, axes = _axes("rotary positions: the cosine of the angle by which a pair is turned")
     speeds = shape["radians_a_token"]
     for pair, colour in zip((1, 3, 6, len(speeds) - 1), (GREY, BLUE, ORANGE, "black"), strict=True):
-        axes.plot(positions, np.cos(speeds[pair] * positions), color=colour,
-                  linewidth=0.7 if pair < 3 else 1.6, label=f"pair {pair + 1}: {speeds[pair]:.2g} radians a token")  # fmt: skip
+        label = f"pair {pair + 1}: {speeds[pair]:.2g} radians a token"
+        width = 0.7 if pair < 3 else 1.6
+        axes.plot(positions, np.cos(speeds[pair] * positions), color=colour, linewidth=width, label=label)
     axes.set_xlabel("position in the context")
     axes.legend(loc="lower right", fontsize=8)
     return figure
@@ -160,6 +161,7 @@ def batches(results: dict) -> Figure:
         axes.annotate(f"{value:,.0f}", (size, value), (0, -13), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_ylim(rate.min() * 0.7)
     axes.set_xticks(sizes, sizes)
     axes.set_xlabel("batch size")
     axes.set_ylabel("tokens/s")
