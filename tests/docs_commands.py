@@ -33,7 +33,9 @@ TABLE = {
         "tests/test_service.py::test_the_load_is_spread_over_all_four_replicas"
     ),
     r"make (test|check)": "tests/test_docs_commands.py::test_every_make_command_is_one_that_make_can_carry_out",
-    r"make setup(-dev)?|pip install .*": "tests/test_cluster_configs.py::test_the_image_installs_by_the_makefile_s_line",
+    r"make setup(-dev)?|pip install .*": (
+        "tests/test_cluster_configs.py::test_the_image_installs_by_the_makefile_s_line"
+    ),
     r"make monitor": (
         "tests/test_monitoring.py::test_prometheus_evaluates_every_alert_and_the_service_is_not_called_down"
     ),
@@ -42,7 +44,9 @@ TABLE = {
         "tests/test_tls.py::test_the_command_line_asks_over_tls"
     ),
     r"(SOAK_S=\d+ )?make chaos": "tests/chaos/test_service_faults.py",
-    r"python -m loadtest.faults_page .*": "tests/test_faults_page.py::test_the_page_on_faults_is_that_of_the_committed_results",
+    r"python -m loadtest.faults_page .*": (
+        "tests/test_faults_page.py::test_the_page_on_faults_is_that_of_the_committed_results"
+    ),
     r"python -m loadtest(.stub_server| --server localhost:9100) .*|python -m loadtest.bare_server": (
         "tests/test_loadtest_command.py::test_a_sweep_becomes_json_csv_page_and_pictures"
     ),

@@ -82,6 +82,26 @@ def test_the_table_s_figures_are_those_of_the_committed_results() -> None:
         )
 
 
+def test_the_readme_s_other_figures_are_those_of_the_committed_results() -> None:
+    page = " ".join(Path("README.md").read_text(encoding="utf-8").split())
+    fresh, bench, peers = (
+        json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("fresh-clone", "bench", "peers")
+    )
+    serve, test = fresh["make_serve"], fresh["make_test"]
+    assert f"{serve['seconds_until_ready']} seconds and {serve['downloaded']['megabytes']} MB" in page
+    assert f"({test['downloaded']['megabytes']} MB more)" in page
+    rates = {row["batch"]: f"{row['tokens_per_s']:,.0f}" for row in bench["decode"]}
+    assert f"decodes {rates[1]} tokens/s for one sequence and {rates[16]} for sixteen at once" in page
+    ratios = {name: f"{ratio:.2f}" for name, ratio in peers["ratios"]["tinylm / best of the others"].items()}
+    assert f"{ratios['decode 1']} times as fast" in page
+    assert f"{ratios['decode 4']} times at 4, {ratios['decode 8']} at 8, {ratios['decode 16']} at 16" in page
+    assert f"{ratios['prefill 192']} times for the prompt" in page
+    evaluation = json.loads(Path("models/stories-8m/evaluation.json").read_text(encoding="utf-8"))
+    assert f"{evaluation['tokens_seen'] / 1e6:.1f} million tokens" in page
+    for name, score in evaluation["collections"].items():
+        assert f"| {name} | {score['bits_per_byte']:.4f} |" in page
+
+
 def test_the_model_card_s_figures_are_those_of_its_evaluation() -> None:
     directory = Path("models/stories-8m")
     card = (directory / "README.md").read_text(encoding="utf-8")
