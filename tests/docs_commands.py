@@ -142,7 +142,14 @@ def run(command: str | list[str], directory: Path) -> str:
     }
     shell = ["bash", "-euo", "pipefail", "-c", command] if isinstance(command, str) else command
     result = subprocess.run(
-        shell, cwd=directory, env=environment, capture_output=True, text=True, timeout=120, check=False
+        shell,
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,  # what asks for more gets none
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
     return result.stdout
