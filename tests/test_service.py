@@ -110,7 +110,7 @@ def test_what_the_docs_say_to_ask_a_service_is_answered(service: Service, tmp_pa
         if docs_commands.executed_by(command) is docs_commands.ON_A_SERVICE:
             text = here(command.text)
             if re.fullmatch(r"python -m loadtest( -.*)?", text):
-                text += f" --server {service.address} --duration 0.5 --warmup 0"
+                text += " --duration 0.5 --warmup 0" + ("" if "--server" in text else f" --server {service.address}")
             text = text.replace("before.json after.json", "load.json load.json")
             docs_commands.run(text, directory)
     for _, source in docs_commands.programs():
