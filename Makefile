@@ -11,7 +11,7 @@ STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve tls certificate monitor test chaos check format proto bench peers parts train train-demo clean
+.PHONY: help setup setup-dev serve tls certificate monitor test chaos check format proto bench peers parts pictures reference train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -66,6 +66,14 @@ peers: $(VENV)/peers ## Compare the engine with llama.cpp, ONNX Runtime and PyTo
 
 parts: $(VENV)/serving ## Where the time of a decode step goes; writes docs/results/parts.json
 	$(BIN)/python -m loadtest.parts --out docs/results/parts.json
+
+pictures: $(VENV)/development ## Measure, draw and write docs/how-it-works.md anew
+	$(BIN)/python -m docs.making.measure
+	$(BIN)/python -m docs.making.pictures
+	$(BIN)/python -m docs.making.page
+
+reference: $(VENV)/development ## Make docs/reference/ from the proto, the docstrings and the command line
+	$(BIN)/python -m docs.making.reference
 
 train: $(VENV)/development ## Prepare, tokenize, encode, train, evaluate and export (CONFIG=configs/train.yaml)
 	$(foreach stage,$(STAGES),$(BIN)/python -m train.$(stage) --config $(CONFIG) &&) true

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import docs_commands
 import fault_actions
 import grpc
 import pytest
@@ -88,6 +89,28 @@ def test_concurrent_clients_get_the_text_that_the_library_gives_whole_and_stream
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(ask, PROMPTS * 4))
+
+
+def test_what_the_docs_say_to_ask_a_service_is_answered(service: Service, tmp_path: Path) -> None:
+    """Commands and examples of README.md and docs/*.md that ask localhost; load tests with less time."""
+    if service.config.name != "serve.yaml":
+        pytest.skip("once is enough: clients can't tell the proxies apart")
+    directory = docs_commands.make_workplace(tmp_path)
+
+    def here(text: str) -> str:
+        text = text.replace("localhost:9000", service.address)
+        return text.replace("localhost:8000", f"localhost:{service.http_port}")
+
+    for command in docs_commands.commands():
+        if docs_commands.executed_by(command) is docs_commands.ON_A_SERVICE:
+            text = here(command.text)
+            if re.fullmatch(r"python -m loadtest( -.*)?", text):
+                text += " --duration 0.5 --warmup 0" + ("" if "--server" in text else f" --server {service.address}")
+            text = text.replace("before.json after.json", "load.json load.json")
+            docs_commands.run(text, directory)
+    for _, source in docs_commands.programs():
+        if docs_commands.needs_service(source):
+            assert docs_commands.run([sys.executable, "-c", here(source)], directory).strip()
 
 
 def test_sampled_text_follows_its_seed_and_settings(client: Client, stories: LLM) -> None:

@@ -1,0 +1,72 @@
+"""docs/how-it-works.md from its template, the committed results and the code itself.
+
+    python -m docs.making.page [--check]
+
+So every figure and every excerpt on the page is what stands in those files; `--check` fails when the page is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from docs.making.pictures import load_results
+
+TEMPLATE = Path("docs/making/how-it-works.md.j2")
+OUT = Path("docs/how-it-works.md")
+
+
+def excerpt(path: str, first: str, last: str, after: str = "") -> str:
+    """The lines of a file from one that begins with `first` to the next that begins with `last`, as a fenced block.
+
+    after: look behind the line that this stands in. Raises ValueError when the file has no such lines.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try:
+        start = next(i for i, line in enumerate(lines) if after in line)
+        begin = next(i for i in range(start, len(lines)) if lines[i].startswith(first))
+        end = next(i for i in range(begin, len(lines)) if lines[i].startswith(last))
+    except StopIteration:
+        raise ValueError(f"{path} has no lines from {first!r} to {last!r} after {after!r}") from None
+    return "```python\n" + textwrap.dedent("\n".join(lines[begin : end + 1])) + "\n```"
+
+
+def render() -> str:
+    results = load_results()
+    pictures, bench = results["pictures"], results["bench"]
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        pictures=pictures,
+        shape=pictures["shape"],
+        inside=pictures["inside"],
+        lens_last=[ranks[-1] for ranks in pictures["inside"]["lens"]["ranks"]],
+        cache=pictures["cache"],
+        weights=pictures["weights"],
+        line=pictures["timeline"],
+        bench=bench,
+        batch=lambda size: next(row for row in bench["decode"] if row["batch"] == size),
+        quantization=results["quantization"],
+        load=results["load-haproxy"],
+        code=excerpt,
+        n=lambda number: f"{number:,.0f}",
+        ms=lambda number: f"{number:.2f}",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m docs.making.page", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when the page is stale")
+    page = render()
+    if parser.parse_args().check:
+        stale = page != OUT.read_text(encoding="utf-8")
+        sys.exit(f"{OUT} is stale: make pictures, or python -m docs.making.page" if stale else 0)
+    OUT.write_text(page, encoding="utf-8")
+    print(f"wrote {OUT}")
+
+
+if __name__ == "__main__":
+    main()
