@@ -39,6 +39,8 @@ TABLE = {
     r"make monitor": (
         "tests/test_monitoring.py::test_prometheus_evaluates_every_alert_and_the_service_is_not_called_down"
     ),
+    r"tinylm (write|chat).*": "tests/test_terminal.py::test_the_transcript_of_the_page_is_what_happens",
+    r"tinylm --install-completion": "tests/test_terminal.py::test_the_script_for_each_shell_is_shown",
     r"make certificate": "tests/test_tls.py::test_the_certificate_s_key_is_for_its_owner_alone",
     r"make tls( TLS_CERT=server.pem)?|tinylm generate .*localhost:9443.*|kill -USR2": (
         "tests/test_tls.py::test_the_command_line_asks_over_tls"
