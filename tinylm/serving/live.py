@@ -10,9 +10,14 @@ import asyncio
 import time
 from typing import TypedDict
 
+from fastapi import APIRouter, Request
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.responses import JSONResponse, Response
 
+from tinylm.serving.calls import Call, Refused
+from tinylm.serving.openai_api import let_in
+from tinylm.serving.openai_errors import HEADERS, error_response
 from tinylm.serving.service import Service
 
 ANSWER_WITHIN_S = 2.0
@@ -36,6 +41,22 @@ class View(TypedDict):
     latency_bounds_s: list[float]  # upper bounds of the buckets
     replicas: list[ReplicaCounts]
     complete: bool  # False: not all replicas answered, and only those that did are there
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+    view = LiveView(service)
+
+    @router.get("/live")
+    async def live(request: Request) -> Response:
+        """For those who may ask for text; no line in the log for each look."""
+        try:
+            let_in(Call("GET /live"), request, service)
+        except Refused as error:
+            return error_response(401, error.details, HEADERS[401])
+        return JSONResponse(await view.look(), headers={"Cache-Control": "no-store"})
+
+    return router
 
 
 class LiveMethods:

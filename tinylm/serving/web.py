@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Awaitable, Callable
 from importlib import resources
 
-from starlette.requests import Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
-from starlette.routing import Route
+
+from tinylm.serving.service import Service
 
 CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
@@ -26,15 +27,15 @@ HEADERS = {
 }
 
 
-def page_routes() -> list[Route]:
-    """A route for each file, and `/` for index.html. The files are read here, once."""
-    routes = []
-    for file in sorted(resources.files("tinylm.web").iterdir(), key=lambda file: file.name):
-        suffix = f".{file.name.rpartition('.')[2]}"
-        if suffix in CONTENT_TYPES:
+def routes(service: Service) -> APIRouter:
+    """One for each file, and `/` for index.html. The files are read here, once; anybody may have them."""
+    router = APIRouter()
+    for file in resources.files("tinylm.web").iterdir():
+        content_type = CONTENT_TYPES.get(f".{file.name.rpartition('.')[2]}")
+        if content_type is not None:
             path = "/" if file.name == "index.html" else f"/{file.name}"
-            routes.append(Route(path, _answer(file.read_bytes(), CONTENT_TYPES[suffix])))
-    return routes
+            router.add_route(path, _answer(file.read_bytes(), content_type), methods=["GET"])
+    return router
 
 
 def _answer(content: bytes, content_type: str) -> Callable[[Request], Awaitable[Response]]:

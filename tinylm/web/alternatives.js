@@ -24,7 +24,8 @@ function row({ text, value, chosen }) {
   const share = Math.exp(value);
   const item = document.createElement("li");
   if (chosen) item.className = "chosen";
-  const word = Object.assign(document.createElement("span"), { className: "word", textContent: visible(text) });
+  const word = Object.assign(document.createElement("span"), { className: "word" });
+  word.append(...[...(text || "∅")].map(visible));
   const bar = Object.assign(document.createElement("span"), { className: "share" });
   bar.style.setProperty("--share", share);
   const number = Object.assign(document.createElement("span"), { className: "number", textContent: percent(share) });
@@ -32,9 +33,10 @@ function row({ text, value, chosen }) {
   return item;
 }
 
-/** Blanks and line ends made visible, since they are part of a token. */
-function visible(text) {
-  return text.replaceAll("\n", "↵").replaceAll(" ", "·") || "(end)";
+/** A blank or a line end as a faint sign, since it is part of a token; any other letter as it is. */
+function visible(letter) {
+  const sign = { " ": "␣", "\n": "↵" }[letter];
+  return sign ? Object.assign(document.createElement("span"), { className: "sign", textContent: sign }) : letter;
 }
 
 function percent(share) {

@@ -11,14 +11,13 @@ const ENDINGS = { stop: "the model", length: "the length", timeout: "the time li
 const NARROW = "(max-width: 60rem)"; // as in base.css
 const byId = (id) => document.getElementById(id);
 const [go, prompt, error, status] = ["go", "prompt", "error", "status"].map(byId);
-const model = { name: "" }; // as the live view has it
 let writing = null; // the AbortController of the story that is being written
 
 async function write() {
   error.hidden = true;
   let body;
   try {
-    body = { ...settings(), prompt: prompt.value, logprobs: LOGPROBS, model: model.name };
+    body = { ...settings(), prompt: prompt.value, logprobs: LOGPROBS };
   } catch (mistake) {
     return fail(mistake);
   }
@@ -59,27 +58,25 @@ function fail(mistake) {
   error.hidden = false;
 }
 
-/** Time to first token and tokens a second, as this browser sees them. */
+/** Time to the first token and tokens a second, both from the click on and as this browser sees them. */
 class Clock {
   #began = performance.now();
   #first = null;
   #last = null;
-  #with_first = 0; // tokens that came together with the first: no time of theirs was seen
   n_tokens = 0;
 
   tick(n_tokens) {
     if (!n_tokens) return;
-    this.#last = performance.now();
     this.n_tokens += n_tokens;
-    if (this.#first === null) [this.#first, this.#with_first] = [this.#last, n_tokens];
+    this.#last = performance.now();
+    this.#first ??= this.#last;
   }
 
   show(end = "–") {
-    const seconds = (this.#last - this.#first) / 1000;
-    const speed = (this.n_tokens - this.#with_first) / seconds;
+    const seconds = (this.#last - this.#began) / 1000;
     const texts = {
       first: this.#first === null ? "–" : `${Math.round(this.#first - this.#began)} ms`,
-      speed: seconds > 0 ? `${Math.round(speed).toLocaleString("en")} tokens/s` : "–",
+      speed: this.n_tokens ? `${Math.round(this.n_tokens / seconds).toLocaleString("en")} tokens/s` : "–",
       length: this.n_tokens ? `${this.n_tokens} tokens` : "–",
       end,
     };
@@ -89,13 +86,13 @@ class Clock {
 
 go.addEventListener("click", () => (writing ? stop() : write()));
 byId("writing").addEventListener("submit", (event) => event.preventDefault());
-byId("writing").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !writing) write();
-});
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape") return;
-  hideAlternatives();
-  stop();
+  if (document.querySelector("dialog[open]")) return;
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !writing) write();
+  if (event.key === "Escape") {
+    hideAlternatives();
+    stop();
+  }
 });
 for (const example of document.querySelectorAll(".examples button")) {
   example.addEventListener("click", () => {
@@ -108,7 +105,4 @@ showSettings(byId("settings").querySelector(".fields"));
 byId("defaults").addEventListener("click", resetSettings);
 byId("settings").open = !matchMedia(NARROW).matches;
 
-startLive(({ model: name }) => {
-  model.name = name;
-  byId("model").textContent = name;
-});
+startLive(({ model }) => (byId("model").textContent = model));

@@ -33,8 +33,6 @@ export function continueStory({ text, logprobs }) {
   }
 }
 
-export const storyText = () => letters.join("");
-
 function addToken(offset, logprob, top) {
   const element = document.createElement("span");
   element.className = "token";
@@ -75,9 +73,10 @@ place.addEventListener("focusin", (event) => {
 });
 place.addEventListener("focusout", hideAlternatives);
 place.addEventListener("keydown", (event) => {
-  const at = tokens.indexOf(tokenAt(event));
-  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tokens.length - 1 }[event.key];
-  if (at < 0 || to === undefined || !tokens[to]) return;
+  const shown = tokens.filter(({ element }) => element.textContent); // a part of a letter has no text of its own
+  const at = shown.indexOf(tokenAt(event));
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: shown.length - 1 }[event.key];
+  if (at < 0 || !shown[to]) return;
   event.preventDefault();
-  tokens[to].element.focus();
+  shown[to].element.focus();
 });
