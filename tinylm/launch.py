@@ -74,7 +74,7 @@ def launch(config: Path | None, wait_s: float) -> int:
             if not _wait_until_ready(server, address, wait_s):
                 return server.process.wait()
             print(
-                f"\nTinyLM is ready: gRPC on {address} ({config})\n"
+                f"\nTinyLM is ready: gRPC on {address}, HTTP on http://localhost:{http_port} ({config})\n"
                 f"  try it:     {_own_command()} generate 'Once upon a time' --server {address}\n"
                 f"  dashboard:  {server.dashboard}/#/serve\n"
                 f"  stop:       Ctrl-C (requests under way are finished; twice: at once)\n",

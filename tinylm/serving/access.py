@@ -1,26 +1,22 @@
 """Who may ask: callers with a key of the key file, or, where there is none, callers on this machine.
 
-Works on gRPC metadata. How keys are kept is `tinylm.serving.keys`' business.
+Knows callers by their address and by the key that they send, over whatever protocol. How keys are kept is
+`tinylm.serving.keys`' business.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import re
 import socket
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import unquote
 
 import grpc
 from ray import serve
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
-from ray.serve.grpc_util import RayServegRPCContext
 
 from tinylm.serving.calls import Refused
 from tinylm.serving.keys import KeyFile
-
-_PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+")
 
 
 class Access:
@@ -40,19 +36,21 @@ class Access:
                     "set api_keys in the application's args, or allow_anonymous: true"
                 )
 
-    def check(self, context: RayServegRPCContext) -> str | None:
-        """The name of the caller's key, None without keys; raises Refused."""
+    def check(self, address: str | None, authorization: str | None) -> str | None:
+        """The name of the caller's key, None without keys; raises Refused.
+
+        address: the caller's IP address, None for one that has none and so is on this machine.
+        authorization: what it sent under that name, "Bearer KEY".
+        """
         if self._open:
             return None
         if self._keys is None:
-            peer = _PEER.fullmatch(unquote(context.peer() or ""))
-            if peer is None or is_local(peer["address"]):
+            if address is None or is_local(address):
                 return None
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, "without API keys, only callers on this machine are served")
-        given = dict(context.invocation_metadata()).get("authorization")
-        if given is None:
-            raise Refused(grpc.StatusCode.UNAUTHENTICATED, "no API key: send the metadata 'authorization: Bearer KEY'")
-        scheme, _, key = given.partition(" ") if isinstance(given, str) else ("", "", "")
+        if authorization is None:
+            raise Refused(grpc.StatusCode.UNAUTHENTICATED, "no API key: send 'authorization: Bearer KEY'")
+        scheme, _, key = authorization.partition(" ")
         name = self._keys.name_of(key) if scheme.lower() == "bearer" else None
         if name is None:
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, "the API key is not valid")

@@ -1,6 +1,6 @@
 """A call from its arrival to its end: which status it gets, and the one line that the log keeps of it.
 
-What is counted of it is `tinylm.serving.metrics`' business.
+Statuses are gRPC's, whichever protocol a call came over. What is counted of it is `tinylm.serving.metrics`' business.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from ray.serve.grpc_util import RayServegRPCContext
 
 from tinylm.async_engine import EngineDied
 from tinylm.completion import Completion
 from tinylm.engine import EngineFull, Sequence
 
 logger = logging.getLogger("ray.serve")
+_ENDINGS = ("stop", "length", "timeout")  # the later say more of a call with several answers
 
 
 class Refused(Exception):
@@ -30,6 +30,32 @@ class Refused(Exception):
         super().__init__(details)
         self.code, self.details = code, details
 
+    @classmethod
+    def timeout(cls, timeout_ms: int, n_tokens: int) -> Refused:
+        """Of an answer that was to be whole, and had so many tokens when its time was over."""
+        return cls(
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            f"timeout_ms is {timeout_ms}: it was over after {n_tokens} tokens of the answer",
+        )
+
+
+@dataclass(slots=True)
+class Answer:
+    """One text that a call asked for, from the moment the engine took it."""
+
+    sequence: Sequence
+    completion: Completion | None = None  # once it has ended
+    index: int = 0  # among the answers to the same prompt, which is counted once
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        return len(self.sequence.prompt) if self.index == 0 else 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the answer, or of what there was of it."""
+        return len(self.sequence.tokens if self.completion is None else self.completion.token_ids)
+
 
 @dataclass(slots=True)
 class Call:
@@ -38,40 +64,48 @@ class Call:
     method: str
     key: str | None = None  # the name of the API key that it came with
     prompt: str | None = None  # only where the service may log prompts
-    sequence: Sequence | None = None  # of the engine, once it was admitted
-    completion: Completion | None = None  # once it has ended
+    answers: list[Answer] = field(default_factory=list)  # those that the engine took; over gRPC there is one
+    n_expected: int = 1  # answers that it asked for
     status: grpc.StatusCode = grpc.StatusCode.OK
     details: str = ""
+    error: Exception | None = None  # what ended it, if anything did
     began_at: float = field(default_factory=time.monotonic)
 
     @property
-    def finish_reason(self) -> str | None:
-        """How the answer ended: 'cancelled' if its client left, 'error' if a fault did it; None if none had begun."""
-        if self.completion is not None:
-            return self.completion.finish_reason
-        if self.sequence is None:
-            return None
-        return "cancelled" if self.status is grpc.StatusCode.CANCELLED else "error"
+    def completions(self) -> list[Completion]:
+        return [answer.completion for answer in self.answers if answer.completion is not None]
 
     @property
-    def n_tokens(self) -> int:
-        """Tokens of the answer, or of what there was of it."""
-        if self.completion is not None:
-            return len(self.completion.token_ids)
-        return 0 if self.sequence is None else len(self.sequence.tokens)
+    def finish_reason(self) -> str | None:
+        """How it ended: 'cancelled' if its client left, 'error' if a fault did it; None if no answer had begun.
+
+        Of several answers, the ending that says most: 'timeout' before 'length' before 'stop'.
+        """
+        if not self.answers:
+            return None
+        completions = self.completions
+        if len(completions) < self.n_expected:
+            return "cancelled" if self.status is grpc.StatusCode.CANCELLED else "error"
+        return max((completion.finish_reason for completion in completions), key=_ENDINGS.index)
+
+    def reason_of(self, answer: Answer) -> str:
+        """How one of its answers ended."""
+        if answer.completion is not None:
+            return answer.completion.finish_reason
+        return "cancelled" if self.status is grpc.StatusCode.CANCELLED else "error"
 
     def log_fields(self) -> dict[str, Any]:
         """The line of the log: no key, and no prompt unless it was set."""
         fields: dict[str, Any] = {"method": self.method, "status": self.status.name}
         if self.key is not None:
             fields["api_key_name"] = self.key
-        if self.sequence is not None:
+        if self.answers:
             fields["finish_reason"] = self.finish_reason
-            fields["prompt_tokens"] = len(self.sequence.prompt)
-            fields["completion_tokens"] = self.n_tokens
-        if self.completion is not None:
-            fields["queue_ms"] = round(self.completion.queue_s * 1000, 2)
-            fields["first_token_ms"] = round(self.completion.first_token_s * 1000, 2)
+            fields["prompt_tokens"] = sum(answer.n_prompt_tokens for answer in self.answers)
+            fields["completion_tokens"] = sum(answer.n_tokens for answer in self.answers)
+        if completions := self.completions:
+            fields["queue_ms"] = round(min(completion.queue_s for completion in completions) * 1000, 2)
+            fields["first_token_ms"] = round(min(completion.first_token_s for completion in completions) * 1000, 2)
         if self.prompt is not None:
             fields["prompt"] = self.prompt
         if self.details:
@@ -81,10 +115,10 @@ class Call:
 
 
 @contextmanager
-def answering(method: str, context: RayServegRPCContext, on_end: Callable[[Call], None]) -> Iterator[Call]:
+def answering(method: str, on_end: Callable[[Call], None]) -> Iterator[Call]:
     """Around the work of a call: an error inside becomes its status; its end is logged, and told to `on_end`.
 
-    An exception that left the method would reach the client as INTERNAL with a traceback.
+    The error goes no further: after the block, whoever speaks the protocol tells the client `status` and `details`.
     """
     call = Call(method)
     try:
@@ -93,9 +127,8 @@ def answering(method: str, context: RayServegRPCContext, on_end: Callable[[Call]
         call.status = grpc.StatusCode.CANCELLED
         raise
     except Exception as error:
+        call.error = error
         call.status, call.details = status_of(error)
-        context.set_code(call.status)
-        context.set_details(call.details)
     finally:
         logger.info("%s %s", method, call.status.name, extra=call.log_fields())
         on_end(call)

@@ -26,7 +26,7 @@ logger = logging.getLogger("ray.serve")
 
 EXPORT_EVERY_S = 1.0
 PREFIX = "tinylm_"
-METHODS = ("Generate", "GenerateStream")  # their calls are the requests that are counted
+METHODS = ("Generate", "GenerateStream", "POST /v1/completions")  # their calls are the requests that are counted
 # An answer of 64 tokens takes 20 to 100 ms, its first token a few; what is beyond 10 s is a fault, however far.
 REQUEST_BOUNDS_S = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10,
@@ -56,15 +56,15 @@ METRICS = (
         "requests",
         "counter",
         "requests",
-        "calls of Generate and GenerateStream that reached a replica, counted when they end: the sum of "
-        "request_success, requests_cancelled and requests_refused",
+        "calls of Generate, GenerateStream and /v1/completions that reached a replica, counted when they end: the sum "
+        "of request_success, requests_cancelled and requests_refused",
     ),
     Metric(
         "request_success",
         "counter",
         "requests",
         "answers, by how they ended: the model or a stop string (stop), max_tokens or the context (length), timeout_ms "
-        "(timeout, which a unary call hears of as DEADLINE_EXCEEDED)",
+        "(timeout, which a unary call hears of as DEADLINE_EXCEEDED); a call with several answers counts once",
         "finished_reason",
         ("stop", "length", "timeout"),
     ),
@@ -198,32 +198,30 @@ class ServiceMetrics:
         if call.method not in METHODS:
             return
         self._add("requests")
-        if call.completion is not None:  # whatever came after it: a consumer may leave once it has the last message
-            self._add("request_success", call.completion.finish_reason)
+        reason = call.finish_reason
+        if len(call.completions) == call.n_expected and reason is not None:
+            self._add("request_success", reason)  # whatever came after: a client may leave once it has the last message
         elif call.status is grpc.StatusCode.CANCELLED:
             self._add("requests_cancelled")
         else:
             self._add("requests_refused", call.status.name)
-        self._count_tokens(call)
+        for answer in call.answers:
+            self._add("prompt_tokens", call.reason_of(answer), answer.n_prompt_tokens)
+            self._add("generation_tokens", call.reason_of(answer), answer.n_tokens)
         self._observe_times(call)
 
-    def _count_tokens(self, call: Call) -> None:
-        reason = call.finish_reason
-        if call.sequence is not None and reason is not None:
-            self._add("prompt_tokens", reason, len(call.sequence.prompt))
-            self._add("generation_tokens", reason, call.n_tokens)
-
     def _observe_times(self, call: Call) -> None:
-        """Times count from the call's arrival, of which the engine does not know."""
-        sequence, completion = call.sequence, call.completion
-        if sequence is not None and sequence.first_token_at is not None:
-            self._observe("time_to_first_token_seconds", sequence.first_token_at - call.began_at)
-        if sequence is not None and completion is not None:
-            ended_at = sequence.submitted_at + completion.total_s
-            self._observe("e2e_request_latency_seconds", ended_at - call.began_at)
-        if completion is not None or call.status is grpc.StatusCode.CANCELLED:
-            admitted_at = sequence and sequence.admitted_at
-            self._observe("request_queue_time_seconds", (admitted_at or time.monotonic()) - call.began_at)
+        """Times count from the call's arrival, of which the engine does not know; of several answers, in all."""
+        first_tokens = [a.sequence.first_token_at for a in call.answers if a.sequence.first_token_at is not None]
+        if first_tokens:
+            self._observe("time_to_first_token_seconds", min(first_tokens) - call.began_at)
+        is_answered = len(call.completions) == call.n_expected
+        if is_answered:
+            ends = [a.sequence.submitted_at + a.completion.total_s for a in call.answers if a.completion is not None]
+            self._observe("e2e_request_latency_seconds", max(ends) - call.began_at)
+        if is_answered or call.status is grpc.StatusCode.CANCELLED:
+            admitted = [a.sequence.admitted_at for a in call.answers if a.sequence.admitted_at is not None]
+            self._observe("request_queue_time_seconds", min(admitted, default=time.monotonic()) - call.began_at)
 
     def _add(self, name: str, value: str = "", amount: int = 1) -> None:
         self._counts[name, value] = self._counts.get((name, value), 0) + amount

@@ -1,0 +1,146 @@
+"""The methods of `tinylm.v1.TinyLM` on a Serve deployment: a service's answers as protobuf messages and gRPC statuses.
+
+An exception that left a method would reach the client as INTERNAL with a traceback; none does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from urllib.parse import unquote
+
+from google.protobuf.message import Message
+from ray.serve.grpc_util import RayServegRPCContext
+
+import tinylm
+from tinylm.completion import Completion
+from tinylm.sampling import TokenLogprobs
+from tinylm.serving.calls import Call, Refused
+from tinylm.serving.grpc_service import Unparsable
+from tinylm.serving.service import Service, check_size
+from tinylm.tokenizer import Tokenizer
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.wire import FINISH_REASONS, params_from_request
+
+_PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+")
+
+
+class GrpcMethods:
+    """For a deployment to inherit."""
+
+    service: Service
+
+    async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
+        service = self.service
+        with self.service.answering("Generate") as call:
+            self._let_in(call, request, grpc_context)
+            timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
+            deltas = service.generate(request.prompt, params_from_request(request), timeout_s, call)
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    if (completion := delta.completion) is None:
+                        continue
+                    if completion.finish_reason == "timeout":
+                        raise Refused.timeout(request.timeout_ms, len(completion.token_ids))
+                    return pb.GenerateResponse(
+                        text=completion.text,
+                        logprobs=_logprobs(completion.token_ids, completion.logprobs or [], service.tokenizer),
+                        **_ending(completion, service.replica),
+                    )
+        _refuse(call, grpc_context)
+        return pb.GenerateResponse()
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        service = self.service
+        with self.service.answering("GenerateStream") as call:
+            self._let_in(call, request, grpc_context)
+            timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
+            deltas = service.generate(request.prompt, params_from_request(request), timeout_s, call)
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    ending = {} if delta.completion is None else _ending(delta.completion, service.replica)
+                    if delta.text or delta.logprobs or ending:
+                        logprobs = _logprobs(delta.tokens, delta.logprobs, service.tokenizer)
+                        yield pb.GenerateStreamResponse(text=delta.text, logprobs=logprobs, **ending)
+        if call.error is not None:
+            _refuse(call, grpc_context)
+            yield pb.GenerateStreamResponse()  # the Python proxy takes the status from a message alone
+
+    async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext) -> pb.TokenizeResponse:
+        with self.service.answering("Tokenize") as call:
+            self._let_in(call, request, grpc_context)
+            check_size("text", request.text)
+            pieces = self.service.tokenizer.piece_bytes
+            ids = self.service.tokenizer.encode(request.text)
+            return pb.TokenizeResponse(tokens=[pb.Token(id=token, bytes=pieces[token]) for token in ids])
+        _refuse(call, grpc_context)
+        return pb.TokenizeResponse()
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, grpc_context: RayServegRPCContext
+    ) -> pb.GetModelInfoResponse:
+        service = self.service
+        with self.service.answering("GetModelInfo") as call:
+            self._let_in(call, request, grpc_context)
+            config = service.config
+            return pb.GetModelInfoResponse(
+                name=service.name,
+                parameters=config.n_parameters,
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                layers=config.n_layers,
+                heads=config.n_heads,
+                context=config.context,
+                weights=service.weights,
+                arithmetic=service.arithmetic,
+                slots=service.args.slots,
+                replica=service.replica,
+                version=tinylm.__version__,
+            )
+        _refuse(call, grpc_context)
+        return pb.GetModelInfoResponse()
+
+    def _let_in(self, call: Call, request: Message | Unparsable, context: RayServegRPCContext) -> None:
+        """Raises Refused for a caller who may not ask, ValueError for a request that is none."""
+        peer = _PEER.fullmatch(unquote(context.peer() or ""))
+        authorization = dict(context.invocation_metadata()).get("authorization")
+        call.key = self.service.access.check(
+            peer and peer["address"], authorization if isinstance(authorization, str) else None
+        )
+        if isinstance(request, Unparsable):
+            raise ValueError(request.reason)
+
+
+def _refuse(call: Call, context: RayServegRPCContext) -> None:
+    """Tell the client how its call ended; the message that goes with it is empty."""
+    context.set_code(call.status)
+    context.set_details(call.details)
+
+
+def _ending(completion: Completion, replica: str) -> dict:
+    """The fields that both kinds of answer end with."""
+    return {
+        "finish_reason": FINISH_REASONS[completion.finish_reason],
+        "usage": pb.Usage(prompt_tokens=completion.n_prompt_tokens, completion_tokens=len(completion.token_ids)),
+        "timings": pb.Timings(
+            queue_ms=completion.queue_s * 1000,
+            first_token_ms=completion.first_token_s * 1000,
+            total_ms=completion.total_s * 1000,
+        ),
+        "replica": replica,
+    }
+
+
+def _logprobs(tokens: list[int], logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> list[pb.TokenLogprob]:
+    return [
+        pb.TokenLogprob(
+            token=token,
+            text=tokenizer.decode([token]),
+            logprob=entry.logprob,
+            top=[pb.TokenLogprob(token=t, text=tokenizer.decode([t]), logprob=p) for t, p in entry.top],
+        )
+        for token, entry in zip(tokens, logprobs, strict=False)  # none unless asked for
+    ]

@@ -1,0 +1,47 @@
+"""Errors in the form that OpenAI's API gives them, and the HTTP status that belongs to a call's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+from starlette.responses import JSONResponse
+
+from tinylm.serving.calls import Call
+from tinylm.serving.openai_request import TooLarge, is_field
+
+Code = grpc.StatusCode
+# HTTP status, and what OpenAI calls it: type, code.
+STATUSES: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
+    Code.INVALID_ARGUMENT: (400, "invalid_request_error", None),
+    Code.UNAUTHENTICATED: (401, "invalid_request_error", "invalid_api_key"),
+    Code.NOT_FOUND: (404, "invalid_request_error", "model_not_found"),
+    Code.RESOURCE_EXHAUSTED: (429, "requests", "rate_limit_exceeded"),
+    Code.INTERNAL: (500, "server_error", None),
+    Code.UNAVAILABLE: (503, "server_error", "service_unavailable"),
+    Code.DEADLINE_EXCEEDED: (504, "server_error", "timeout"),
+}
+HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "1"}}
+
+
+def error_of(call: Call) -> tuple[int, dict[str, Any]]:
+    """The HTTP status and the body for a call that was refused or failed."""
+    status, kind, code = STATUSES.get(call.status, STATUSES[Code.INTERNAL])
+    if isinstance(call.error, TooLarge):
+        status, code = 413, "request_too_large"
+    word = call.details.partition(" ")[0]  # errors of a field begin with its name
+    param = word if status in (400, 404) and is_field(word) else None
+    return status, {"error": {"message": call.details, "type": kind, "param": param, "code": code}}
+
+
+def refused(call: Call) -> JSONResponse:
+    """The answer to a call that was refused, or failed before its first text."""
+    status, body = error_of(call)
+    return JSONResponse(body, status, HEADERS.get(status))
+
+
+def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error that no call stands behind."""
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+    return JSONResponse(body, status, headers)

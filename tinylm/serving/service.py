@@ -1,0 +1,126 @@
+"""What a replica does, whoever asks it over whatever protocol: lets callers in, generates, writes down and counts.
+
+`tinylm.serving.grpc_methods` and `tinylm.serving.openai_api` stand on it, each with its own messages; neither they nor
+the protocols they speak are known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractContextManager, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+
+from tinylm.async_engine import AsyncEngine, EngineDied
+from tinylm.completion import Completion, CompletionBuilder
+from tinylm.engine import Engine
+from tinylm.kernels import KernelName, Precision
+from tinylm.llm import load
+from tinylm.sampling import SamplingParams, TokenLogprobs
+from tinylm.serving.access import Access
+from tinylm.serving.calls import Answer, Call, answering
+from tinylm.serving.metrics import ServiceMetrics
+
+MAX_TEXT_BYTES = 64 * 1024  # of a prompt or a text to tokenize; far more than the context holds
+
+
+class AppArgs(BaseModel):
+    """What `args` in the Serve config may say."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Path = Path("models/stories-8m")  # a model directory, from the directory that Serve was started in
+    slots: int = Field(default=16, ge=1, le=1024)  # requests decoded together
+    max_waiting: int = Field(default=64, ge=0)  # requests queued behind them; more are refused
+    prefill_tokens: int = Field(default=64, ge=1)  # prompt tokens a step takes while others decode
+    kernels: KernelName = "auto"  # compiled ones where they can be, else NumPy
+    precision: Precision = "auto"  # of activations and KV cache: int8, float32
+    blas_threads: int = Field(default=1, ge=1)  # of one replica, for the numpy kernels
+    stalled_s: float = Field(default=10.0, gt=0)  # a step that takes longer gets the replica replaced
+    api_keys: Path | None = None  # the key file (`tinylm key`); without one, callers on this machine alone are served
+    allow_anonymous: bool = False  # without a key file: serve callers from anywhere
+    log_prompts: bool = False  # write prompts into the log
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What an answer has gained; joined, the texts are the answer."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]  # one a token, if asked for
+    completion: Completion | None  # with the last
+
+
+class Service:
+    """An engine with its own weights in memory and its own KV cache, and all that stands between it and a caller."""
+
+    def __init__(self, args: AppArgs) -> None:
+        """Inside the replica's running event loop. Raises ValueError for what can't be served as `args` says."""
+        self.args = args
+        self.access = Access(args.api_keys, args.allow_anonymous)
+        self.tokenizer, model = load(args.model, args.kernels, args.precision)
+        self.config, self.weights, self.arithmetic = model.config, model.weight_type, model.arithmetic
+        self.name = args.model.name
+        self.replica: str = serve.get_replica_context().replica_id.unique_id
+        engine = Engine(model, args.slots, args.max_waiting, args.prefill_tokens)
+        self.engine = AsyncEngine(engine, args.blas_threads)
+        self.metrics = ServiceMetrics(engine)
+
+    def check_health(self) -> None:
+        """Raises EngineDied when the engine died or stalled: the replica must be replaced."""
+        self.engine.check(self.args.stalled_s)
+
+    def is_healthy(self) -> bool:
+        try:
+            self.check_health()
+        except EngineDied:
+            return False
+        return True
+
+    def answering(self, method: str) -> AbstractContextManager[Call]:
+        """Around a call's work, an error in which becomes the call's status; it is logged and counted when it ends."""
+        return answering(method, self.metrics.count)
+
+    async def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams, timeout_s: float | None, call: Call, index: int = 0
+    ) -> AsyncGenerator[Delta, None]:
+        """An answer as it becomes certain. `index` is its place among the answers of `call` to the same prompt.
+
+        prompt: a text, or its token ids with or without the boundary before them. Raises ValueError for a prompt
+        that can't be answered, EngineFull, EngineDied. Closing the generator frees the slot.
+        """
+        ids = self._ids(prompt)
+        if self.args.log_prompts:
+            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+            call.prompt = text if call.prompt is None or index > 0 else f"{call.prompt}\n{text}"
+        answer: Answer | None = None
+        async with aclosing(self.engine.generate(ids, params, timeout_s)) as updates:
+            async for sequence in updates:
+                if answer is None:
+                    builder, answer = CompletionBuilder(sequence, self.tokenizer), Answer(sequence, index=index)
+                    call.answers.append(answer)
+                before = builder.n_taken
+                text = builder.take()
+                new = slice(before, builder.n_taken)
+                answer.completion = builder.completion
+                yield Delta(text, sequence.tokens[new], sequence.logprobs[new], builder.completion)
+                if builder.completion is not None:
+                    return
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            check_size("prompt", prompt)
+            return self.tokenizer.encode_document(prompt)
+        boundary = self.tokenizer.boundary_id
+        return list(prompt) if prompt and prompt[0] == boundary else [boundary, *prompt]
+
+
+def check_size(field: str, text: str) -> None:
+    """Raises ValueError for a text that is longer than any that could be answered."""
+    size = len(text.encode())
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(f"{field} has {size} bytes: it must have at most {MAX_TEXT_BYTES}")
