@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from kernel_fixtures import quantized
+from service_fixtures import running_service
 from threadpoolctl import ThreadpoolController
 
 from tinylm import LLM, ModelConfig, SamplingParams
@@ -45,6 +46,13 @@ def tokenizer(stories_dir):
 def stories(stories_dir):
     """The committed model, whatever its weights are today."""
     return LLM(stories_dir)
+
+
+@pytest.fixture(scope="session", params=["serve.yaml", "serve-python-proxy.yaml"])
+def service(request, tmp_path_factory):
+    """A committed config, running. Pytest orders tests by the parameter, so that each is started once for all files."""
+    with running_service(ROOT / "configs" / request.param, tmp_path_factory.mktemp("service")) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import fault_actions
 import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from service_fixtures import PLAIN_PATH, Service, running_service
+from service_fixtures import PLAIN_PATH, Service
 from tls_fixtures import make_certificate, tls_front
 
 from loadtest.faults import FaultLoad, account
@@ -29,12 +29,6 @@ SPREAD_LIMIT_S = 30
 HEAL_LIMIT_S = 60
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
 PROMPTS = ["Once upon a time", "The little dog", '"Hello," said the bear.', "", "It was raining, and Tom was sad."]
-
-
-@pytest.fixture(scope="module", params=["serve.yaml", "serve-python-proxy.yaml"])
-def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running_service(Path("configs") / request.param, tmp_path_factory.mktemp("service")) as service:
-        yield service
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What the whole service does right now, as counters of each replica: `GET /live`, which the web page draws.
 
-A replica that is asked asks all of them through Serve, itself included, so nothing is done while nobody looks. Rates are
+A replica that is asked asks all of them through Serve, itself included: nothing is done while nobody looks. Rates are
 made by who looks twice. Prometheus' metrics are `tinylm.serving.metrics`' business.
 """
 

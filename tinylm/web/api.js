@@ -4,8 +4,8 @@ import { askForKey, key } from "./key.js";
 
 export class ServiceError extends Error {}
 
-/** The response to a request that succeeded; asks for a key where the service wants one. Throws ServiceError. */
-async function request(path, options = {}) {
+/** The response to a request that succeeded. Throws ServiceError. Where the service wants a key, `ask` for one. */
+async function request(path, options = {}, ask = true) {
   for (;;) {
     const headers = { ...options.headers };
     if (key()) headers.Authorization = `Bearer ${key()}`;
@@ -18,7 +18,7 @@ async function request(path, options = {}) {
     }
     if (response.ok) return response;
     const reason = await errorOf(response);
-    if (response.status !== 401 || !(await askForKey(reason, options.signal))) throw new ServiceError(reason);
+    if (response.status !== 401 || !ask || !(await askForKey(reason))) throw new ServiceError(reason);
   }
 }
 
@@ -31,8 +31,8 @@ async function errorOf(response) {
 }
 
 /** The JSON at a path. */
-export async function get(path) {
-  return (await request(path)).json();
+export async function get(path, ask) {
+  return (await request(path, {}, ask)).json();
 }
 
 /** Chunks of `/v1/completions`, as OpenAI's API defines them. Aborting `signal` ends the request on the server too. */

@@ -20,14 +20,16 @@ const lines = Object.fromEntries(FIGURES.map(({ name }) => [name, []]));
 
 /** Look from now on. `onFirst` is told the first answer. */
 export async function startLive(onFirst) {
+  let ask = true; // for a key, should the service want one; but not every second
   for (;;) {
     try {
       if (!document.hidden) {
-        const look = { ...(await get("live")), at: performance.now() };
+        const look = { ...(await get("live", ask)), at: performance.now() };
         if (!looks.length) onFirst(look);
         take(look);
       }
     } catch (error) {
+      ask = false;
       byId("live-state").textContent = error.message;
     }
     await new Promise((resolve) => setTimeout(resolve, EVERY_MS));
