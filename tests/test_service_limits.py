@@ -15,7 +15,9 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from browser_fixtures import chromium, visit
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from playwright.sync_api import expect
 from service_fixtures import Service, running_service
 
 from tinylm import LLM, SamplingParams
@@ -214,3 +216,42 @@ def test_a_service_that_is_told_to_end_finishes_what_it_has_begun(
     assert completion.n_tokens == full_length
     assert [message.status for message in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
     assert launcher.wait(GIVE_UP_S) in (0, None)
+
+
+def test_the_web_page_asks_for_the_key_streams_and_stops(
+    service: Service, client: Client, secret: tuple[str, str], full_length: int
+) -> None:
+    url = f"http://localhost:{service.http_port}/"
+    with chromium() as browser, visit(browser, url, expected_errors="401") as page:
+        dialog, go, tokens = page.get_by_role("dialog"), page.locator("#go"), page.locator("#story .token")
+        running = page.locator("[data-name=running] strong")
+        expect(dialog).to_contain_text("no API key")
+        page.keyboard.press("Escape")
+        expect(page.locator("#live-state")).to_contain_text("no API key")
+
+        page.get_by_label("Begin a story").fill(PROMPT)
+        page.get_by_label("Length", exact=True).fill(str(LONG.max_tokens))
+        page.get_by_label("Temperature", exact=True).fill("0")
+        go.click()
+        page.get_by_label("API key").fill("nonsense")
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("not valid")
+        page.get_by_label("API key").fill(secret[0])
+        page.keyboard.press("Enter")
+        expect(dialog).to_be_hidden()
+
+        expect(go).to_have_text("Stop")
+        expect(tokens.nth(2)).to_be_visible()
+        n_early = tokens.count()
+        expect(tokens.nth(n_early + 2)).to_be_visible()  # it grew meanwhile
+        expect(running).to_have_text("1")
+        page.keyboard.press("Escape")
+        expect(go).to_have_text("Write")
+        expect(page.locator("#timing")).to_contain_text("you")
+        n_left = tokens.count()
+        assert n_early < n_left < full_length
+        expect(running).to_have_text("0")  # the slot is free
+        assert tokens.count() == n_left
+
+        assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+        assert page.evaluate("Object.values({ ...sessionStorage })") == [secret[0]]

@@ -227,8 +227,8 @@ def test_files_are_named_by_type_kept_by_etag_and_may_ask_nobody_else(url: str) 
         assert ask(url + path)[0] == 404
 
 
-def test_the_pictures_of_the_docs_can_be_taken(url: str, tmp_path: Path) -> None:
-    for path in take(url, tmp_path, load_s=1):
+def test_the_pictures_of_the_docs_can_be_taken(browser: Browser, url: str, tmp_path: Path) -> None:
+    for path in take(browser, url, tmp_path, load_s=1):
         size, scale = SIZES[path.stem]
         assert Image.open(path).width == size["width"] * scale
         assert path.stat().st_size < 200_000

@@ -22,14 +22,13 @@ SIZES = {"web-desktop": (DESKTOP, 1.5), "web-phone": (PHONE, 2)}  # px of the st
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def take(url: str, directory: Path, load_s: float) -> list[Path]:
+def take(browser: Browser, url: str, directory: Path, load_s: float) -> list[Path]:
     """A picture of each size, after `load_s` seconds of load."""
     paths = []
-    with chromium() as browser:
-        for name, (size, scale) in SIZES.items():
-            path = directory / f"{name}.png"
-            path.write_bytes(_compressed(_picture(browser, url, size, scale, load_s)))
-            paths.append(path)
+    for name, (size, scale) in SIZES.items():
+        path = directory / f"{name}.png"
+        path.write_bytes(_compressed(_picture(browser, url, size, scale, load_s)))
+        paths.append(path)
     return paths
 
 
@@ -75,5 +74,6 @@ if __name__ == "__main__":
     parser.add_argument("directory", type=Path, help="where the pictures go")
     parser.add_argument("--load-s", type=float, default=62.0, help="seconds of load before each picture")
     arguments = parser.parse_args()
-    for written in take(arguments.url, arguments.directory, arguments.load_s):
-        print(f"{written} ({written.stat().st_size // 1024} kB)")
+    with chromium() as chosen:
+        for written in take(chosen, arguments.url, arguments.directory, arguments.load_s):
+            print(f"{written} ({written.stat().st_size // 1024} kB)")
