@@ -1,15 +1,16 @@
-"""What the tests share: the committed model, a small random one, and one BLAS thread for all of them."""
+"""What the tests share: the committed model, a small random one, a running service, one BLAS thread for all of them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from kernel_fixtures import quantized
-from service_fixtures import running_service
+from service_fixtures import Service, running_service
 from threadpoolctl import ThreadpoolController
 
 from tinylm import LLM, ModelConfig, SamplingParams
@@ -32,6 +33,19 @@ def one_blas_thread():
         yield
 
 
+@pytest.fixture(scope="session", params=["serve.yaml", "serve-python-proxy.yaml"])
+def shared_service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The committed configs as a user starts them, each once for all tests that leave them as they were."""
+    with running_service(Path("configs") / request.param, tmp_path_factory.mktemp("service")) as service:
+        yield service
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the shared services come last: one that is up takes memory and time from all others."""
+    items.sort(key=lambda item: "shared_service" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def stories_dir():
     return ROOT / "models" / "stories-8m"
@@ -46,13 +60,6 @@ def tokenizer(stories_dir):
 def stories(stories_dir):
     """The committed model, whatever its weights are today."""
     return LLM(stories_dir)
-
-
-@pytest.fixture(scope="session", params=["serve.yaml", "serve-python-proxy.yaml"])
-def service(request, tmp_path_factory):
-    """A committed config, running. Pytest orders tests by the parameter, so that each is started once for all files."""
-    with running_service(ROOT / "configs" / request.param, tmp_path_factory.mktemp("service")) as service:
-        yield service
 
 
 @pytest.fixture(scope="session")

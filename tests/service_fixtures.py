@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import yaml
 from marked import Mark
 from ports import free_ports
@@ -80,6 +81,18 @@ class Service:
             assert waited_s < limit_s, f"not healthy within {limit_s:.0f} s: {self.replicas()}"
             time.sleep(0.1)
         return time.perf_counter() - began_at
+
+    def call_lines(self) -> list[dict]:
+        """What the replicas that run now have written down of their calls, as `request_id`, `method`, `status`, ..."""
+        lines = []
+        for pid in self.replicas().values():
+            for path in {file.path for file in psutil.Process(pid).open_files() if "/replica_tinylm" in file.path}:
+                lines += [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        return [line for line in lines if "status" in line and "total_ms" in line]
+
+    @property
+    def url(self) -> str:
+        return f"http://localhost:{self.http_port}"
 
     def status(self) -> str:
         return self._application().get("status", "unknown")

@@ -32,6 +32,11 @@ PROMPTS = ["Once upon a time", "The little dog", '"Hello," said the bear.', "", 
 
 
 @pytest.fixture
+def service(shared_service: Service) -> Service:
+    return shared_service
+
+
+@pytest.fixture
 def client(service: Service) -> Iterator[Client]:
     with Client(service.address, retries=0) as client:
         yield client

@@ -221,7 +221,7 @@ def test_a_service_that_is_told_to_end_finishes_what_it_has_begun(
 def test_the_web_page_asks_for_the_key_streams_and_stops(
     service: Service, client: Client, secret: tuple[str, str], full_length: int
 ) -> None:
-    url = f"http://localhost:{service.http_port}/"
+    url = f"{service.url}/"
     with chromium() as browser, visit(browser, url, expected_errors="401") as page:
         dialog, go, tokens = page.get_by_role("dialog"), page.locator("#go"), page.locator("#story .token")
         running = page.locator("[data-name=running] strong")

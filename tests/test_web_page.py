@@ -21,7 +21,7 @@ PARAMS = SamplingParams(max_tokens=40, seed=7, logprobs=5)
 LEVELS = [0.5, 0.25, 0.1, 0.03]  # of story.js
 HEALTHY_WITHIN_S = 60
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-pytestmark = pytest.mark.parametrize("service", ["serve.yaml"], indirect=True)
+pytestmark = pytest.mark.parametrize("shared_service", ["serve.yaml"], indirect=True)  # the files are the same
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def url(service: Service) -> str:
-    service.wait_until_healthy(HEALTHY_WITHIN_S)
-    return f"http://localhost:{service.http_port}/"
+def url(shared_service: Service) -> str:
+    shared_service.wait_until_healthy(HEALTHY_WITHIN_S)
+    return f"{shared_service.url}/"
 
 
 @pytest.fixture

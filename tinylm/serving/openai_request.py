@@ -140,7 +140,7 @@ def _message(error: Any) -> str:
     """Field, value and what is wrong with it."""
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
-        return f"{name[:64]} is no field of this API"
+        return f"{name[:64].encode(errors='backslashreplace').decode()} is no field of this API"
     value = repr(error["input"])
     shown = value if len(value) <= 80 else f"{value[:77]}..."
     return f"{name} is {shown}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -121,6 +121,6 @@ class Service:
 
 def check_size(field: str, text: str) -> None:
     """Raises ValueError for a text that is longer than any that could be answered."""
-    size = len(text.encode())
+    size = len(text.encode(errors="surrogatepass"))  # what is no text is the tokenizer's to refuse
     if size > MAX_TEXT_BYTES:
         raise ValueError(f"{field} has {size} bytes: it must have at most {MAX_TEXT_BYTES}")
