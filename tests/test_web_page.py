@@ -83,6 +83,19 @@ def test_the_story_is_the_library_s_token_by_token_and_tinted_by_probability(pag
         expect(page.locator("#timing")).to_contain_text(word)
 
 
+def test_text_that_a_stop_string_held_back_comes_to_its_tokens(page: Page, stories: LLM) -> None:
+    whole = stories.generate(PROMPT, PARAMS)[0].text
+    page.get_by_label("Stop at").fill(whole[10:30] + "#")  # almost there, and then not
+    write(page)
+    tokens = page.locator("#story .token").all_text_contents()
+    assert "".join(tokens) == whole
+    assert all(tokens)
+    page.get_by_label("Stop at").fill(whole[20:30])
+    write(page)
+    assert page.locator("#story").text_content() == PROMPT + whole[: whole.index(whole[20:30])]
+    expect(page.locator("#timing")).to_contain_text("the model")
+
+
 def test_alternatives_are_the_likeliest_on_hover_and_on_focus(page: Page, stories: LLM) -> None:
     write(page)
     expected = stories.generate(PROMPT, PARAMS)[0]

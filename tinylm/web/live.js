@@ -5,7 +5,8 @@ import { histogram, line } from "./charts.js";
 import { between, quantile } from "./rates.js";
 
 const EVERY_MS = 1000;
-const KEPT = 61; // looks: a minute
+const KEPT_MS = 60_500;
+const KEPT = 61; // points of a line
 const TICKS_S = [0.001, 0.01, 0.1, 1, 10]; // bounds named below the histogram
 const byId = (id) => document.getElementById(id);
 const FIGURES = [
@@ -38,7 +39,7 @@ export async function startLive(onFirst) {
 
 function take(look) {
   looks.push(look);
-  if (looks.length > KEPT) looks.shift();
+  while (look.at - looks[0].at > KEPT_MS) looks.shift();
   const rates = looks.length > 1 ? between(looks.at(-2), look) : null;
   const total = (name) => look.replicas.reduce((sum, replica) => sum + replica[name], 0);
   const now = {

@@ -7,11 +7,12 @@ const place = document.getElementById("story");
 let tokens = []; // { element, offset, logprob, top } in the order they came
 let letters = []; // code points of the answer so far, which is what offsets count
 let base = 0; // the service's offset of the answer's first letter
+let unsettled = 0; // the first token that may still gain text
 let current = null; // the token that the Tab key reaches
 
 /** Empty, but for the prompt. */
 export function beginStory(prompt) {
-  [tokens, letters, base, current] = [[], [], 0, null];
+  [tokens, letters, base, unsettled, current] = [[], [], 0, 0, null];
   hideAlternatives();
   const beginning = document.createElement("span");
   beginning.className = "prompt";
@@ -22,14 +23,15 @@ export function beginStory(prompt) {
 /** One more piece, a choice of OpenAI's completions. Its text may come later than its tokens, never earlier. */
 export function continueStory({ text, logprobs }) {
   letters.push(...text);
-  const first = Math.max(tokens.length - 1, 0); // the last token before may have gained text too
   for (const [i, offset] of (logprobs?.text_offset ?? []).entries()) {
     if (tokens.length === 0) base = offset;
     addToken(offset - base, logprobs.token_logprobs[i], logprobs.top_logprobs?.[i] ?? {});
   }
   if (tokens.length === 0 && text) addToken(0, null, {}); // a service without log-probabilities
-  for (let i = first; i < tokens.length; i++) {
-    tokens[i].element.textContent = letters.slice(tokens[i].offset, tokens[i + 1]?.offset).join("");
+  for (let i = unsettled; i < tokens.length; i++) {
+    const end = tokens[i + 1]?.offset;
+    tokens[i].element.textContent = letters.slice(tokens[i].offset, end).join("");
+    if (end <= letters.length && unsettled === i) unsettled++;
   }
 }
 
