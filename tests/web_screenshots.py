@@ -17,7 +17,7 @@ from PIL import Image
 from playwright.sync_api import Browser, expect
 
 PROMPTS = ("Once upon a time", "The little dog", "It was raining, and Tom was sad.")
-CLIENTS = 6
+CLIENTS = 12
 SIZES = {"web-desktop": (DESKTOP, 1.5), "web-phone": (PHONE, 2)}  # px of the style sheet, and of the screen for each
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
