@@ -12,6 +12,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import openai
 import psutil
 import pytest
 import yaml
@@ -142,6 +143,33 @@ def test_a_full_queue_refuses_at_once_and_who_leaves_makes_room(
         time.sleep(0.01)
     assert len(left) >= WAITING
     assert all(line["completion_tokens"] < full_length for line in left)
+
+
+def test_http_has_the_same_keys_and_the_same_queue(service: Service, secret: tuple[str, str]) -> None:
+    http = openai.DefaultHttpxClient(trust_env=False)
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key=secret[0], max_retries=0, http_client=http) as client:
+        assert client.completions.create(model="stories-8m", prompt=PROMPT, max_tokens=2).usage.completion_tokens == 2
+        stranger = client.with_options(api_key="nonsense")
+        for call in (stranger.models.list, lambda: stranger.completions.create(model="stories-8m", prompt=PROMPT)):
+            with pytest.raises(openai.AuthenticationError) as caught:
+                call()
+            assert (caught.value.code, caught.value.response.headers["www-authenticate"]) == (
+                "invalid_api_key",
+                "Bearer",
+            )
+        settings = {"model": "stories-8m", "prompt": PROMPT, "temperature": 0, "max_tokens": LONG.max_tokens}
+        with client.completions.create(**settings, n=SLOTS + WAITING, stream=True) as stream:
+            assert next(iter(stream)).id
+            for stream_too in (False, True):
+                with pytest.raises(openai.RateLimitError) as refused:
+                    client.completions.create(**settings, stream=stream_too)
+                assert refused.value.code == "rate_limit_exceeded"
+                assert int(refused.value.response.headers["retry-after"]) >= 1
+            assert http.get(f"{service.url}/health").status_code == 200  # without a key, and never refused
+        assert client.completions.create(**{**settings, "max_tokens": 2}).usage.completion_tokens == 2  # it made room
+    lines = [line for line in log_lines(service) if line.get("method") == "POST /v1/completions"]
+    assert {"OK", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED"} <= {line["status"] for line in lines}
+    assert {line["api_key_name"] for line in lines if line["status"] != "UNAUTHENTICATED"} == {"alice"}
 
 
 def test_a_reader_that_does_not_read_holds_nobody_up(

@@ -138,9 +138,9 @@ def read_request(body: bytes) -> CompletionRequest:
 
 def _message(error: Any) -> str:
     """Field, value and what is wrong with it."""
+    if not error["loc"] or (error["type"] == "extra_forbidden" and len(error["loc"]) == 1):  # a lone surrogate has none
+        return f"{error['loc'][0][:64] if error['loc'] else 'a name that is not Unicode'} is no field of this API"
     name = str(error["loc"][0])
-    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
-        return f"{name[:64].encode(errors='backslashreplace').decode()} is no field of this API"
     value = repr(error["input"])
     shown = value if len(value) <= 80 else f"{value[:77]}..."
     return f"{name} is {shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
