@@ -96,9 +96,8 @@ function showReplicas({ replicas }, rates) {
   const rows = [...replicas].sort((a, b) => (a.id < b.id ? -1 : 1)).map((replica) => {
     const row = document.createElement("tr");
     const name = Object.assign(document.createElement("th"), { scope: "row", textContent: replica.id });
-    const load = document.createElement("meter");
-    Object.assign(load, { min: 0, max: replica.slots, value: replica.running });
-    load.setAttribute("aria-label", `${replica.running} of ${replica.slots} slots`);
+    const load = Object.assign(document.createElement("i"), { className: "load" }); // the numbers beside it say the same
+    load.style.setProperty("--share", replica.running / replica.slots);
     const share = Object.assign(document.createElement("span"), { textContent: `${replica.running}/${replica.slots}` });
     row.append(name, cell(load, share), cell(replica.waiting), cell(rounded(rates?.tokens_per_s_of.get(replica.id) ?? 0)));
     return row;
