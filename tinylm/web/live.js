@@ -59,7 +59,7 @@ function take(look) {
 }
 
 function say({ replicas, complete }) {
-  const text = complete ? `${replicas.length} replicas` : "Some replicas do not answer";
+  const text = complete ? `${replicas.length} ${replicas.length === 1 ? "replica" : "replicas"}` : "Some replicas do not answer";
   if (byId("live-state").textContent !== text) byId("live-state").textContent = text; // said aloud when it changes
 }
 
