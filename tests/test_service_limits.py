@@ -286,7 +286,7 @@ def test_the_web_page_asks_for_the_key_streams_and_stops(
         assert 10 <= tokens.count() < full_length
         page.evaluate(STOP_AT_TOKEN, [20, "click"])
         go.click()
-        expect(page.locator("#timing")).to_contain_text("you")
+        expect(page.locator("#status")).to_contain_text("Ended by you")
         expect(go).to_have_text("Write")
         assert 20 <= tokens.count() < full_length
         expect(running).to_have_text("0")

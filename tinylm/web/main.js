@@ -26,9 +26,11 @@ async function write() {
   status.textContent = "Writing";
   beginStory(prompt.value);
   const clock = new Clock();
+  clock.show();
   let end = "you";
   try {
     for await (const { choices, usage } of completions(body, writing.signal)) {
+      if (writing.signal.aborted) break; // of what had come with the last piece
       for (const choice of choices) {
         continueStory(choice);
         clock.tick(choice.logprobs?.tokens?.length ?? 1);
