@@ -14,6 +14,7 @@ from ray import serve
 from tinylm.serving.grpc_methods import GrpcMethods
 from tinylm.serving.health import HealthMethods
 from tinylm.serving.http_app import build_http_app
+from tinylm.serving.live import LiveMethods
 from tinylm.serving.service import AppArgs, Service
 
 
@@ -25,7 +26,7 @@ def build_app(args: AppArgs) -> serve.Application:
 
 @serve.deployment
 @serve.ingress()
-class TinyLM(GrpcMethods, HealthMethods):
+class TinyLM(GrpcMethods, HealthMethods, LiveMethods):
     """One replica."""
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it, on the replica's loop

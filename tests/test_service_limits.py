@@ -17,7 +17,9 @@ import openai
 import psutil
 import pytest
 import yaml
+from browser_fixtures import chromium, visit
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from playwright.sync_api import expect
 from service_fixtures import Service, running_service
 from terminal_fixtures import terminal
 
@@ -80,6 +82,19 @@ def full_length(stories_dir: Path) -> int:
     length = len(LLM(stories_dir, kernels="numpy").generate(PROMPT, LONG)[0].token_ids)
     assert length > 60, "too short an answer to be left in the middle"
     return length
+
+
+# Ends the story that is written next, once it has so many tokens, in the way that a person would.
+STOP_AT_TOKEN = """([count, way]) => {
+  const story = document.getElementById("story");
+  const observer = new MutationObserver(() => {
+    if (story.querySelectorAll(".token").length < count) return;
+    observer.disconnect();
+    if (way === "click") document.getElementById("go").click();
+    else document.dispatchEvent(new KeyboardEvent("keydown", { key: way }));
+  });
+  observer.observe(story, { childList: true });
+}"""
 
 
 def log_lines(service: Service) -> list[dict]:
@@ -289,3 +304,46 @@ def test_a_service_that_is_told_to_end_finishes_what_it_has_begun(
     assert stream.completion.n_tokens == full_length
     assert [message.status for message in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
     assert launcher.wait(GIVE_UP_S) in (0, None)
+
+
+def test_the_web_page_asks_for_the_key_streams_and_stops(
+    service: Service, client: Client, secret: tuple[str, str], full_length: int
+) -> None:
+    url = f"{service.url}/"
+    with chromium() as browser, visit(browser, url, expected_errors="401") as page:
+        dialog, go, tokens = page.get_by_role("dialog"), page.locator("#go"), page.locator("#story .token")
+        running = page.locator("[data-name=running] strong")
+        expect(dialog).to_contain_text("no API key")
+        page.keyboard.press("Escape")
+        expect(page.locator("#live-state")).to_contain_text("no API key")
+
+        page.get_by_label("Begin a story").fill(PROMPT)
+        page.get_by_label("Length", exact=True).fill(str(LONG.max_tokens))
+        page.get_by_label("Temperature", exact=True).fill("0")
+        page.evaluate(STOP_AT_TOKEN, [10, "Escape"])  # by the page's own events: an answer lasts for less than a second
+        go.click()
+        page.get_by_label("API key").fill("nonsense")
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("not valid")
+        page.get_by_label("API key").fill(secret[0])
+        page.keyboard.press("Enter")
+        expect(dialog).to_be_hidden()
+
+        expect(page.locator("#status")).to_contain_text("Ended by you")
+        assert 10 <= tokens.count() < full_length
+        page.evaluate(STOP_AT_TOKEN, [20, "click"])
+        go.click()
+        expect(page.locator("#status")).to_contain_text("Ended by you")
+        expect(go).to_have_text("Write")
+        assert 20 <= tokens.count() < full_length
+        expect(running).to_have_text("0")
+        deadline = time.monotonic() + GIVE_UP_S
+        lines: list[dict] = []
+        while len(lines) < 2 and time.monotonic() < deadline:  # written once the call's last hop has ended
+            posts = [line for line in service.call_lines() if line["method"] == "POST /v1/completions"]
+            lines = [line for line in posts if line.get("finish_reason") == "cancelled"][-2:]
+            time.sleep(0.1)
+        assert [line["completion_tokens"] < full_length for line in lines] == [True, True]
+
+        assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+        assert page.evaluate("Object.values({ ...sessionStorage })") == [secret[0]]

@@ -76,6 +76,7 @@ def launch(config: Path | None, wait_s: float) -> int:
             print(
                 f"\nTinyLM is ready: gRPC on {address}, HTTP on http://localhost:{http_port} ({config})\n"
                 f"  try it:     {_own_command()} generate 'Once upon a time' --server {address}\n"
+                f"  web page:   http://localhost:{http_port}/\n"
                 f"  dashboard:  {server.dashboard}/#/serve\n"
                 f"  stop:       Ctrl-C (requests under way are finished; twice: at once)\n",
                 flush=True,

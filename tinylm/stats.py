@@ -30,6 +30,10 @@ class Histogram:
         self._counts[bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
+    def counts(self) -> list[int]:
+        """How many values are in each bucket, the last of which is beyond all bounds."""
+        return self._counts.copy()
+
     def cumulative(self) -> list[int]:
         """How many values were at most each bound; the last number is that of all values."""
         return list(accumulate(self._counts.copy()))

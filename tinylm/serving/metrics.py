@@ -183,6 +183,16 @@ class ServiceMetrics:
         self._exporter = _Exporter()
         self._task = asyncio.get_running_loop().create_task(self._export_forever())
 
+    @property
+    def n_requests(self) -> int:
+        """Requests that have ended, however they did."""
+        return self._counts["requests", ""]
+
+    @property
+    def latency_s(self) -> Histogram:
+        """Of answers, from their request's arrival to their last token."""
+        return self._histograms["e2e_request_latency_seconds"]
+
     def count(self, call: Call) -> None:
         """Count a call that has ended, unless it asked for no text."""
         if call.method not in METHODS:

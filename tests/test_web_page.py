@@ -1,0 +1,247 @@
+"""The web page in a real Chromium, on the real service: what people see, and what they can do with keys alone."""
+
+import json
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser_fixtures import DESKTOP, PHONE, chromium, visit
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect
+from service_fixtures import Service
+from web_screenshots import SIZES, take
+
+from tinylm import LLM, SamplingParams
+
+PROMPT = "The little dog"
+PARAMS = SamplingParams(max_tokens=40, seed=7, logprobs=5)
+LEVELS = [0.5, 0.25, 0.1, 0.03]  # of story.js
+HEALTHY_WITHIN_S = 60
+_LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+pytestmark = pytest.mark.parametrize("shared_service", ["serve.yaml"], indirect=True)  # the files are the same
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def url(shared_service: Service) -> str:
+    shared_service.wait_until_healthy(HEALTHY_WITHIN_S)
+    return f"{shared_service.url}/"
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Page]:
+    with visit(browser, url) as page:
+        yield page
+
+
+def write(page: Page, prompt: str = PROMPT, params: SamplingParams = PARAMS) -> None:
+    """Have a story written to its end."""
+    if not page.locator("#settings").evaluate("settings => settings.open"):
+        page.locator("summary").click()
+    page.get_by_label("Begin a story").fill(prompt)
+    page.get_by_label("Length", exact=True).fill(str(params.max_tokens))
+    page.get_by_label("Seed", exact=True).fill(str(params.seed))
+    page.get_by_role("button", name="Write").click()
+    wait_for_end(page)
+
+
+def wait_for_end(page: Page) -> None:
+    expect(page.locator("#status")).to_contain_text("Ended by", timeout=30_000)
+
+
+def ask(url: str, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
+    try:
+        with _LOOPBACK.open(urllib.request.Request(url, headers=headers or {}), timeout=10) as response:
+            return response.status, dict(response.headers), response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read()
+
+
+def test_the_story_is_the_library_s_token_by_token_and_tinted_by_probability(page: Page, stories: LLM) -> None:
+    write(page)
+    expected = stories.generate(PROMPT, PARAMS)[0]
+    assert page.locator("#story").text_content() == PROMPT + expected.text
+    tokens = page.locator("#story .token")
+    assert tokens.all_text_contents() == [stories.tokenizer.decode([token]) for token in expected.token_ids]
+    shares = [math.exp(entry.logprob) for entry in expected.logprobs]
+    levels = tokens.evaluate_all("tokens => tokens.map((token) => Number(token.dataset.level))")
+    clear = [not any(abs(share - limit) < 1e-3 for limit in LEVELS) for share in shares]
+    assert [level for level, sure in zip(levels, clear, strict=True) if sure] == [
+        sum(share < limit for limit in LEVELS) for share, sure in zip(shares, clear, strict=True) if sure
+    ]
+    assert len(set(levels)) > 2, "a story in one tint shows nothing"
+    expect(page.locator("#timing")).to_contain_text(f"{len(expected.token_ids)} tokens")
+    for word in ("ms", "tokens/s"):
+        expect(page.locator("#timing")).to_contain_text(word)
+
+
+def test_text_that_a_stop_string_held_back_comes_to_its_tokens(page: Page, stories: LLM) -> None:
+    whole = stories.generate(PROMPT, PARAMS)[0].text
+    page.get_by_label("Stop at").fill(whole[10:30] + "#")  # almost there, and then not
+    write(page)
+    tokens = page.locator("#story .token").all_text_contents()
+    assert "".join(tokens) == whole
+    assert all(tokens)
+    page.get_by_label("Stop at").fill(whole[20:30])
+    write(page)
+    assert page.locator("#story").text_content() == PROMPT + whole[: whole.index(whole[20:30])]
+    expect(page.locator("#timing")).to_contain_text("the model")
+
+
+def test_alternatives_are_the_likeliest_on_hover_and_on_focus(page: Page, stories: LLM) -> None:
+    write(page)
+    expected = stories.generate(PROMPT, PARAMS)[0]
+    alternatives = page.get_by_role("tooltip")
+    tokens = page.locator("#story .token")
+
+    def assert_shown(place: int) -> None:
+        chosen, entry = expected.token_ids[place], expected.logprobs[place]
+        words = {stories.tokenizer.decode([token]) for token in (chosen, *(token for token, _ in entry.top))}
+        expect(alternatives).to_be_visible()
+        shown = [
+            word.replace("␣", " ").replace("↵", "\n") for word in alternatives.locator(".word").all_text_contents()
+        ]
+        assert set(shown) == words
+        assert alternatives.locator(".chosen .word").count() == 1
+        box = alternatives.bounding_box()
+        assert box is not None
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= DESKTOP["width"]
+
+    expect(alternatives).to_be_hidden()
+    tokens.nth(5).hover()
+    assert_shown(5)
+    page.get_by_role("heading", name="TinyLM").hover()
+    expect(alternatives).to_be_hidden()
+    tokens.nth(0).focus()
+    assert_shown(0)
+    page.keyboard.press("ArrowRight")
+    assert_shown(1)
+    page.keyboard.press("End")
+    assert_shown(len(expected.token_ids) - 1)
+    page.keyboard.press("Escape")
+    expect(alternatives).to_be_hidden()
+
+
+def test_everything_can_be_done_from_the_keyboard(page: Page, stories: LLM) -> None:
+    """By Tab, arrows, Enter and Escape; wherever the focus is, it is seen."""
+    seen: list[str] = []
+
+    def tab_to(wanted: str) -> None:
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            focused = page.evaluate(
+                "(({ id, className, textContent: text }) => ({ id, className, text }))(document.activeElement)"
+            )
+            seen.append(page.evaluate("getComputedStyle(document.activeElement).outlineStyle"))
+            if wanted in (focused["id"], focused["className"], focused["text"]):
+                return
+        raise AssertionError(f"no way to {wanted} by Tab")
+
+    tab_to("prompt")
+    page.keyboard.press("Control+A")
+    page.keyboard.type(PROMPT)
+    tab_to("setting-max_tokens")
+    page.keyboard.press("Home")
+    for _ in range(9):
+        page.keyboard.press("ArrowRight")
+    tab_to("setting-temperature")
+    page.keyboard.press("Home")
+    page.keyboard.press("Control+Enter")
+    wait_for_end(page)
+    expected = stories.generate(PROMPT, SamplingParams(max_tokens=10, temperature=0))[0]
+    assert page.locator("#story").text_content() == PROMPT + expected.text
+    page.locator("#prompt").focus()
+    tab_to("go")
+    page.keyboard.press("Enter")
+    wait_for_end(page)
+    tab_to("token")
+    expect(page.get_by_role("tooltip")).to_be_visible()
+    tab_to("Back to the defaults")
+    page.keyboard.press("Enter")
+    assert page.locator("#setting-temperature").input_value() == "0.8"
+    assert "none" not in seen
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE, {"width": 320, "height": 640}], ids=lambda size: str(size["width"]))
+def test_nothing_is_wider_than_the_window(browser: Browser, url: str, size: dict[str, int]) -> None:
+    with visit(browser, url, viewport=size, is_mobile=size != DESKTOP, has_touch=size != DESKTOP) as page:
+        write(page, "W" * 150)  # no place to break a line at
+        expect(page.locator("#replicas tr")).to_have_count(4)
+        page.locator("#story .token").last.hover()
+        assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
+        assert page.locator("#go").bounding_box()["height"] >= 32
+
+
+def test_the_live_view_is_the_whole_service_s_and_changes(page: Page, url: str) -> None:
+    rows = page.locator("#replicas tr")
+    expect(rows).to_have_count(4)
+    expect(page.locator("#live-state")).to_have_text("4 replicas")
+    before = json.loads(ask(f"{url}live")[2])
+    for _ in range(3):
+        write(page)
+    expect(page.locator("#histogram rect").first).to_be_visible()
+    expect(page.locator("#histogram p")).to_contain_text("answers: half within")
+    assert page.locator("[data-name=tokens] polyline").count() == 1
+
+    after = json.loads(ask(f"{url}live")[2])
+    assert after["complete"]
+
+    def total(view: dict, name: str) -> int:
+        return sum(replica[name] for replica in view["replicas"])
+
+    assert total(after, "requests") - total(before, "requests") == 3
+    assert total(after, "tokens") - total(before, "tokens") >= 3 * PARAMS.max_tokens
+    assert total(after, "running") == total(after, "waiting") == 0
+    assert {len(replica["latency_counts"]) for replica in after["replicas"]} == {len(after["latency_bounds_s"]) + 1}
+
+
+def test_a_mistake_is_told_and_the_page_goes_on(browser: Browser, url: str) -> None:
+    with visit(browser, url, expected_errors="400") as page:
+        page.get_by_label("Begin a story").fill("word " * 300)
+        page.get_by_role("button", name="Write").click()
+        expect(page.get_by_role("alert")).to_contain_text("context")
+        write(page)
+        expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_every_setting_has_its_meaning_and_limits_that_the_service_takes(page: Page) -> None:
+    fields = page.locator(".field input")
+    names = fields.evaluate_all("inputs => inputs.map((input) => input.name)")
+    assert set(names) == set(SamplingParams.__dataclass_fields__) - {"logprobs"}
+    for name, field in zip(names, fields.all(), strict=True):
+        meaning = page.locator(f"#{field.get_attribute('aria-describedby')}")
+        assert len(meaning.text_content() or "") > 20
+        if field.get_attribute("type") == "range":
+            for limit in ("min", "max", "value"):
+                value = float(field.evaluate(f"input => input.{limit}"))
+                given = getattr(SamplingParams(), name)
+                SamplingParams(**{name: type(given)(value)})
+                assert limit != "value" or value == given or name == "max_tokens"
+
+
+def test_files_are_named_by_type_kept_by_etag_and_may_ask_nobody_else(url: str) -> None:
+    types = {"": "text/html", "main.js": "text/javascript", "base.css": "text/css", "icon.svg": "image/svg+xml"}
+    for path, content_type in types.items():
+        status, headers, content = ask(url + path)
+        assert (status, headers["content-type"].partition(";")[0]) == (200, content_type)
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert b"://" not in content.replace(b'xmlns="http://www.w3.org/2000/svg"', b"")
+        assert ask(url + path, {"If-None-Match": headers["etag"]})[0] == 304
+    for path in ("__init__.py", "index.html/", "../pyproject.toml", "nothing"):
+        assert ask(url + path)[0] == 404
+
+
+def test_the_pictures_of_the_docs_can_be_taken(browser: Browser, url: str, tmp_path: Path) -> None:
+    for path in take(browser, url, tmp_path, load_s=1):
+        size, scale = SIZES[path.stem]
+        assert Image.open(path).width == size["width"] * scale
+        assert path.stat().st_size < 200_000

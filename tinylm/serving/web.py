@@ -1,0 +1,50 @@
+"""The web page at `/`: files of `tinylm/web`, as they are, and with the headers that keep the page to its own origin.
+
+What the page asks for is other modules' business: `tinylm.serving.openai_api` and `tinylm.serving.live`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from importlib import resources
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from tinylm.serving.service import Service
+
+CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+HEADERS = {
+    "Cache-Control": "no-cache",  # kept, and asked for by its ETag: a new version is seen at once
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def routes(service: Service) -> APIRouter:
+    """One for each file, and `/` for index.html. The files are read here, once; anybody may have them."""
+    router = APIRouter()
+    for file in resources.files("tinylm.web").iterdir():
+        content_type = CONTENT_TYPES.get(f".{file.name.rpartition('.')[2]}")
+        if content_type is not None:
+            path = "/" if file.name == "index.html" else f"/{file.name}"
+            router.add_route(path, _answer(file.read_bytes(), content_type), methods=["GET"])
+    return router
+
+
+def _answer(content: bytes, content_type: str) -> Callable[[Request], Awaitable[Response]]:
+    etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+    headers = {**HEADERS, "ETag": etag}
+
+    async def answer(request: Request) -> Response:
+        if etag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=content_type, headers=headers)
+
+    return answer

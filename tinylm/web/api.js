@@ -1,0 +1,69 @@
+// What the page asks of the service: completions as they stream, and the live view. Knows nothing of the page.
+
+import { askForKey, key } from "./key.js";
+
+export class ServiceError extends Error {}
+
+/** The response to a request that succeeded. Throws ServiceError. Where the service wants a key, `ask` for one. */
+async function request(path, options = {}, ask = true) {
+  for (;;) {
+    const headers = { ...options.headers };
+    if (key()) headers.Authorization = `Bearer ${key()}`;
+    let response;
+    try {
+      response = await fetch(path, { ...options, headers });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new ServiceError("The service does not answer.");
+    }
+    if (response.ok) return response;
+    const reason = await errorOf(response);
+    if (response.status !== 401 || !ask || !(await askForKey(reason))) throw new ServiceError(reason);
+  }
+}
+
+async function errorOf(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `The service answered with status ${response.status}.`;
+  }
+}
+
+/** The JSON at a path. */
+export async function get(path, ask) {
+  return (await request(path, {}, ask)).json();
+}
+
+/** Chunks of `/v1/completions`, as OpenAI's API defines them. Aborting `signal` ends the request on the server too. */
+export async function* completions(body, signal) {
+  const response = await request("v1/completions", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    signal,
+  });
+  for await (const data of events(response.body)) {
+    if (data === "[DONE]") return;
+    const chunk = JSON.parse(data);
+    if (chunk.error) throw new ServiceError(chunk.error.message);
+    yield chunk;
+  }
+  throw new ServiceError("The answer broke off.");
+}
+
+/** The data of each server-sent event of a stream of bytes. */
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split(/\r?\n\r?\n/);
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const lines = block.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+      if (lines.length) yield lines.map((line) => line.slice(5).trimStart()).join("\n");
+    }
+  }
+}
