@@ -226,6 +226,45 @@ def selftest(
 
 
 @app.command()
+def overload(
+    server: Annotated[str, typer.Option("--server", "-s", help="HOST:PORT of a running service.")] = "localhost:9000",
+    clients: Annotated[int, typer.Option(help="That the service just holds: slots and queue of all replicas.")] = 320,
+    factor: Annotated[float, typer.Option(help="Of the rate reached so, to ask at.")] = 2,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens of each answer.")] = 64,
+    duration: Annotated[float, typer.Option(help="Measured seconds of each run.")] = 15,
+    warmup: Annotated[float, typer.Option(help="Seconds before each run.")] = 3,
+    repeat: Annotated[int, typer.Option(help="Rounds.")] = 3,
+    processes: Annotated[Optional[int], typer.Option(help="Of the load generator; by default as needed.")] = None,
+    api_key: Annotated[
+        Optional[str], typer.Option(envvar="TINYLM_API_KEY", show_envvar=True, help="In no result.")
+    ] = None,
+    output: Output = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask for more than a service can: how fast it goes on, and how soon it refuses the rest."""
+    with one_line_errors():
+        from loadtest import overload as overloading
+        from loadtest import result as results
+        from loadtest.load import Load, Mix
+        from loadtest.server import facts
+
+        if factor <= 1 or repeat < 1:
+            raise ValueError(f"--factor is {factor} and --repeat {repeat}: they must be above 1 and at least 1")
+        wanted = Mix((max_tokens,), (1.0,))
+        full = Load(server, wanted, clients, duration_s=duration, warmup_s=warmup, api_key=api_key)
+        about = facts(full)
+        measured = overloading.measure(full, factor, repeat, processes, quiet or as_json)
+        result = {**measured, **results.assemble(measured["runs"], "overload", None, about)}
+        if output:
+            results.write(output, result)
+        if as_json:
+            typer.echo(json.dumps(result, indent=1))
+        elif not quiet:
+            overloading.show(result, Console())
+
+
+@app.command()
 def standard(
     out: Annotated[Path, typer.Option(metavar="DIR", help="For the results; what is there already is kept.")] = Path(
         "docs/results/standard"

@@ -26,6 +26,7 @@ TABLE = {
     r".* --help|make help|python -m loadtest standard --list": HERE,
     r"tinylm (generate|info|tokenize|key|--version)\b(?!.*--server).*": HERE,
     r"cat fullchain.pem privkey.pem > server.pem.*": HERE,
+    r"python tests/web_screenshots.py .*": "tests/test_web_page.py::test_the_pictures_of_the_docs_can_be_taken",
     r".*localhost:(9000|8000)\b.*": ON_A_SERVICE,
     r"python -m loadtest( -.*)?(?<!localhost:9100 --duration 5)|python -m loadtest (report|compare) .*": ON_A_SERVICE,
     # What takes long, or needs a place of its own: the test that does the same with less.
@@ -51,6 +52,9 @@ TABLE = {
     ),
     r"python -m loadtest(.stub_server| --server localhost:9100) .*|python -m loadtest.bare_server": (
         "tests/test_loadtest_command.py::test_a_sweep_becomes_json_csv_page_and_pictures"
+    ),
+    r"python -m loadtest overload .*": (
+        "tests/test_service_limits.py::test_above_its_limit_it_goes_on_and_refuses_the_rest"
     ),
     r"python -m loadtest selftest": (
         "tests/test_loadtest_command.py::test_percentiles_are_those_of_the_delays_that_the_server_has"

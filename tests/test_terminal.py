@@ -235,5 +235,7 @@ def test_a_shell_s_questions_are_answered(shell: str, line: str, expected: list[
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_for_each_shell_is_shown(shell: str):
-    done = subprocess.run([TINYLM, "--show-completion", shell], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # a test runs below no shell
+    command = [TINYLM, "--show-completion", shell]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "_TINYLM_COMPLETE" in done.stdout
