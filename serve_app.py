@@ -36,8 +36,11 @@ class TinyLM(GrpcMethods, HealthMethods, LiveMethods):
         """Called by Serve after the constructor: what answers HTTP."""
         return build_http_app(self.service)
 
-    def check_health(self) -> None:
-        """Called by Serve; an engine that died or stalled gets the replica replaced."""
+    async def check_health(self) -> None:
+        """Called by Serve, which would give a plain method a thread each time.
+
+        An engine that died or stalled gets the replica replaced.
+        """
         self.service.check_health()
 
     def _is_healthy(self) -> bool:

@@ -102,6 +102,7 @@ PARTS = (
         for n in range(1, REPLICAS)
     ),
     Part("engine", f"the engine alone, {CORES} processes", services.engine, processes=CORES),
+    Part(f"engine-{REPLICAS}", f"the engine alone, {REPLICAS} processes", services.engine, processes=REPLICAS),
     Part("bare-1", "grpc.aio, 1 process", lambda: services.bare(1)),
     Part(f"bare-{REPLICAS}", f"grpc.aio, {REPLICAS} processes", lambda: services.bare(REPLICAS)),
     Part(
