@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +73,16 @@ class Service:
                 pass
         return False
 
-    def wait_until_healthy(self, limit_s: float, without: Collection[int] = ()) -> float:
-        """Seconds that it took; AssertionError after the limit."""
+    def wait_until_healthy(
+        self, limit_s: float, without: Collection[int] = (), successors: Callable[[], Collection[int]] | None = None
+    ) -> float:
+        """Seconds that it took; AssertionError after the limit.
+
+        successors: processes in the place of those that it must be healthy `without`. What they leave behind, such as
+        the HAProxy of a manager that died, may answer for a moment more.
+        """
         began_at = time.perf_counter()
-        while not self.is_healthy(without):
+        while not ((successors is None or set(successors()) - set(without)) and self.is_healthy(without)):
             waited_s = time.perf_counter() - began_at
             assert waited_s < limit_s, f"not healthy within {limit_s:.0f} s: {self.replicas()}"
             time.sleep(0.1)

@@ -237,6 +237,13 @@ def test_the_story_prompt_writes_by_the_service(service: Service, client: Client
     assert done.stdout == story.removesuffix("\n") + "\n"
 
 
+def test_a_client_may_name_several_proxies(service: Service, client: Client) -> None:
+    """HAProxy refuses a host's name with a comma, which gRPC would make of them."""
+    port = service.address.rpartition(":")[2]
+    with Client(f"ipv4:127.0.0.1:1,127.0.0.1:{port}", retries=0) as several:
+        assert several.info().name == client.info().name
+
+
 def test_a_cancelled_stream_leaves_the_service_answering(client: Client) -> None:
     for _ in range(20):
         stream = client.stream("Once upon a time", SamplingParams(max_tokens=200))

@@ -68,7 +68,7 @@ def test_a_node_dies_under_load_and_comes_back(
     places = [f"ipv4:{ray.head.address},{worker.address}", f"ipv4:{worker.address},{ray.head.address}"]
     with FaultLoad(places, CLIENTS, PROMPT, expected, MAX_TOKENS) as load:
         time.sleep(BEFORE_S)
-        assert {request.outcome for request in load.requests} == {"answered"}
+        assert [r for r in load.requests if r.outcome != "answered"] == []
         fault_at = time.perf_counter()
         worker.kill()
         wait_until(lambda: worker.ip not in ray.alive(), "the head knows of the loss", HEAL_LIMIT_S)

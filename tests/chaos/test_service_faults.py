@@ -79,7 +79,7 @@ def test_a_part_dies_under_load(
         assert gone, service.mark.processes()
         fault_at = time.perf_counter()
         service.mark.signal(number, gone)
-        healed_s = service.wait_until_healthy(HEAL_LIMIT_S, without=gone)
+        healed_s = service.wait_until_healthy(HEAL_LIMIT_S, without=gone, successors=lambda: victims(service))
         healed_at = time.perf_counter()
         time.sleep(AFTER_S)
     faults[name] = figures = {

@@ -103,9 +103,14 @@ class Connection:
 
     def _open(self, module: ModuleType) -> Any:
         """A channel of `grpc` or of `grpc.aio`."""
+        options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
+        scheme, _, addresses = self.address.partition(":")
+        if scheme in ("ipv4", "ipv6") and "," in addresses:
+            # Else the whole list is sent as the name of the host that is asked, and HAProxy refuses such a name.
+            options.append(("grpc.default_authority", addresses.split(",")[0]))
         if self._credentials is None:
-            return module.insecure_channel(self.address, options=CHANNEL_OPTIONS)
-        return module.secure_channel(self.address, self._credentials, options=CHANNEL_OPTIONS)
+            return module.insecure_channel(self.address, options=options)
+        return module.secure_channel(self.address, self._credentials, options=options)
 
     def _attempts(self) -> Attempts:
         return Attempts(self.address, self._timeout_s, self._retries)

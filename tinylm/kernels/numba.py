@@ -27,6 +27,7 @@ from tinylm.batch import Batch
 from tinylm.config import ModelConfig
 from tinylm.kernels import emitter, simd
 from tinylm.kernels.numpy import rope_tables
+from tinylm.kernels.sharing import shared
 from tinylm.weights import QuantizedMatrix, Tensor
 
 LANES, TILE, NEVER = simd.LANES, simd.TILE, simd.NEVER
@@ -161,7 +162,7 @@ def prepare(config: ModelConfig, tensors: Mapping[str, Tensor], precision: str) 
             config.vocab_size,
             config.norm_eps,
         ),
-        packed,
+        shared(packed),
         np.concatenate(scales),
         np.concatenate(corrections),
         np.pad(np.array(norms, np.float32), ((0, 0), (0, _padded(config.hidden_size, LANES) - config.hidden_size))),
