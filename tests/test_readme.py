@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.standard.page import Part
 from train.quantization_study import markdown
 
 PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
@@ -67,19 +68,13 @@ def test_the_file_tree_is_the_one_that_git_has() -> None:
 
 def test_the_table_s_figures_are_those_of_the_committed_results() -> None:
     page = Path("README.md").read_text(encoding="utf-8")
-    for path in (RESULTS / "load-haproxy.json", RESULTS / "load-python-proxy.json"):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        latency = result["latency_ms"]
-        row = (
-            f"| {result['requests_per_s']:.2f} | {latency['mean']:.0f} ms | {latency['p99']:.0f} ms "
-            f"| {result['tokens_an_answer']:.1f} |"
-        )
-        assert row in page
-        assert (result["load"]["concurrency"], result["load"]["max_tokens"], result["load"]["duration_s"]) == (
-            4,
-            64,
-            60,
-        )
+    for name, config in (("haproxy", "serve"), ("python-proxy", "serve-python-proxy")):
+        part = Part(RESULTS / "standard", name, "unary")
+        assert part.result["replicas"] == 4
+        for clients in (4, 16):
+            rate, p50 = part.mean(clients, "requests_per_s"), part.mean(clients, "latency_ms", "p50")
+            p99 = part.worst(clients, "latency_ms", "p99")
+            assert f"`configs/{config}.yaml` | {clients} | {rate:.1f} | {p50:.0f} ms | {p99:.0f} ms |" in page
 
 
 def test_the_readme_s_other_figures_are_those_of_the_committed_results() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from docs.making.pictures import load_results
+from loadtest.standard.page import RESULTS, Part
 
 TEMPLATE = Path("docs/making/how-it-works.md.j2")
 OUT = Path("docs/how-it-works.md")
@@ -50,7 +51,7 @@ def render() -> str:
         bench=bench,
         batch=lambda size: next(row for row in bench["decode"] if row["batch"] == size),
         quantization=results["quantization"],
-        load=results["load-haproxy"],
+        served=Part(RESULTS / "standard", "haproxy", "unary"),
         code=excerpt,
         n=lambda number: f"{number:,.0f}",
         ms=lambda number: f"{number:.2f}",
