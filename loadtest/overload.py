@@ -6,6 +6,7 @@ the rate that it reached, whatever comes back. It should go on as fast for those
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from rich.console import Console
@@ -26,8 +27,7 @@ def measure(full: Load, factor: float, rounds: int, n_processes: int | None, qui
         if set(runs[-1]["statuses"]) != {"OK"}:
             raise ValueError(f"it was to be full and refuse nobody, but {runs[-1]['statuses']}: give fewer --clients")
         rate = factor * runs[-1]["requests_per_s"]
-        above = Load(full.server, full.max_tokens, rate_per_s=rate, duration_s=full.duration_s,
-                     warmup_s=full.warmup_s, stream=full.stream, api_key=full.api_key, ca=full.ca)  # fmt: skip
+        above = dataclasses.replace(full, concurrency=None, rate_per_s=rate, connections=full.n_connections)
         runs += carry_out(Sweep((above,), n_processes=n_processes), quiet)
         if "RESOURCE_EXHAUSTED" not in runs[-1]["statuses"]:
             raise ValueError(f"{rate:.0f} requests/s were not too many: {runs[-1]['statuses']}; give a higher --factor")

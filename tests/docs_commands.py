@@ -53,6 +53,9 @@ TABLE = {
     r"python -m loadtest(.stub_server| --server localhost:9100) .*|python -m loadtest.bare_server": (
         "tests/test_loadtest_command.py::test_a_sweep_becomes_json_csv_page_and_pictures"
     ),
+    r"python -m loadtest.standard.page": (
+        "tests/test_speed_page.py::test_the_page_on_speed_is_that_of_the_committed_results"
+    ),
     r"python -m loadtest overload .*": (
         "tests/test_service_limits.py::test_above_its_limit_it_goes_on_and_refuses_the_rest"
     ),

@@ -5,6 +5,7 @@ Every figure on the page is computed here from the committed results; a test mak
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -94,7 +95,9 @@ Requests/s, unary:
 
 {_peers(parts)}
 
-llama-cpp-python's server computes the same shape with random 8-bit weights, one request at a time on both cores.
+llama-cpp-python's server computes the same shape with random 8-bit weights, one request at a time, and keeps one core
+busy with it; most of that is not llama.cpp's engine, which by itself makes {_llama():,.0f} tokens/s
+([the engine](engine.md)).
 
 ## How much of the engine arrives
 
@@ -153,6 +156,12 @@ def _peers(parts: Mapping[tuple[str, str], Part]) -> str:
         for name, label in PEERS.items()
     ]
     return table(["clients", *map(str, clients)], rows)
+
+
+def _llama() -> float:
+    """Tokens/s of CPU time of llama.cpp's engine at batch 1, with 8-bit weights."""
+    peers = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))["peers"]
+    return float(peers["llama.cpp-q8_0"]["cases"]["decode 1"]["tokens_per_cpu_s"])
 
 
 def _shares(parts: Mapping[tuple[str, str], Part]) -> str:
@@ -227,6 +236,7 @@ What it found right of a server whose delays are known: {checks} ([selftest.json
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m loadtest.standard.page", description=__doc__).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE}")
 
