@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -123,3 +124,14 @@ def test_the_engine_page_s_tables_are_the_committed_results() -> None:
     for name, micros in json.loads((RESULTS / "parts.json").read_text(encoding="utf-8"))["microseconds"]["16"].items():
         assert f"| {name} |" in page
         assert f"| {micros:.0f} us |" in page
+
+
+def test_what_http_costs_is_that_of_the_committed_results() -> None:
+    page = Path("docs/http.md").read_text(encoding="utf-8")
+    p50 = {}
+    for face in ("grpc", "http"):
+        result = json.loads((RESULTS / f"face-{face}.json").read_text(encoding="utf-8"))
+        assert {run["load"]["concurrency"] for run in result["runs"]} == {1}
+        p50[face] = median(run["latency_ms"]["p50"] for run in result["runs"])
+    assert f"{p50['grpc']:.1f} ms at p50 over gRPC and {p50['http']:.1f} over HTTP" in page
+    assert p50["http"] - p50["grpc"] < 5
