@@ -28,7 +28,7 @@ from tinylm.engine import Engine, EngineFull
 from tinylm.llm import load
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server
-from tinylm.wire import FINISH_REASONS, params_from_request
+from tinylm.wire import ending, params_from_request
 
 STREAM_INTERVAL_S = 0.01  # as serve_app's
 
@@ -45,7 +45,7 @@ class Bare(TinyLMServicer):
         async with aclosing(self._deltas(request, context, math.inf)) as deltas:
             async for _, _, completion in deltas:
                 if completion is not None:
-                    return pb.GenerateResponse(text=completion.text, **self._ending(completion))
+                    return pb.GenerateResponse(text=completion.text, **ending(completion, self._replica))
         raise RuntimeError("the answer never ended")
 
     async def GenerateStream(
@@ -54,9 +54,9 @@ class Bare(TinyLMServicer):
         async with aclosing(self._deltas(request, context, STREAM_INTERVAL_S)) as deltas:
             n_sent = 0
             async for text, n_taken, completion in deltas:
-                ending = {} if completion is None else self._ending(completion)
-                if text or ending:
-                    yield pb.GenerateStreamResponse(text=text, tokens=n_taken - n_sent, **ending)
+                end = {} if completion is None else ending(completion, self._replica)
+                if text or end:
+                    yield pb.GenerateStreamResponse(text=text, tokens=n_taken - n_sent, **end)
                     n_sent = n_taken
 
     async def GetModelInfo(
@@ -83,18 +83,6 @@ class Bare(TinyLMServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except EngineFull as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-
-    def _ending(self, completion: Completion) -> dict:
-        return {
-            "finish_reason": FINISH_REASONS[completion.finish_reason],
-            "usage": pb.Usage(prompt_tokens=completion.n_prompt_tokens, completion_tokens=len(completion.token_ids)),
-            "timings": pb.Timings(
-                queue_ms=completion.queue_s * 1000,
-                first_token_ms=completion.first_token_s * 1000,
-                total_ms=completion.total_s * 1000,
-            ),
-            "replica": self._replica,
-        }
 
 
 async def serve(model: Path, port: int) -> None:

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import yaml
 from marked import Mark
-from ports import free_ports
 
+from loadtest.standard.services import with_own_ports
 from tinylm.client import Client, ServiceError
 
 START_LIMIT_S = 150
@@ -112,22 +111,6 @@ class Service:
 
     def _deployment(self) -> dict:
         return self._application().get("deployments", {}).get("TinyLM", {})
-
-
-def with_own_ports(config: Path, directory: Path) -> tuple[Path, int, int]:
-    """The config with other ports and nothing else changed, so that it runs beside a service that is up already."""
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    grpc_port, http_port, metrics_port, stats_port = free_ports(4)
-    values["grpc_options"]["port"] = grpc_port
-    values["http_options"]["port"] = http_port
-    if "controller_options" in values:
-        values["controller_options"]["runtime_env"]["env_vars"] |= {
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        }
-    path = directory / config.name
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path, grpc_port, http_port
 
 
 @contextmanager

@@ -21,10 +21,10 @@ from pathlib import Path
 import grpc
 import pytest
 import yaml
-from ports import free_ports
 from prometheus_client.parser import text_string_to_metric_families
 from service_fixtures import with_own_ports
 
+from loadtest.standard.services import free_ports
 from tinylm.serving import metrics
 from tinylm.serving.monitor import DISCOVERY_FILE
 from tinylm.v1 import tinylm_pb2 as pb

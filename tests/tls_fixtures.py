@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ports import free_ports
+from loadtest.standard.services import free_ports
 
 BIN = str(Path(sys.executable).parent)
 START_LIMIT_S = 30

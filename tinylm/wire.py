@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tinylm.engine import FinishReason
 from tinylm.sampling import SamplingParams
 from tinylm.v1 import tinylm_pb2 as pb
+
+if TYPE_CHECKING:  # only the service makes completions, and clients need no tokenizer
+    from tinylm.completion import Completion
 
 # Fields of a request that are unset when they have their default.
 _OPTIONAL = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs")
@@ -27,3 +32,17 @@ def request_from_params(prompt: str, params: SamplingParams, timeout_ms: int = 0
     """The request that `params_from_request` reads back."""
     given = {name: value for name in _OPTIONAL if (value := getattr(params, name)) is not None}
     return pb.GenerateRequest(prompt=prompt, stop=params.stop, timeout_ms=timeout_ms, **given)
+
+
+def ending(completion: Completion, replica: str) -> dict:
+    """The fields of GenerateResponse, and of a stream's last message, that tell how an answer ended."""
+    return {
+        "finish_reason": FINISH_REASONS[completion.finish_reason],
+        "usage": pb.Usage(prompt_tokens=completion.n_prompt_tokens, completion_tokens=len(completion.token_ids)),
+        "timings": pb.Timings(
+            queue_ms=completion.queue_s * 1000,
+            first_token_ms=completion.first_token_s * 1000,
+            total_ms=completion.total_s * 1000,
+        ),
+        "replica": replica,
+    }

@@ -27,7 +27,7 @@ _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # neve
 def ray_serve(config: Path, replicas: int) -> Iterator[str]:
     """`tinylm serve` with a config, but for its ports and number of replicas, as a Ray session of its own."""
     with tempfile.TemporaryDirectory(prefix="lt-", dir="/tmp", ignore_cleanup_errors=True) as directory:
-        path, port = _with_own_ports(config, replicas, Path(directory))
+        path, port, _ = with_own_ports(config, Path(directory), replicas)
         command = [sys.executable, "-m", "tinylm.cli", "serve", "--config", str(path), "--wait-s", str(START_LIMIT_S)]
         environment = {"RAY_TMPDIR": directory, "PYTHONUNBUFFERED": "1"}
         with _process(command, Path(directory) / "log", environment, lambda log: "TinyLM is ready" in log):
@@ -86,7 +86,11 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError("no free ports between 20000 and 30000")
 
 
-def _with_own_ports(config: Path, replicas: int, directory: Path) -> tuple[Path, int]:
+def with_own_ports(config: Path, directory: Path, replicas: int | None = None) -> tuple[Path, int, int]:
+    """The config, written into the directory with other ports, so that it runs beside a service that is up already.
+
+    replicas: None leaves their number. Returns the path, the gRPC port and the HTTP port.
+    """
     values = yaml.safe_load(config.read_text(encoding="utf-8"))
     grpc_port, http_port, metrics_port, stats_port = free_ports(4)
     values["grpc_options"]["port"] = grpc_port
@@ -96,11 +100,12 @@ def _with_own_ports(config: Path, replicas: int, directory: Path) -> tuple[Path,
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         }
-    for deployment in values["applications"][0]["deployments"]:
-        deployment["num_replicas"] = replicas
+    if replicas is not None:
+        for deployment in values["applications"][0]["deployments"]:
+            deployment["num_replicas"] = replicas
     path = directory / config.name
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path, grpc_port
+    return path, grpc_port, http_port
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from typing import Self
 
 import yaml
 from marked import Mark
-from ports import free_ports
+
+from loadtest.standard.services import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -14,14 +14,13 @@ from google.protobuf.message import Message
 from ray.serve.grpc_util import RayServegRPCContext
 
 import tinylm
-from tinylm.completion import Completion
 from tinylm.sampling import TokenLogprobs
 from tinylm.serving.calls import Call, Refused
 from tinylm.serving.grpc_service import Unparsable
 from tinylm.serving.service import Service, check_size
 from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb
-from tinylm.wire import FINISH_REASONS, params_from_request
+from tinylm.wire import ending, params_from_request
 
 _PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+")
 
@@ -46,7 +45,7 @@ class GrpcMethods:
                     return pb.GenerateResponse(
                         text=completion.text,
                         logprobs=_logprobs(completion.token_ids, completion.logprobs or [], service.tokenizer),
-                        **_ending(completion, service.replica),
+                        **ending(completion, service.replica),
                     )
         _refuse(call, grpc_context)
         return pb.GenerateResponse()
@@ -61,10 +60,10 @@ class GrpcMethods:
             deltas = service.generate(request.prompt, params_from_request(request), timeout_s, call)
             async with aclosing(deltas):
                 async for delta in deltas:
-                    ending = {} if delta.completion is None else _ending(delta.completion, service.replica)
+                    end = {} if delta.completion is None else ending(delta.completion, service.replica)
                     logprobs = _logprobs(delta.tokens, delta.logprobs, service.tokenizer)
                     n_tokens = len(delta.tokens)
-                    yield pb.GenerateStreamResponse(text=delta.text, tokens=n_tokens, logprobs=logprobs, **ending)
+                    yield pb.GenerateStreamResponse(text=delta.text, tokens=n_tokens, logprobs=logprobs, **end)
         if call.error is not None:
             _refuse(call, grpc_context)
             yield pb.GenerateStreamResponse()  # the Python proxy takes the status from a message alone
@@ -118,20 +117,6 @@ def _refuse(call: Call, context: RayServegRPCContext) -> None:
     """Tell the client how its call ended; the message that goes with it is empty."""
     context.set_code(call.status)
     context.set_details(call.details)
-
-
-def _ending(completion: Completion, replica: str) -> dict:
-    """The fields that both kinds of answer end with."""
-    return {
-        "finish_reason": FINISH_REASONS[completion.finish_reason],
-        "usage": pb.Usage(prompt_tokens=completion.n_prompt_tokens, completion_tokens=len(completion.token_ids)),
-        "timings": pb.Timings(
-            queue_ms=completion.queue_s * 1000,
-            first_token_ms=completion.first_token_s * 1000,
-            total_ms=completion.total_s * 1000,
-        ),
-        "replica": replica,
-    }
 
 
 def _logprobs(tokens: list[int], logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> list[pb.TokenLogprob]:
