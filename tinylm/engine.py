@@ -141,7 +141,8 @@ class Engine:
         began_at = time.monotonic()
         ended = self._expire()
         while self._waiting and self._free_slots:
-            self._admit(self._waiting.popleft())
+            self._admit(self._waiting[0])
+            self._waiting.popleft()  # only now: another thread that asks `has_work` must find it in one of the two
         parts = self._parts()
         if not parts:
             return ended
