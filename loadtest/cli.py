@@ -106,6 +106,10 @@ def run(
     ] = 4096,
     timeout: Annotated[float, typer.Option(help="Seconds after which a call is DEADLINE_EXCEEDED.")] = 60,
     seed: Annotated[int, typer.Option(help="Of arrivals, mixes and answers.")] = 0,
+    priority: Annotated[
+        bool,
+        typer.Option(help="Get a core before all other processes, as on a machine of its own, where it is permitted."),
+    ] = True,
     api_key: Annotated[
         Optional[str], typer.Option(envvar="TINYLM_API_KEY", help="Sent as `authorization: Bearer KEY`.")
     ] = None,
@@ -150,6 +154,7 @@ def run(
             "max_in_flight": max_in_flight,
             "timeout_s": timeout,
             "seed": seed,
+            "priority": priority,
             "api_key": api_key,
             "ca": ca.read_bytes() if ca else None,
         }

@@ -71,6 +71,7 @@ class Load:
     timeout_s: float = 60.0  # a call that takes longer counts as DEADLINE_EXCEEDED
     max_in_flight: int = 4096  # open loop: later requests wait, and their waiting counts
     seed: int = 0
+    priority: bool = True  # the load generator's threads run before all others, where the system permits it
     api_key: str | None = dataclasses.field(default=None, repr=False)
     ca: bytes | None = dataclasses.field(default=None, repr=False)  # PEM; set: TLS
 

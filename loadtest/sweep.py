@@ -78,6 +78,8 @@ def _one(pool: Pool, load: Load, n_processes: int, limits: dict[str, float] | No
             "processes": len(outcome.cores),
             "cores": round(sum(outcome.cores), 3),
             "busiest_process": max(outcome.cores),
+            "scheduling": outcome.scheduling,
+            "longest_waiting": max(outcome.waited),
             "too_busy": max(outcome.cores) > BUSY and load.protocol != "engine",  # there it is the engine that is busy
         },
         "server": server,

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+WAITING = 0.05  # of the time: a load generator that waited longer for a core has seen answers late
 STREAM_FIGURES = (("ttft", ("p50", "p99")), ("tpot", ("p50", "p99")), ("itl", ("p50", "p99")), ("gap", ("p99", "max")))
 
 
@@ -67,6 +68,12 @@ def notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     if busy := [run for run in runs if run["client"]["too_busy"]]:
         most = max(run["client"]["busiest_process"] for run in busy)
         found.append(f"{len(busy)} runs kept a process of the load generator {most:.0%} busy: it may be the limit")
+    if starved := [run for run in runs if run["client"]["longest_waiting"] > WAITING]:
+        longest = max(run["client"]["longest_waiting"] for run in starved)
+        found.append(
+            f"in {len(starved)} runs the load generator waited for a core for up to {longest:.0%} of the time: "
+            "latencies contain that"
+        )
     if late := sum(run.get("sends", {}).get("late", 0) for run in runs):
         worst = max(run["sends"]["latest_ms"] for run in runs if "sends" in run)
         found.append(f"{late} requests were sent late, by up to {worst:.0f} ms; their latency counts from the plan")

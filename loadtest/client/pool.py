@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 import numpy as np
 
 from loadtest.client import worker
+from loadtest.client.scheduling import Scheduling
 from loadtest.client.worker import Done, Failed, Job, Ready, Tick
 from loadtest.load import Load
 from loadtest.records import Records
@@ -23,10 +24,12 @@ READY_S = 120.0  # an engine in the process may have to compile its kernels firs
 
 @dataclass(frozen=True)
 class Outcome:
-    """What all processes saw, and the cores that each of them used."""
+    """What all processes saw, and what each had of the cores."""
 
     records: Records
     cores: list[float]
+    waited: list[float]  # shares of the time that they waited for one
+    scheduling: Scheduling
 
 
 class Pool:
@@ -89,7 +92,12 @@ class Pool:
                     on_tick(message)
             on_wait()
         results = [done[pipe] for pipe in pipes]
-        return Outcome(Records.merged([r.records for r in results]), [round(r.cpu_cores, 3) for r in results])
+        return Outcome(
+            Records.merged([r.records for r in results]),
+            [round(r.cpu_cores, 3) for r in results],
+            [round(r.waited, 3) for r in results],
+            results[0].scheduling,
+        )
 
 
 def _receive(pipe: Connection) -> Ready | Tick | Done:

@@ -16,6 +16,7 @@ import numpy as np
 
 from loadtest.client.caller import connect
 from loadtest.client.loops import Asking, Ledger
+from loadtest.client.scheduling import Scheduling, schedule, waited_s
 from loadtest.load import Load
 from loadtest.records import Records
 from loadtest.workload import Workload
@@ -52,10 +53,12 @@ class Tick:
 
 @dataclass(frozen=True)
 class Done:
-    """All that was seen, warm-up included, and this process' use of the CPU from the start of the measured time on."""
+    """All that was seen, warm-up included, and what this process had of the CPU while it was measured."""
 
     records: Records
     cpu_cores: float
+    waited: float  # share of the time that its event loop was ready to run and another had the core
+    scheduling: Scheduling
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,14 @@ def main(pipe: Connection) -> None:
 
 async def _run(job: Job, pipe: Connection) -> Done:
     workload, ledger = Workload(job.load), Ledger()
+    scheduling = schedule(realtime=job.load.priority and job.load.protocol != "engine")  # before threads of connections
     caller = await connect(job.load)
     gc.collect()
     gc.freeze()  # what has been imported and planned is not looked through again while calls are timed
     pipe.send(Ready())
     begin: float = await asyncio.to_thread(pipe.recv)
     ticking = asyncio.create_task(_tick(pipe, ledger))
-    measuring = asyncio.create_task(_cpu_at(begin))
+    measuring = asyncio.create_task(_used_at(begin))
     asking = Asking(job.load, caller, workload, ledger)
     try:
         if job.times_s is not None:
@@ -96,18 +100,21 @@ async def _run(job: Job, pipe: Connection) -> Done:
         else:
             await asking.closed_loop(job.first_turn, job.turn_step, job.n_clients, begin, job.requests)
         elapsed = time.monotonic() - begin
-        cpu_s = time.process_time() - await measuring
+        cpu_s, waited = time.process_time(), waited_s()
+        cpu_s_before, waited_before = await measuring
     finally:
         ticking.cancel()
         measuring.cancel()
         await caller.close()
-    return Done(Records.of(ledger.ended, begin), cpu_s / elapsed if elapsed > 0 else 0.0)
+    elapsed = max(elapsed, 1e-9)
+    used = (cpu_s - cpu_s_before) / elapsed, (waited - waited_before) / elapsed
+    return Done(Records.of(ledger.ended, begin), *used, scheduling)
 
 
-async def _cpu_at(moment: float) -> float:
-    """CPU seconds that this process has used until then."""
+async def _used_at(moment: float) -> tuple[float, float]:
+    """Seconds of CPU that this process has used until then, and that it has waited for one."""
     await asyncio.sleep(max(moment - time.monotonic(), 0))
-    return time.process_time()
+    return time.process_time(), waited_s()
 
 
 async def _tick(pipe: Connection, ledger: Ledger) -> None:
