@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from contextlib import aclosing
 from functools import partial
@@ -314,6 +316,37 @@ def test_an_engine_that_dies_tells_all_who_wait(model, replace_step):
             engine.check()
 
     on_engine(model, use, n_slots=2)
+
+
+def test_a_refusal_does_not_wait_for_the_step_under_way(model, permits):
+    """However long a step takes, whoever finds the engine full hears of it at once; requests on their way count too."""
+
+    async def use(engine):
+        first = asyncio.create_task(answer(engine, [1, 5], SamplingParams(temperature=0, max_tokens=2)))
+        await until(lambda: engine.engine.n_running)  # in a step that ends when a permit comes
+        waiting = asyncio.create_task(answer(engine, [1, 6], SamplingParams(temperature=0, max_tokens=2)))
+        await asyncio.sleep(0)  # it has asked, and the engine's thread can't have seen it
+        with pytest.raises(EngineFull):
+            await answer(engine, [1, 7], LONG)
+        permits.release(4)
+        return await asyncio.gather(first, waiting)
+
+    assert [len(sequence.tokens) for sequence in on_engine(model, use, n_slots=1, max_waiting=1)] == [2, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
+def test_the_engine_s_thread_alone_stands_back(model, greedy):
+    async def main():
+        engine = AsyncEngine(Engine(model), niceness=3)
+        try:
+            await answer(engine, [1], greedy)
+            (thread,) = [thread for thread in threading.enumerate() if thread.name == "tinylm-engine"]
+            return [os.getpriority(os.PRIO_PROCESS, t) for t in (thread.native_id, threading.get_native_id())]
+        finally:
+            engine.stop()
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    assert asyncio.run(main()) == [before + 3, before]
 
 
 def test_a_stalled_step_is_noticed(model, greedy, replace_step):

@@ -401,6 +401,21 @@ def test_a_burst_between_two_steps_is_held_to_the_same_limit(tiny_model, greedy,
     assert all(s.finish_reason == "length" for s in taken)
 
 
+@pytest.mark.parametrize(("n_slots", "max_waiting"), [(2, 3), (1, 0), (4, 0)])
+def test_room_is_told_as_it_will_be_given(tiny_model, greedy, n_slots, max_waiting):
+    """After any number of requests, `n_coming` more are said to leave room for one just when they do."""
+    for n_taken in range(n_slots + max_waiting + 1):
+        for n_coming in range(n_slots + max_waiting + 2):
+            engine = Engine(tiny_model, n_slots=n_slots, max_waiting=max_waiting)
+            for _ in range(n_taken):
+                engine.submit([1], greedy)
+            if n_taken + n_coming < n_slots + max_waiting:
+                engine.check_room(n_coming)
+            else:
+                with pytest.raises(EngineFull):
+                    engine.check_room(n_coming)
+
+
 @pytest.mark.parametrize(("name", "value"), [("n_slots", 0), ("max_waiting", -1), ("prefill_tokens", 0)])
 def test_an_engine_that_could_not_work_is_refused(tiny_model, name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):

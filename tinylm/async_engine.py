@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -46,12 +48,14 @@ class _Listener:
 class AsyncEngine:
     """Start it inside a running event loop; `generate` may be called by any number of tasks of that loop."""
 
-    def __init__(self, engine: Engine, blas_threads: int = 1) -> None:
+    def __init__(self, engine: Engine, blas_threads: int = 1, niceness: int = 0) -> None:
+        """niceness: how far the engine's thread stands back behind others of this machine, 0 to 19 (Linux only)."""
         self.engine = engine
-        self._blas_threads = blas_threads
+        self._blas_threads, self._niceness = blas_threads, niceness
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[EngineSequence, _Listener] = {}  # the engine's thread adds them and takes them away
+        # Those that the engine has yet to see.
         self._submitting: set[asyncio.Future[tuple[EngineSequence, asyncio.Event]]] = set()
         self._error: BaseException | None = None
         self._last_beat = time.monotonic()
@@ -105,9 +109,9 @@ class AsyncEngine:
     ) -> tuple[EngineSequence, asyncio.Event]:
         """Run `submit` on the engine's thread and listen to its sequence before that can make a step."""
         self.check()
+        self.engine.check_room(len(self._submitting))  # a refusal need not wait for the step under way
         future: asyncio.Future[tuple[EngineSequence, asyncio.Event]] = self._loop.create_future()
         self._submitting.add(future)
-        future.add_done_callback(self._submitting.discard)
 
         def accept(sequence: EngineSequence, changed: asyncio.Event) -> None:
             if future.cancelled():
@@ -120,6 +124,7 @@ class AsyncEngine:
                 future.set_exception(error)
 
         def command() -> None:
+            self._submitting.discard(future)
             try:
                 sequence = submit()
             except Exception as error:  # the caller's, whatever it is: the engine has not changed
@@ -138,6 +143,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
+            _be_nice(self._niceness)
             with ThreadpoolController().limit(limits=self._blas_threads, user_api="blas"):
                 while self._obey():
                     changed = self.engine.step()
@@ -178,6 +184,13 @@ class AsyncEngine:
 
     def _died(self) -> EngineDied:
         return EngineDied(f"the engine's thread has ended: {self._error!r}")
+
+
+def _be_nice(niceness: int) -> None:
+    """Let others have the core sooner than the calling thread; on Linux alone, a thread has a niceness of its own."""
+    if sys.platform == "linux" and niceness > 0:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
 
 
 def _set_all(events: list[asyncio.Event]) -> None:

@@ -111,6 +111,13 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
+    def check_room(self, n_coming: int = 0) -> None:
+        """Raise EngineFull when another request would be refused, after `n_coming` more. Any thread may ask."""
+        if len(self._waiting) + n_coming >= self._max_waiting + len(self._free_slots):
+            raise EngineFull(
+                f"{self.n_running} requests are running and {self.n_waiting} waiting, the limit: try later"
+            )
+
     def submit(self, prompt: SequenceOf[int], params: SamplingParams, timeout_s: float | None = None) -> Sequence:
         """Queue a prompt of token ids, its boundary included.
 
@@ -119,10 +126,7 @@ class Engine:
         """
         prompt = list(prompt)
         check_prompt(prompt, self.config.vocab_size, self.config.context)
-        if len(self._waiting) >= self._max_waiting + len(self._free_slots):
-            raise EngineFull(
-                f"{self.n_running} requests are running and {self.n_waiting} waiting, the limit: try later"
-            )
+        self.check_room()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if deadline is not None:
             self._next_deadline = min(self._next_deadline, deadline)

@@ -39,6 +39,7 @@ class AppArgs(BaseModel):
     prefill_tokens: int = Field(default=64, ge=1)  # prompt tokens a step takes while others decode
     kernels: KernelName = "auto"  # compiled ones where they can be, else NumPy
     precision: Precision = "auto"  # of activations and KV cache: int8, float32
+    engine_niceness: int = Field(default=5, ge=0, le=19)  # what answers callers gets a core before what decodes
     blas_threads: int = Field(default=1, ge=1)  # of one replica, for the numpy kernels
     stream_interval_ms: float = Field(default=10.0, ge=0)  # between a stream's messages, from its second
     stalled_s: float = Field(default=10.0, gt=0)  # a step that takes longer gets the replica replaced
@@ -69,7 +70,7 @@ class Service:
         self.name = args.model.name
         self.replica: str = serve.get_replica_context().replica_id.unique_id
         engine = Engine(model, args.slots, args.max_waiting, args.prefill_tokens)
-        self.engine = AsyncEngine(engine, args.blas_threads)
+        self.engine = AsyncEngine(engine, args.blas_threads, args.engine_niceness)
         self.metrics = ServiceMetrics(engine)
 
     def check_health(self) -> None:
