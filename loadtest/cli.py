@@ -234,7 +234,9 @@ def selftest(
 def overload(
     server: Annotated[str, typer.Option("--server", "-s", help="HOST:PORT of a running service.")] = "localhost:9000",
     clients: Annotated[int, typer.Option(help="That the service just holds: slots and queue of all replicas.")] = 320,
-    factor: Annotated[float, typer.Option(help="Of the rate reached so, to ask at.")] = 2,
+    factor: Annotated[
+        str, typer.Option(metavar="F,F,...", help="Of the rate reached so, to ask at.")
+    ] = "1.1,1.25,1.5,2",
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens of each answer.")] = 64,
     duration: Annotated[float, typer.Option(help="Measured seconds of each run.")] = 15,
     warmup: Annotated[float, typer.Option(help="Seconds before each run.")] = 3,
@@ -254,12 +256,13 @@ def overload(
         from loadtest.load import Load, Mix
         from loadtest.server import facts
 
-        if factor <= 1 or repeat < 1:
+        factors = _numbers("--factor", factor, float)
+        if min(factors) <= 1 or repeat < 1:
             raise ValueError(f"--factor is {factor} and --repeat {repeat}: they must be above 1 and at least 1")
         wanted = Mix((max_tokens,), (1.0,))
         full = Load(server, wanted, clients, duration_s=duration, warmup_s=warmup, api_key=api_key)
         about = facts(full)
-        measured = overloading.measure(full, factor, repeat, processes, quiet or as_json)
+        measured = overloading.measure(full, factors, repeat, processes, quiet or as_json)
         result = {**measured, **results.assemble(measured["runs"], "overload", None, about)}
         if output:
             results.write(output, result)

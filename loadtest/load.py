@@ -106,6 +106,11 @@ class Load:
         return "engine" if self.server.startswith("engine:") else "grpc"
 
     @property
+    def comes_first(self) -> bool:
+        """Whether the load generator wants the cores before all others: not where it holds what is measured."""
+        return self.priority and self.protocol != "engine"
+
+    @property
     def name(self) -> str:
         """For a table: "16 clients" or "200/s"."""
         if self.concurrency is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadtest.client.pool import Pool
+from loadtest.client.scheduling import schedule
 from loadtest.live import LiveView
 from loadtest.load import Load
 from loadtest.server import CpuMeter
@@ -69,8 +70,12 @@ def _one(pool: Pool, load: Load, n_processes: int, limits: dict[str, float] | No
         begin, end = moment, math.inf if load.requests else moment + load.duration_s
         view.begin(load, moment)
 
-    outcome = pool.run(load, n_processes, on_begin, view.tick, lambda: meter.look(begin, end))
-    server = meter.finish()
+    schedule(load.comes_first)  # this process too: it looks at the server's processes at the right moments
+    try:
+        outcome = pool.run(load, n_processes, on_begin, view.tick, lambda: meter.look(begin, end))
+        server = meter.finish()
+    finally:
+        schedule(realtime=False)
     return {
         "load": load.as_dict(),
         **summarize(load, outcome.records, limits),

@@ -85,7 +85,7 @@ def main(pipe: Connection) -> None:
 
 async def _run(job: Job, pipe: Connection) -> Done:
     workload, ledger = Workload(job.load), Ledger()
-    scheduling = schedule(realtime=job.load.priority and job.load.protocol != "engine")  # before threads of connections
+    scheduling = schedule(job.load.comes_first)  # before threads of connections
     caller = await connect(job.load)
     gc.collect()
     gc.freeze()  # what has been imported and planned is not looked through again while calls are timed
