@@ -23,7 +23,7 @@ from browser_fixtures import chromium, visit
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from playwright.sync_api import expect
 from service_fixtures import Service, running_service
-from terminal_fixtures import terminal
+from terminal_fixtures import Terminal, terminal
 
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, AsyncClient, Client
@@ -186,12 +186,15 @@ def test_above_its_limit_it_goes_on_and_refuses_the_rest(
     subprocess.run(command, check=True, timeout=GIVE_UP_S, env={**os.environ, "TINYLM_API_KEY": secret[0]})
     assert secret[0] not in out.read_text()
     result = json.loads(out.read_text())
-    (kept,), (refused_ms,) = result["kept_throughput"], result["refused_p99_ms"]
-    full, above = result["runs"]
+    (above,) = result["above"]
+    (found,) = above["rounds"]
+    full, more = result["runs"]
     assert set(full["statuses"]) == {"OK"}
-    assert set(above["statuses"]) == {"OK", "RESOURCE_EXHAUSTED"}
-    assert kept == pytest.approx(above["tokens_per_s"] / full["tokens_per_s"], abs=1e-3)
-    assert 0 < refused_ms == above["failures_ms"]["RESOURCE_EXHAUSTED"]["p99"]
+    assert set(more["statuses"]) == {"OK", "RESOURCE_EXHAUSTED"}
+    assert above["factor"] == 4
+    assert found["kept_throughput"] == pytest.approx(more["tokens_per_s"] / full["tokens_per_s"], abs=1e-3)
+    assert 0 < found["refused_p99_ms"] == more["failures_ms"]["RESOURCE_EXHAUSTED"]["p99"]
+    assert found["refused_per_s"] == pytest.approx(more["statuses"]["RESOURCE_EXHAUSTED"] / 1.5, abs=0.1)
 
 
 def test_http_has_the_same_keys_and_the_same_queue(service: Service, secret: tuple[str, str]) -> None:
@@ -300,17 +303,26 @@ def test_an_asyncio_task_that_is_cancelled_ends_its_answer_in_the_service(
     assert wait_for_cancelled(service, before)["completion_tokens"] < full_length
 
 
+def stopped_by_ctrl_c(t: Terminal) -> bool:
+    t.child.sendline(PROMPT)
+    t.child.expect(r"\?2004l")  # the line editor is done
+    t.child.expect(r"\w+ \w+")  # of the answer: the line itself has gone by
+    t.child.sendintr()
+    if "cancelled" in t.prompt():
+        return True
+    t.child.sendline("/new")  # Ctrl-C has taken back the line before it, or nothing
+    t.child.expect("another story")
+    t.prompt()
+    return False
+
+
 def test_ctrl_c_in_the_terminal_ends_the_answer_in_the_service(
     service: Service, secret: tuple[str, str], full_length: int, tmp_path: Path
 ) -> None:
     before = len(cancelled(service))
     options = ("--server", service.address, "-n", "250", "-t", "0")
     with terminal(*options, state=tmp_path, TINYLM_API_KEY=secret[0]) as t:
-        t.child.sendline(PROMPT)
-        t.child.expect(r"\?2004l")  # the line editor is done
-        t.child.expect(r"\w+ \w+")  # of the answer: the line itself has gone by
-        t.child.sendintr()
-        assert "cancelled" in t.prompt()
+        assert any(stopped_by_ctrl_c(t) for _ in range(20))  # an answer may have ended before Ctrl-C came
         assert wait_for_cancelled(service, before)["completion_tokens"] < full_length
         t.enter("/set max_tokens 2")
         assert "2 tokens" in t.enter("")

@@ -71,6 +71,9 @@ class Writer:
                     self._screen.end_line()
                     raise
                 self._screen.error(str(error))
+            except KeyboardInterrupt:  # it came between an answer and the next line
+                if not self._lines.interactive:
+                    raise
         self._screen.end_line()
 
     def _command(self, line: str) -> None:
