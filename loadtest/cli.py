@@ -273,6 +273,45 @@ def overload(
 
 
 @app.command()
+def overhead(
+    server: Annotated[str, typer.Option("--server", "-s", help="HOST:PORT of a running service.")] = "localhost:9000",
+    model: Annotated[Path, typer.Option(help="What it serves: the directory, for the engine alone.")] = Path(
+        "models/stories-8m"
+    ),
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens of each answer.")] = 64,
+    duration: Annotated[float, typer.Option(help="Measured seconds of each run.")] = 1.5,
+    warmup: Annotated[float, typer.Option(help="Seconds before each run.")] = 0.5,
+    repeat: Annotated[int, typer.Option(help="Rounds: engine, service unary, service streamed.")] = 20,
+    api_key: Annotated[
+        Optional[str], typer.Option(envvar="TINYLM_API_KEY", show_envvar=True, help="In no result.")
+    ] = None,
+    output: Output = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What the service adds to its engine for a lone client, both asked by turns."""
+    with one_line_errors():
+        from loadtest import overhead as adding
+        from loadtest import result as results
+        from loadtest.load import Load, Mix
+        from loadtest.server import facts
+
+        if repeat < 1:
+            raise ValueError(f"--repeat is {repeat}: it must be at least 1")
+        wanted = Mix((max_tokens,), (1.0,))
+        lone = Load(server, wanted, 1, duration_s=duration, warmup_s=warmup, api_key=api_key)
+        about = facts(lone)
+        measured = adding.measure(lone, model, repeat, quiet or as_json)
+        result = {**measured, **results.assemble(measured["runs"], "overhead", None, about)}
+        if output:
+            results.write(output, result)
+        if as_json:
+            typer.echo(json.dumps(result, indent=1))
+        elif not quiet:
+            adding.show(result, Console())
+
+
+@app.command()
 def standard(
     out: Annotated[Path, typer.Option(metavar="DIR", help="For the results; what is there already is kept.")] = Path(
         "docs/results/standard"

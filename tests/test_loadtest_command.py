@@ -163,6 +163,25 @@ def test_the_engine_alone_is_measured_without_a_server() -> None:
     assert run["server"]["cores"] is None
 
 
+def test_what_a_service_adds_is_told_by_rounds_of_both(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    with services.bare(1) as address:
+        brief = ("--duration", "0.3", "--warmup", "0.1", "--repeat", "3", "--quiet", "--output", out)
+        loadtest("overhead", "--server", address, "-n", "8", *brief)
+    result = json.loads(out.read_text())
+    runs = result["runs"]
+    assert [(run["load"]["protocol"], run["load"]["stream"], run["repeat"]) for run in runs] == [
+        (protocol, stream, repeat)
+        for repeat in range(3)
+        for protocol, stream in (("engine", False), ("grpc", False), ("grpc", True))
+    ]
+    p50 = [run["latency_ms"]["p50"] for run in runs]
+    differences = sorted(p50[3 * i + 1] - p50[3 * i] for i in range(3))
+    assert result["overhead_p50_ms"] == pytest.approx(differences[1], abs=1e-3)
+    first = sorted(run["ttft_ms"]["p50"] for run in runs[2::3])
+    assert result["first_token_p50_ms"] == pytest.approx(first[1], abs=1e-3)
+
+
 def test_the_bare_server_gives_the_library_s_text_from_all_its_processes(stories, greedy) -> None:
     expected = stories.generate("Once upon a time", greedy)[0]
     seen = set()

@@ -331,6 +331,7 @@ def last_checkpoint_step(run_dir: Path) -> int:
         return 0
 
 
+@pytest.mark.chaos  # a minute
 def test_a_killed_run_goes_on_from_its_checkpoint(demo: Demo, tmp_path: Path):
     """Power off: the driver and every process of its Ray are killed at once, amid the run, and it is started again."""
     killed = Demo(tmp_path / "w", Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp")))
