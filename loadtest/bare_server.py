@@ -22,15 +22,13 @@ from pathlib import Path
 
 import grpc
 
-from tinylm.async_engine import AsyncEngine
+from tinylm.async_engine import STREAM_INTERVAL_S, AsyncEngine
 from tinylm.completion import Completion, CompletionBuilder
 from tinylm.engine import Engine, EngineFull
 from tinylm.llm import load
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server
 from tinylm.wire import ending, params_from_request
-
-STREAM_INTERVAL_S = 0.01  # as serve_app's
 
 
 class Bare(TinyLMServicer):

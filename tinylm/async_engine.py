@@ -23,6 +23,8 @@ from tinylm.engine import Engine
 from tinylm.engine import Sequence as EngineSequence
 from tinylm.sampling import SamplingParams
 
+STREAM_INTERVAL_S = 0.02  # between two messages of a stream: 50 a second is as many as a reader sees
+
 
 class EngineDied(RuntimeError):
     """The engine's thread ended by an error; every request on it fails, and so will new ones."""

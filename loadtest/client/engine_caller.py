@@ -14,7 +14,7 @@ from pathlib import Path
 from loadtest.load import Load
 from loadtest.records import Call
 from loadtest.workload import Ask
-from tinylm.async_engine import AsyncEngine
+from tinylm.async_engine import STREAM_INTERVAL_S, AsyncEngine
 from tinylm.completion import CompletionBuilder
 from tinylm.engine import Engine, EngineFull
 from tinylm.llm import load as load_model
@@ -26,7 +26,7 @@ class EngineCaller:
         self._tokenizer, model = load_model(Path(load.server.removeprefix("engine:")))
         self._engine = AsyncEngine(Engine(model, n_slots=16, max_waiting=load.max_in_flight))
         self._name = f"process {os.getpid()}"
-        self._every_s = 0.01 if load.stream else math.inf  # as often as the service would be told
+        self._every_s = STREAM_INTERVAL_S if load.stream else math.inf  # as often as the service is told
 
     async def ask(self, ask: Ask, call: Call, connection: int) -> None:
         ids = self._tokenizer.encode_document(ask.prompt)
