@@ -47,7 +47,7 @@ chaos: $(VENV)/development ## Kill parts of the service under load, for minutes 
 	$(BIN)/python -m loadtest.faults_page docs/results/chaos.json docs/chaos.md
 
 walkthrough: $(VENV)/development ## Execute the commands of README.md and docs/ in a fresh clone of HEAD, as they stand there
-	$(BIN)/python -m pytest -m walkthrough tests/walkthrough
+	$(BIN)/python -m pytest -m walkthrough --tb=short --durations=0 tests/walkthrough
 
 check: $(VENV)/development ## Lint, formatting, types
 	$(BIN)/ruff check .

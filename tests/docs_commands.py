@@ -44,15 +44,16 @@ class Walk:
 
     until: Until
     says: str = ""  # pattern of what it has printed by then
-    asked: str = ""  # shell command that succeeds then; for a server, while it runs
+    asked: str = ""  # shell command that succeeds then, for a server while it runs; $SAID is the group of `says`
     beside: tuple[str, ...] = ()  # commands of this table that serve, or have left something running, meanwhile
     before: str = ""  # shell command that makes what the page takes for granted
     filled: Mapping[str, str] = field(default_factory=dict)  # what the page leaves open -> what stands there instead
     environment: Mapping[str, str] = field(default_factory=dict)
     rewrites: tuple[str, ...] = ()  # committed files, or their directories, that it makes anew: no others change
     refused: str = ""  # at work: pattern of the error with which it may end instead, where the text can't be had
+    traceback: bool = False  # it answers Ctrl-C by one
     on_service: bool = False  # executed too by test_service: on the ports of its own service, loads for a moment
-    limit_s: float = 300
+    limit_s: float = 240
 
 
 SERVE = "make serve"
@@ -113,14 +114,17 @@ TABLE: dict[str, str | Walk] = {
     # Other ways to serve.
     r"tinylm serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),
     r"(\w+=\S+ )*serve run configs/serve.yaml": Walk(Until.SERVES, "Deployed app 'tinylm' successfully", asked=ASK),
-    r"python -m loadtest.bare_server": Walk(Until.SERVES, r"ready on 127.0.0.1:9000", asked=ASK),
+    r"python -m loadtest.bare_server": Walk(Until.SERVES, r"ready on (\S+)", asked="tinylm info --server $SAID", traceback=True),
     r"python -m loadtest --server localhost:9100 .*": Walk(
         Until.END,
         "requests/s",
         beside=("python -m loadtest.stub_server --port 9100 --delay-ms 5:0.5,20:0.4,80:0.1 --token-ms 2",),
     ),
     r"python -m loadtest.stub_server .*": Walk(
-        Until.SERVES, "ready on 127.0.0.1:9100", asked="tinylm generate Once --server localhost:9100"
+        Until.SERVES,
+        "ready on 127.0.0.1:9100",
+        asked="tinylm generate Once --server localhost:9100",
+        traceback=True,
     ),
     r"ray get-auth-token --generate": Walk(Until.END, asked="test -s ~/.ray/auth_token"),
     r"RAY_AUTH_MODE=token serve status": Walk(Until.END, "RUNNING: 4", beside=(HEAD, WORKER, DEPLOY)),

@@ -15,10 +15,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 import pexpect
+import psutil
 from docs_commands import ROOT, Until, Walk, filled
 from marked import Mark
 
@@ -95,14 +97,14 @@ class Terminal:
                 self.fail(f"{f'did not print {pattern!r}' if pattern else 'did not end'} within {limit_s:.0f} s")
             time.sleep(LOOK_AGAIN_S)
 
-    def interrupt(self) -> None:
-        """Ctrl-C; it must end, without a traceback, and all that it started with it."""
+    def interrupt(self, traceback: bool) -> None:
+        """Ctrl-C; it must end, and all that it started with it, without a traceback unless it may print one."""
         before = len(self.output)
         self._child.sendintr()
         self.wait_for("", END_LIMIT_S)
         if self.status not in INTERRUPTED:
             self.fail(f"ended with status {self.status} after Ctrl-C")
-        if "Traceback (most recent call last)" in self.output[before:]:
+        if not traceback and "Traceback (most recent call last)" in self.output[before:]:
             self.fail("answered Ctrl-C by a traceback")
         self.expect_nothing_left()
 
@@ -132,6 +134,8 @@ class Clone:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     raise WalkError(f"port {port} ({name}) is in use: the pages' commands need it, stop what is there")
+        if any(process.name() == "gcs_server" for process in psutil.process_iter()):
+            raise WalkError("another Ray runs on this machine: `ray status` could not tell which is meant")
         self._place = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))  # short: Ray's sockets lie in it
         self.directory = self._place / "tinylm"
         self._running: dict[str, Terminal | WalkError] = {}
@@ -172,7 +176,7 @@ class Clone:
             terminal = self._running.pop(text)
             assert isinstance(terminal, Terminal)
             if how.until is Until.SERVES:
-                terminal.interrupt()
+                terminal.interrupt(how.traceback)
             terminal.kill()
         else:
             terminal = self._start(shown, how)
@@ -203,13 +207,16 @@ class Clone:
 
     def _start(self, shown: str, how: Walk) -> Terminal:
         if how.before:
-            self._shell(how.before, how)
+            try:
+                self._shell(how.before, how.environment)
+            except subprocess.SubprocessError as error:
+                raise WalkError(f"before `{shown}`: {error} {getattr(error, 'output', '')}") from None
         return Terminal(filled(shown, how), self.directory, self.environment() | dict(how.environment))
 
     def _end(self, terminal: Terminal, how: Walk) -> None:
         if how.until is Until.AT_WORK:
             if terminal.wait_for(how.says, how.limit_s):
-                terminal.interrupt()
+                terminal.interrupt(how.traceback)
             elif not (how.refused and re.search(how.refused, terminal.output)):
                 terminal.fail(f"ended with status {terminal.status} before it was at work")
         elif how.until is Until.REFUSED:
@@ -234,7 +241,8 @@ class Clone:
         deadline = time.monotonic() + (how.limit_s if how.until is not Until.END else 0)
         while True:
             try:
-                self._shell(how.asked, how)
+                said = re.search(how.says, terminal.output)
+                self._shell(how.asked, {**how.environment, "SAID": said[1] if said and said.groups() else ""})
                 return
             except subprocess.SubprocessError as error:
                 if how.until is Until.SERVES and terminal.status is not None:
@@ -243,10 +251,10 @@ class Clone:
                     terminal.fail(f"was asked, by `{how.asked}`: {error} {getattr(error, 'output', '')}")
             time.sleep(1)
 
-    def _shell(self, text: str, how: Walk) -> None:
+    def _shell(self, text: str, environment: Mapping[str, str]) -> None:
         subprocess.run(
             ["bash", "-euo", "pipefail", "-c", text], cwd=self.directory, check=True, text=True, timeout=120,
-            env=self.environment() | dict(how.environment),
+            env=self.environment() | dict(environment),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
