@@ -114,7 +114,9 @@ TABLE: dict[str, str | Walk] = {
     # Other ways to serve.
     r"tinylm serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),
     r"(\w+=\S+ )*serve run configs/serve.yaml": Walk(Until.SERVES, "Deployed app 'tinylm' successfully", asked=ASK),
-    r"python -m loadtest.bare_server": Walk(Until.SERVES, r"ready on (\S+)", asked="tinylm info --server $SAID", traceback=True),
+    r"python -m loadtest.bare_server": Walk(
+        Until.SERVES, r"ready on (\S+)", asked="tinylm info --server $SAID", traceback=True
+    ),
     r"python -m loadtest --server localhost:9100 .*": Walk(
         Until.END,
         "requests/s",
