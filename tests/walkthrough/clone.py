@@ -178,6 +178,8 @@ class Clone:
             if how.until is Until.SERVES:
                 terminal.interrupt(how.traceback)
             terminal.kill()
+            if not self._running:  # what `ray stop` would remove; but it would stop every Ray of the machine
+                (self._place / "ray/ray/ray_current_cluster").unlink(missing_ok=True)
         else:
             terminal = self._start(shown, how)
             try:
