@@ -63,6 +63,7 @@ DEPLOY = "RAY_AUTH_MODE=token serve deploy configs/cluster/serve.yaml"
 ASK = "tinylm info --server localhost:9000"
 ASK_TLS = "tinylm info --server localhost:9443 --ca tls/ca.pem"
 NO_TINYSTORIES = r"error: collection 'tinystories': .* could not be loaded"
+BUSY = r"[1-9]\S* requests/s"
 RESULTS, IMAGES = "docs/results/", "docs/images/"
 PLACE = {"/somewhere/with/space": "../elsewhere"}
 DEMO = {"CONFIG": "configs/train-demo.yaml"}
@@ -109,11 +110,11 @@ TABLE: dict[str, str | Walk] = {
     r"python -m loadtest compare .*": Walk(
         Until.END, filled={"before.json": "load.json", "after.json": "load.json"}, on_service=True
     ),
-    r"python -m loadtest overload .*": Walk(Until.AT_WORK, r"\d req", beside=(SERVE,)),
+    r"python -m loadtest overload .*": Walk(Until.AT_WORK, BUSY, beside=(SERVE,)),
     r"make serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),
     # Other ways to serve.
     r"tinylm serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),
-    r"(\w+=\S+ )*serve run configs/serve.yaml": Walk(Until.SERVES, "Deployed app 'tinylm' successfully", asked=ASK),
+    r"(\w+=\S+ )*serve run configs/serve.yaml": Walk(Until.SERVES, "Submitted deploy config", asked=ASK),
     r"python -m loadtest.bare_server": Walk(
         Until.SERVES, r"ready on (\S+)", asked="tinylm info --server $SAID", traceback=True
     ),
@@ -172,7 +173,7 @@ TABLE: dict[str, str | Walk] = {
     r"python -m loadtest.standard.page": Walk(Until.END),
     r"python -m loadtest.faults_page .*": Walk(Until.END),
     r"(SOAK_S=\d+ )?make chaos": Walk(Until.AT_WORK, r"tests/chaos/\w+\.py \.", limit_s=400),
-    r"make bench( ONLY=.*)?|python -m loadtest standard": Walk(Until.AT_WORK, r"requests/s", limit_s=400),
+    r"make bench( ONLY=.*)?|python -m loadtest standard": Walk(Until.AT_WORK, BUSY, limit_s=400),
     r"make peers": Walk(Until.AT_WORK, r"Building wheel|round 1", limit_s=900),
 }  # fmt: skip
 
