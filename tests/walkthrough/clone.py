@@ -186,7 +186,7 @@ class Clone:
                 self._end(terminal, how)
             finally:
                 terminal.kill()
-        self._expect_as_committed(terminal, how)
+        self._expect_as_committed(terminal, [how, *(rows[server] for server in how.beside)])
 
     def keep_running(self, text: str, rows: dict[str, Walk], shown: str = "") -> None:
         """Start it unless it runs; raises WalkError, the same one each time, when it can't be asked."""
@@ -260,12 +260,13 @@ class Clone:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def _expect_as_committed(self, terminal: Terminal, how: Walk) -> None:
-        """Every committed file but those that it is to make anew; and they are put back."""
+    def _expect_as_committed(self, terminal: Terminal, ran: list[Walk]) -> None:
+        """Every committed file but those that what ran is to make anew; and they are put back."""
+        anew = tuple(path for how in ran for path in how.rewrites)
         git = ["git", "-C", str(self.directory)]
         changed = subprocess.run(
             [*git, "diff", "--name-only"], check=True, capture_output=True, text=True
         ).stdout.split()
         subprocess.run([*git, "checkout", "--quiet", "."], check=True)
-        if wrong := [path for path in changed if not path.startswith(how.rewrites or ("\0",))]:
+        if wrong := [path for path in changed if not path.startswith(anew)]:
             terminal.fail(f"changed committed files: {wrong}")
