@@ -174,7 +174,7 @@ TABLE: dict[str, str | Walk] = {
     r"python -m loadtest.faults_page .*": Walk(Until.END),
     r"(SOAK_S=\d+ )?make chaos": Walk(Until.AT_WORK, r"tests/chaos/\w+\.py \.", limit_s=400),
     r"make bench( ONLY=.*)?|python -m loadtest standard": Walk(Until.AT_WORK, BUSY, limit_s=400),
-    r"make peers": Walk(Until.AT_WORK, r"Building wheel|round 1", limit_s=900),
+    r"make peers": Walk(Until.AT_WORK, r"Building wheel for llama|round 1", limit_s=900),
 }  # fmt: skip
 
 
