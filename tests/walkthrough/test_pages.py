@@ -1,8 +1,8 @@
 """What README.md and docs/*.md show is executed as it stands there, in a fresh clone of HEAD: `make walkthrough`.
 
 Commands and how each is executed are in `docs_commands.TABLE`. A row's commands come in the pages' order, rows in the
-table's. It needs the pages' ports no other Ray on the machine, and a network that has
-the packages; it takes half an hour on two busy cores.
+table's. It needs the pages' ports, no other Ray on the machine, and a network that has the packages. It takes half an
+hour on two busy cores.
 """
 
 from collections.abc import Iterator
