@@ -11,7 +11,7 @@ STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve tls certificate monitor test chaos check format proto bench peers parts pictures reference train train-demo clean
+.PHONY: help setup setup-dev serve tls certificate monitor test chaos walkthrough check format proto bench peers parts pictures reference train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -39,12 +39,15 @@ certificate: ## Make a self-signed certificate for localhost, to try TLS with; c
 	cat ca.pem key.pem > '$(notdir $(TLS_CERT))' && rm key.pem && chmod 644 ca.pem
 	@echo "made $(TLS_CERT) for the server and $(dir $(TLS_CERT))ca.pem for clients"
 
-test: $(VENV)/development ## Run every test but the slow ones of `make chaos`
+test: $(VENV)/development ## Run every test but the slow ones of `make chaos` and `make walkthrough`
 	$(BIN)/python -m pytest
 
 chaos: $(VENV)/development ## Kill parts of the service under load, for minutes (SOAK_S=20); writes docs/chaos.md
 	CHAOS_REPORT=docs/results/chaos.json CHAOS_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m chaos
 	$(BIN)/python -m loadtest.faults_page docs/results/chaos.json docs/chaos.md
+
+walkthrough: $(VENV)/development ## Execute the commands of README.md and docs/ in a fresh clone of HEAD, as they stand there
+	$(BIN)/python -m pytest -m walkthrough --tb=short --durations=0 tests/walkthrough
 
 check: $(VENV)/development ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import grpc
 
@@ -114,7 +114,8 @@ def main() -> None:
     parser.add_argument("--freeze-after-s", type=float, default=1)
     parser.add_argument("--freeze-s", type=float, default=0)
     parser.add_argument("--api-key", help="refuse calls without it")
-    asyncio.run(serve(parser.parse_args()))
+    with suppress(KeyboardInterrupt):
+        asyncio.run(serve(parser.parse_args()))
 
 
 if __name__ == "__main__":

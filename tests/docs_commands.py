@@ -9,112 +9,199 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MADE_OF_EXCERPTS = {"how-it-works.md"}  # its Python is cut out of files, which `test_docs_pages` checks
 SHELL = {"", "bash", "sh", "console"}  # languages of blocks that hold commands
-PROGRAMS = ("make", "tinylm", "python", "pip", "serve", "ray", "curl", "grpcurl", "docker", "kubectl", "sudo", "brew")
+PROGRAMS = (
+    *("make", "tinylm", "python", "pip", "serve", "ray", "curl", "grpcurl", "printf", "export", "kill", "git"),
+    *("sudo", "apt", "apt-get", "brew", "systemctl", "docker", "kubectl", "helm"),
+)
 
 HERE = "executed by test_docs_commands"
-ON_A_SERVICE = "executed by test_service on the service that runs there"
+CI = "a line of .ci/run"
+ITSELF = "executes the walks of this table"
 
-# Pattern of whole commands (the first that fits counts) -> HERE, ON_A_SERVICE, or the test that executes what it does.
-TABLE = {
+
+class Until(Enum):
+    """What a walk waits for, and how the command ends."""
+
+    END = auto()  # by itself, with status 0
+    REFUSED = auto()  # by itself, with an error of one line: it needs what is not in the repository
+    AT_WORK = auto()  # it takes long: by Ctrl-C, once it is at work
+    SERVES = auto()  # by Ctrl-C, once it has been asked
+    LEFT_RUNNING = auto()  # by itself; what it leaves running is asked, and then ended
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """Executed as the page shows it, at a terminal, in a fresh clone, by `make walkthrough`."""
+
+    until: Until
+    says: str = ""  # pattern of what it has printed by then
+    asked: str = ""  # shell command that succeeds then, for a server while it runs; $SAID is the group of `says`
+    beside: tuple[str, ...] = ()  # commands of this table that serve, or have left something running, meanwhile
+    before: str = ""  # shell command that makes what the page takes for granted
+    filled: Mapping[str, str] = field(default_factory=dict)  # what the page leaves open -> what stands there instead
+    environment: Mapping[str, str] = field(default_factory=dict)
+    rewrites: tuple[str, ...] = ()  # committed files, or their directories, that it makes anew: no others change
+    refused: str = ""  # at work: pattern of the error with which it may end instead, where the text can't be had
+    on_service: bool = False  # executed too by test_service: on the ports of its own service, loads for a moment
+    limit_s: float = 240
+
+
+SERVE = "make serve"
+HEAD = "RAY_AUTH_MODE=token RAY_worker_niceness=0 ray start --head"
+WORKER = "RAY_AUTH_MODE=token RAY_worker_niceness=0 ray start --address HEAD:6379"
+DEPLOY = "RAY_AUTH_MODE=token serve deploy configs/cluster/serve.yaml"
+ASK = "tinylm info --server localhost:9000"
+ASK_TLS = "tinylm info --server localhost:9443 --ca tls/ca.pem"
+NO_TINYSTORIES = r"error: collection 'tinystories': .* could not be loaded"
+BUSY = r"[1-9]\S* requests/s"
+RESULTS, IMAGES = "docs/results/", "docs/images/"
+PLACE = {"/somewhere/with/space": "../elsewhere"}
+DEMO = {"CONFIG": "configs/train-demo.yaml"}
+HELD_OUT = {"FILE.parquet": "data/demo/text/demo.validation.parquet"}
+
+# Pattern of whole commands (the first that fits counts) -> HERE, CI, the test that executes that very command, or how
+# `make walkthrough` does. It does them in this order; a server's row comes after those beside it, and ends it.
+TABLE: dict[str, str | Walk] = {
     r".* --help|make help|python -m loadtest standard --list": HERE,
-    r"tinylm (generate|info|tokenize|key|--version)\b(?!.*--server).*": HERE,
+    r"tinylm write --seed 1 -n 40": "tests/test_terminal.py::test_the_transcript_of_the_page_is_what_happens",
+    r"(printf .* \| )?tinylm (generate|info|tokenize|key|write|--version)\b(?!.*--server).*": HERE,
     r"cat fullchain.pem privkey.pem > server.pem.*": HERE,
-    r"python tests/web_screenshots.py .*": "tests/test_web_page.py::test_the_pictures_of_the_docs_can_be_taken",
-    r".*localhost:(9000|8000)\b.*": ON_A_SERVICE,
-    r"python -m loadtest( -.*)?(?<!localhost:9100 --duration 5)|python -m loadtest (report|compare) .*": ON_A_SERVICE,
-    # What takes long, or needs a place of its own: the test that does the same with less.
-    r"make serve|tinylm serve|(\w+=\S+ )*serve run (configs/serve.yaml|CONFIG)|export RAY_worker_niceness=0": (
-        "tests/test_service.py::test_the_load_is_spread_over_all_four_replicas"
+    r"make (test|check)": CI,
+    r"make walkthrough": ITSELF,
+    # With what serving needs and nothing else.
+    r"make setup": Walk(Until.END, asked="! python -c 'import torch'", limit_s=1200),
+    r"tinylm --install-completion": Walk(
+        Until.END, "completion installed", asked="grep --quiet _TINYLM_COMPLETE ~/.bash_completions/tinylm.sh"
     ),
-    r"make (test|check)": "tests/test_docs_commands.py::test_every_make_command_is_one_that_make_can_carry_out",
-    r"make setup(-dev)?|pip install .*": (
-        "tests/test_cluster_configs.py::test_the_image_installs_by_the_makefile_s_line"
+    r"make certificate": Walk(Until.END, "made tls/server.pem", asked="test -s tls/server.pem && test -s tls/ca.pem"),
+    r"tinylm generate .*localhost:9443.*": Walk(Until.END, "Once upon a time", beside=(SERVE, "make tls")),
+    r"make tls": Walk(Until.SERVES, asked=ASK_TLS, beside=(SERVE,)),
+    r"make tls TLS_CERT=server.pem": Walk(
+        Until.SERVES, asked=ASK_TLS, beside=(SERVE,), before="cp tls/server.pem server.pem"
     ),
-    r"make monitor": (
-        "tests/test_monitoring.py::test_prometheus_evaluates_every_alert_and_the_service_is_not_called_down"
+    r"tinylm .* --server localhost:9000|curl .*localhost:8000/.*": Walk(Until.END, beside=(SERVE,), on_service=True),
+    r"make monitor": Walk(
+        Until.SERVES,
+        "Prometheus: http://localhost:9090/alerts",
+        asked="curl --silent --fail localhost:9090/-/ready",
+        beside=(SERVE,),
     ),
-    r"tinylm (write|chat).*": "tests/test_terminal.py::test_the_transcript_of_the_page_is_what_happens",
-    r"tinylm --install-completion": "tests/test_terminal.py::test_the_script_for_each_shell_is_shown",
-    r"make certificate": "tests/test_tls.py::test_the_certificate_s_key_is_for_its_owner_alone",
-    r"make tls( TLS_CERT=server.pem)?|tinylm generate .*localhost:9443.*|kill -USR2": (
-        "tests/test_tls.py::test_the_command_line_asks_over_tls"
+    r"serve deploy configs/serve.yaml": Walk(Until.END, "Sent deploy request successfully", beside=(SERVE,)),
+    r"serve status": Walk(Until.END, "RUNNING: 4", beside=(SERVE,)),
+    r"ray status": Walk(Until.END, "Active:", beside=(SERVE,)),
+    # With everything, on the same service.
+    r"make setup-dev": Walk(Until.END, asked="python -c 'import torch'", limit_s=1800),
+    r"pip install -e '.\[\w+\]'": Walk(Until.END, "Successfully installed"),
+    r"python tests/web_screenshots.py .*": Walk(Until.END, "web-phone.png", beside=(SERVE,), rewrites=(IMAGES,)),
+    r"python -m loadtest( -.*)?(?<!localhost:9100 --duration 5)": Walk(
+        Until.END, "requests/s", beside=(SERVE,), on_service=True
     ),
-    r"(SOAK_S=\d+ )?make chaos": "tests/chaos/test_service_faults.py",
-    r"python -m loadtest.faults_page .*": (
-        "tests/test_faults_page.py::test_the_page_on_faults_is_that_of_the_committed_results"
+    r"python -m loadtest report .*": Walk(Until.END, "report.html", on_service=True),
+    r"python -m loadtest compare .*": Walk(
+        Until.END, filled={"before.json": "load.json", "after.json": "load.json"}, on_service=True
     ),
-    r"python -m loadtest(.stub_server| --server localhost:9100) .*|python -m loadtest.bare_server": (
-        "tests/test_loadtest_command.py::test_a_sweep_becomes_json_csv_page_and_pictures"
+    r"python -m loadtest (overload|overhead) .*": Walk(Until.AT_WORK, BUSY, beside=(SERVE,)),
+    r"make serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),
+    # Other ways to serve.
+    r"tinylm serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),
+    r"(\w+=\S+ )*serve run configs/serve.yaml": Walk(Until.SERVES, "Submitted deploy config", asked=ASK),
+    r"python -m loadtest.bare_server": Walk(
+        Until.SERVES, r"ready on (\S+)", asked="tinylm info --server $SAID"
     ),
-    r"python -m loadtest.standard.page": (
-        "tests/test_speed_page.py::test_the_page_on_speed_is_that_of_the_committed_results"
+    r"python -m loadtest --server localhost:9100 .*": Walk(
+        Until.END,
+        "requests/s",
+        beside=("python -m loadtest.stub_server --port 9100 --delay-ms 5:0.5,20:0.4,80:0.1 --token-ms 2",),
     ),
-    r"python -m loadtest overload .*": (
-        "tests/test_service_limits.py::test_above_its_limit_it_goes_on_and_refuses_the_rest"
+    r"python -m loadtest.stub_server .*": Walk(
+        Until.SERVES,
+        "ready on 127.0.0.1:9100",
+        asked="tinylm generate Once --server localhost:9100",
     ),
-    r"python -m loadtest selftest": (
-        "tests/test_loadtest_command.py::test_percentiles_are_those_of_the_delays_that_the_server_has"
+    r"ray get-auth-token --generate": Walk(Until.END, asked="test -s ~/.ray/auth_token"),
+    r"RAY_AUTH_MODE=token serve status": Walk(Until.END, "RUNNING: 4", beside=(HEAD, WORKER, DEPLOY)),
+    re.escape(DEPLOY): Walk(
+        Until.LEFT_RUNNING,
+        "Sent deploy request successfully",
+        asked="RAY_AUTH_MODE=token serve status | grep 'RUNNING: 4'",
+        beside=(HEAD, WORKER),
+        before="tinylm key alice --file keys.txt && sed -i s:/etc/tinylm:$PWD: configs/cluster/serve.yaml",
+        rewrites=("configs/cluster/serve.yaml",),
     ),
-    r"make bench( ONLY=.*)?|python -m loadtest standard": (
-        "tests/test_loadtest_command.py::test_the_standard_set_goes_on_where_it_stopped"
+    re.escape(WORKER): Walk(
+        Until.LEFT_RUNNING,
+        "Ray runtime started",
+        asked="RAY_AUTH_MODE=token ray status --address localhost:6379 | grep --count '^ 1 node_' | grep 2",
+        beside=(HEAD,),
+        filled={"HEAD": "localhost"},
     ),
-    r"tinylm bench": "tests/test_benchmarks.py::test_the_engine_s_benchmark_reports_what_it_was_asked_for",
-    r"make peers": "tests/test_benchmarks.py::test_the_comparison_of_engines_measures_those_that_are_here",
-    r"make parts": "tests/test_benchmarks.py::test_the_parts_of_a_step_add_up_to_the_whole",
-    r"make pictures|python -m docs.making.(measure|pictures|page)": (
-        "tests/test_docs_pages.py::test_every_picture_is_drawn_and_stands_on_the_page"
+    re.escape(HEAD): Walk(
+        Until.LEFT_RUNNING, "Ray runtime started", asked="RAY_AUTH_MODE=token ray status --address localhost:6379"
     ),
-    r"make reference": (
-        "tests/test_docs_pages.py::test_the_reference_is_what_proto_docstrings_and_command_line_say"
+    # Training.
+    r"make train-demo": Walk(Until.END, asked="test -s data/demo/models/demo/model.safetensors", limit_s=900),
+    r"python -m train.demo_text": Walk(Until.END),
+    r"python -m train.(prepare|tokenizer|encode|run|export) --config configs/train-demo.yaml.*": Walk(
+        Until.END, filled=PLACE
     ),
-    r"make train(-demo)?( CONFIG=.*)?|python -m train.(prepare|tokenizer|encode|run|export)( .*)?": (
-        "tests/test_train_run.py::test_the_exported_model_writes_the_demos_sentences"
+    r"python -m train.evaluate .*": Walk(Until.END, '"bits_per_byte"', filled=HELD_OUT),
+    r"python -m train.quantization_study .*": Walk(
+        Until.END, r"int4 in groups of 32", filled=DEMO, rewrites=(RESULTS,)
     ),
-    r"python -m train.evaluate( .*)?": "tests/test_train_run.py::test_evaluating_again_gives_the_cards_figures",
-    r"python -m train.export_(onnx|huggingface) .*": (
-        "tests/test_train_exports.py::test_other_logits_are_refused_and_nothing_is_kept"
+    r"python -m train.export_(onnx|huggingface) .*": Walk(Until.END, "logits at most"),
+    r"make train": Walk(Until.AT_WORK, r"tinystories .* [1-9]\d*/", refused=NO_TINYSTORIES),
+    r"make train CONFIG=configs/stories-8m.yaml": Walk(
+        Until.REFUSED, r"error: collection 'tinystories': no file matches 'corpus/tinystories.parquet'"
     ),
-    r"python -m train.quantization_study": "tests/test_train_quantization.py::test_finer_formats_are_larger_and_closer",
-    r"ray start .*": "tests/chaos/test_nodes.py",
-    r"serve (deploy( .*)?|status)|ray status": "tests/chaos/test_service_faults.py",
+    # Measuring, and making pages: what is made of committed results alone must be what is committed.
+    r"python -m loadtest selftest": Walk(Until.END, "highest rate, stream"),
+    r"tinylm bench": Walk(Until.END, r'"decode":'),
+    r"make parts": Walk(Until.END, "whole step", rewrites=(RESULTS,)),
+    r"make pictures": Walk(Until.END, "how-it-works.md", rewrites=(RESULTS, IMAGES, "docs/how-it-works.md")),
+    r"make reference": Walk(Until.END),
+    r"python -m loadtest.standard.page": Walk(Until.END),
+    r"python -m loadtest.faults_page .*": Walk(Until.END),
+    r"(SOAK_S=\d+ )?make chaos": Walk(Until.AT_WORK, r"tests/chaos/\w+\.py \.", limit_s=400),
+    r"make bench( ONLY=.*)?|python -m loadtest standard": Walk(Until.AT_WORK, BUSY, limit_s=400),
+    r"make peers": Walk(Until.AT_WORK, r"Building wheel for llama|round 1", limit_s=900),
 }  # fmt: skip
-
-# No test can execute these: they install programs, or need a Kubernetes cluster or a Docker registry. Their files are
-# held to what Kubernetes and Docker know by tests/test_cluster_configs.py.
-NOT_EXECUTED = (
-    r"(sudo )?(apt-get|brew|systemctl) .*|ray metrics launch-prometheus",
-    r"docker build --file configs/cluster/Dockerfile .*",
-    r"kubectl .*",
-)
 
 
 @dataclass(frozen=True)
 class Command:
     page: str
-    text: str  # without prompt, comment and the path to the virtual environment
+    shown: str  # without prompt and comment
     output: str = ""  # what the page shows under it
+
+    @property
+    def text(self) -> str:
+        """Without the path to the virtual environment, which some pages show and others take to be on the PATH."""
+        return self.shown.replace(".venv/bin/", "")
 
 
 def commands() -> list[Command]:
-    """Those of blocks, then those within sentences, page by page; each text once a page."""
+    """Those of blocks, then those within sentences, page by page; each once a page."""
     found: dict[tuple[str, str], Command] = {}
     for path in PAGES:
         page, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
         for language, block in blocks(text):
             for command in _of_block(page, language, block) if language in SHELL else []:
-                found.setdefault((page, command.text), command)
+                found.setdefault((page, command.shown), command)
         prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-        for span in re.findall(r"`([^`\n]+ [^`\n]+)`|^    (\S.*)$", prose, re.MULTILINE):
-            line = _plain("".join(span))
-            if re.sub(r"^(\w+=\S+ )+", "", line).startswith(tuple(f"{name} " for name in PROGRAMS)):
-                found.setdefault((page, line), Command(page, line))
+        for paragraph in re.split(r"\n\s*\n", prose):
+            for span in [*re.findall(r"`([^`]+)`", paragraph), *re.findall(r"^    (\S.*)$", paragraph, re.MULTILINE)]:
+                command = Command(page, _plain(" ".join(span.split())))
+                if re.sub(r"^(\w+=\S+ )+", "", command.text).startswith(tuple(f"{name} " for name in PROGRAMS)):
+                    found.setdefault((page, command.shown), command)
     return list(found.values())
 
 
@@ -131,9 +218,21 @@ def programs() -> list[tuple[str, str]]:
     ]
 
 
-def executed_by(command: Command) -> str | None:
-    """HERE, ON_A_SERVICE, a test, or None when nothing says."""
+def executed_by(command: Command) -> str | Walk | None:
+    """HERE, CI, a test, a walk, or None when nothing says."""
     return next((how for pattern, how in TABLE.items() if re.fullmatch(pattern, command.text)), None)
+
+
+def is_for_a_service(command: Command) -> bool:
+    how = executed_by(command)
+    return isinstance(how, Walk) and how.on_service
+
+
+def filled(text: str, how: Walk) -> str:
+    """With what the page leaves open."""
+    for left_open, given in how.filled.items():
+        text = text.replace(left_open, given)
+    return text
 
 
 def needs_service(source: str) -> bool:
@@ -183,4 +282,4 @@ def _of_block(page: str, language: str, block: str) -> list[Command]:
 
 
 def _plain(line: str) -> str:
-    return re.sub(r"\s+# .*|^# .*", "", line).strip().removeprefix("$ ").replace(".venv/bin/", "")
+    return re.sub(r"\s+# .*|^# .*", "", line).strip().removeprefix("$ ")

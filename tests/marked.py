@@ -13,9 +13,10 @@ NAME = "TINYLM_TEST_MARK"
 class Mark:
     """Put `environment` into that of a process: all its descendants have it, whoever their parents are by then."""
 
-    def __init__(self) -> None:
-        self.environment = {NAME: uuid.uuid4().hex}
-        self._entry = f"{NAME}={self.environment[NAME]}".encode()
+    def __init__(self, name: str = NAME) -> None:
+        """name: another than NAME, where what is marked starts tests that have marks of their own."""
+        self.environment = {name: uuid.uuid4().hex}
+        self._entry = f"{name}={self.environment[name]}".encode()
 
     def processes(self, named: str = "") -> list[int]:
         """Ids of those whose command line begins with `named`, the directory of the program aside."""

@@ -102,11 +102,10 @@ def test_what_the_docs_say_to_ask_a_service_is_answered(service: Service, tmp_pa
         return text.replace("localhost:8000", f"localhost:{service.http_port}")
 
     for command in docs_commands.commands():
-        if docs_commands.executed_by(command) is docs_commands.ON_A_SERVICE:
-            text = here(command.text)
+        if docs_commands.is_for_a_service(command):
+            text = here(docs_commands.filled(command.text, docs_commands.executed_by(command)))
             if re.fullmatch(r"python -m loadtest( -.*)?", text):
                 text += " --duration 0.5 --warmup 0" + ("" if "--server" in text else f" --server {service.address}")
-            text = text.replace("before.json after.json", "load.json load.json")
             docs_commands.run(text, directory)
     for _, source in docs_commands.programs():
         if docs_commands.needs_service(source):

@@ -1,6 +1,6 @@
 """What tests of faults share: a report of every fault, shown at the end and written where CHAOS_REPORT says.
 
-A report that is there already keeps its other faults, so that one fault can be measured again alone.
+A report that is there already keeps its other faults, so that one fault can be measured again alone. Ctrl-C leaves it.
 """
 
 import io
@@ -28,7 +28,7 @@ def faults(request: pytest.FixtureRequest) -> dict[str, dict]:
     return request.config.stash[FAULTS]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     faults = config.stash[FAULTS]
     if not faults:
         return
@@ -38,7 +38,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     console = Console(file=io.StringIO(), width=140)
     console.print(table)
     terminalreporter.write_line(console.file.getvalue())
-    if path := os.environ.get("CHAOS_REPORT"):
+    path = os.environ.get("CHAOS_REPORT")
+    if path and exitstatus != pytest.ExitCode.INTERRUPTED:
         report = Path(path)
         before = json.loads(report.read_text(encoding="utf-8"))["faults"] if report.exists() else {}
         when = {key: describe()[key] for key in ("date", "revision")}

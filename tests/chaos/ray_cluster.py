@@ -87,11 +87,13 @@ class RayNode:
         self.process.wait(30)
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(30)
-        self.kill()
+        try:
+            if self.process.poll() is None:
+                self.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(30)
+        finally:
+            self.kill()
 
 
 class RayCluster:
@@ -117,9 +119,10 @@ class RayCluster:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for node in reversed(self._nodes):
-            node.stop()
-        self._temporary.cleanup()
+        with contextlib.ExitStack() as last:  # all of it, also when Ctrl-C comes in the middle
+            last.callback(self._temporary.cleanup)
+            for node in self._nodes:
+                last.callback(node.stop)
 
     def join(self) -> RayNode:
         """One more node, once the head knows it."""
