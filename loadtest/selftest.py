@@ -19,6 +19,7 @@ from loadtest.table import ms
 
 CLIENTS = (1, 8, 32, 128)
 TOKENS = 64
+TOKENS_A_MESSAGE = 8  # of a stream: no more than a busy TinyLM puts into one
 DELAYS_MS = Mix((10, 40, 160), (0.7, 0.25, 0.05))
 OVERHEAD_MS = 25.0  # the most that client, stub and a busy machine may add to a known delay
 FREEZE_S = 1.0
@@ -33,7 +34,7 @@ def carry_out(duration_s: float, quiet: bool) -> dict[str, Any]:
 
 def _rates(duration_s: float, stream: bool, quiet: bool) -> list[dict]:
     """Runs against a stub that answers at once."""
-    with stub_server.running() as server:
+    with stub_server.running("--tokens-a-message", str(TOKENS_A_MESSAGE)) as server:
         one = Mix((TOKENS,), (1,))
         loads = [Load(server, one, n, stream=stream, duration_s=duration_s, warmup_s=0.5) for n in CLIENTS]
         return sweep.carry_out(sweep.Sweep(tuple(loads)), quiet)

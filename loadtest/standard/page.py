@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from loadtest import result
+from loadtest.selftest import TOKENS_A_MESSAGE
 
 RESULTS, PAGE = Path("docs/results"), Path("docs/speed.md")
 CORES = 2  # of the machine that the committed results are of
@@ -109,7 +110,7 @@ Four replicas on two cores divide 16 clients into batches of four, where a step 
 engine in two processes is faster than in four, and so is the service with two replicas. `num_replicas` should be the
 number of cores that replicas really have; it is 4 here because four were asked for.
 
-One client, p50: {_overhead(parts)}
+One client, p50: {_overhead(RESULTS)}
 
 ## Where it bends
 
@@ -181,12 +182,12 @@ def _shares(parts: Mapping[tuple[str, str], Part]) -> str:
     return table(head, rows)
 
 
-def _overhead(parts: Mapping[tuple[str, str], Part]) -> str:
-    engine, served = (parts[name, "unary"].mean(1, "latency_ms", "p50") for name in ("engine", "haproxy"))
-    first = parts["haproxy", "stream"].mean(1, "ttft_ms", "p50")
+def _overhead(directory: Path) -> str:
+    found = result.read(directory / "overhead.json")
     return (
-        f"{served:.1f} ms whole, {served - engine:.1f} ms more than the engine's own {engine:.1f}; "
-        f"a stream's first token after {first:.1f} ms."
+        f"{found['service_p50_ms']:.1f} ms whole, {found['overhead_p50_ms']:.1f} ms more than the engine's own "
+        f"{found['engine_p50_ms']:.1f}, both asked by turns; a stream's first token after "
+        f"{found['first_token_p50_ms']:.1f} ms ([overhead.json](results/overhead.json))."
     )
 
 
@@ -228,7 +229,8 @@ def _selftest(selftest: Mapping[str, Any], parts: Mapping[tuple[str, str], Part]
         stub = max(run["requests_per_s"] for run in selftest["rates"][mode])
         rows.append([mode, f"{stub:,.0f}", f"{served:.0f}", f"{stub / served:.1f}"])
     checks = "; ".join(check["name"] for check in selftest["checks"] if check["passed"])
-    return f"""Against a stub that computes nothing, generator and stub on the same two cores:
+    return f"""Against a stub that computes nothing and streams {TOKENS_A_MESSAGE} tokens a message, which shares the
+two cores with the generator:
 
 {table(["requests/s", "stub", "service at best", "times"], rows)}
 
