@@ -98,7 +98,9 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     models = {line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")}
-    return f"{torch.get_num_threads()} threads of {' / '.join(sorted(models)) or platform.processor() or 'a CPU'}"
+    n = torch.get_num_threads()
+    processors = " / ".join(sorted(models)) or platform.processor() or "a CPU"
+    return f"{n} thread{'s' if n > 1 else ''} of {processors}"
 
 
 def _cpuinfo() -> list[str]:
