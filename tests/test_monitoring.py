@@ -262,9 +262,9 @@ def test_histograms_hold_one_value_for_each_request_or_token(counted: Snapshot, 
     assert counted.total("request_queue_time_seconds_count") == n_answers
     n_first = counted.total("time_to_first_token_seconds_count")
     assert load.endings["length"] + load.endings["stop"] <= n_first <= n_answers
-    # The engine may have drawn a few tokens more than a stop string let out.
+    # The engine may have drawn more than a stop string let out, up to the 40 that were asked for.
     drawn = counted.total("inter_token_latency_seconds_count") + n_first
-    assert 0 <= drawn - sum(load.tokens.values()) <= 16 * load.endings["stop"]
+    assert 0 <= drawn - sum(load.tokens.values()) <= 40 * load.endings["stop"] - load.tokens["stop"]
     for metric in metrics.METRICS:
         if metric.kind == "histogram":
             name = metric.exported.removeprefix("ray_tinylm_")

@@ -84,6 +84,7 @@ class Engine:
         self._cached: list[list[int]] = [[] for _ in range(n_slots)]  # the tokens whose keys and values a slot holds
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order they were admitted
+        self._n_unfinished = 0  # running and waiting, and those between the two: what other threads may ask for
         self._next_deadline = float("inf")  # no sequence has an earlier one
         self.stats = EngineStats()
         self._stepped_at = time.monotonic()  # when the last step ended
@@ -109,11 +110,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return self._n_unfinished > 0
 
     def check_room(self, n_coming: int = 0) -> None:
         """Raise EngineFull when another request would be refused, after `n_coming` more. Any thread may ask."""
-        if len(self._waiting) + n_coming >= self._max_waiting + len(self._free_slots):
+        if self._n_unfinished + n_coming >= self.n_slots + self._max_waiting:
             raise EngineFull(
                 f"{self.n_running} requests are running and {self.n_waiting} waiting, the limit: try later"
             )
@@ -133,6 +134,7 @@ class Engine:
         sequence = Sequence(prompt, params, deadline, np.random.default_rng(params.seed))
         sequence.uniform = sequence.rng.random()
         self._waiting.append(sequence)
+        self._n_unfinished += 1
         return sequence
 
     def cancel(self, sequence: Sequence, reason: FinishReason = "cancelled") -> None:
@@ -145,8 +147,7 @@ class Engine:
         began_at = time.monotonic()
         ended = self._expire()
         while self._waiting and self._free_slots:
-            self._admit(self._waiting[0])
-            self._waiting.popleft()  # only now: another thread that asks `has_work` must find it in one of the two
+            self._admit(self._waiting.popleft())
         parts = self._parts()
         if not parts:
             return ended
@@ -269,6 +270,7 @@ class Engine:
             self._running.remove(sequence)
             self._free_slots.append(sequence.slot)
             sequence.slot = None
+        self._n_unfinished -= 1
 
 
 def _common_prefix(prompt: list[int], cached: list[int]) -> int:

@@ -25,6 +25,7 @@ from tinylm.serving.access import Access
 from tinylm.serving.calls import Answer, Call, answering
 from tinylm.serving.metrics import ServiceMetrics
 
+STOP_INTERVAL_S = 0.005  # between two looks for a stop string
 MAX_TEXT_BYTES = 64 * 1024  # of a prompt or a text to tokenize; far more than the context holds
 
 
@@ -105,7 +106,9 @@ class Service:
         that it may come all at the end. Raises ValueError for a prompt that can't be answered, EngineFull, EngineDied.
         Closing the generator frees the slot.
         """
-        every_s = math.inf if whole and not params.stop else self.args.stream_interval_ms / 1000
+        every_s = math.inf if whole else self.args.stream_interval_ms / 1000
+        if params.stop:  # what follows the stop string is drawn for nobody
+            every_s = min(every_s, STOP_INTERVAL_S)
         ids = self._ids(prompt)
         if self.args.log_prompts:
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
