@@ -59,6 +59,7 @@ class AsyncEngine:
         self._listeners: dict[EngineSequence, _Listener] = {}  # the engine's thread adds them and takes them away
         # Those that the engine has yet to see.
         self._submitting: set[asyncio.Future[tuple[EngineSequence, asyncio.Event]]] = set()
+        self._leaving: set[EngineSequence] = set()  # whose place is free as soon as the engine hears of it
         self._error: BaseException | None = None
         self._last_beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="tinylm-engine", daemon=True)
@@ -103,7 +104,10 @@ class AsyncEngine:
         def command() -> None:
             self._listeners.pop(sequence, None)
             self.engine.cancel(sequence)
+            self._leaving.discard(sequence)
 
+        if sequence.finish_reason is None:
+            self._leaving.add(sequence)
         self._commands.put(command)
 
     async def _submit(
@@ -111,7 +115,8 @@ class AsyncEngine:
     ) -> tuple[EngineSequence, asyncio.Event]:
         """Run `submit` on the engine's thread and listen to its sequence before that can make a step."""
         self.check()
-        self.engine.check_room(len(self._submitting))  # a refusal need not wait for the step under way
+        # A refusal need not wait for the step under way; the engine looks again.
+        self.engine.check_room(len(self._submitting) - len(self._leaving))
         future: asyncio.Future[tuple[EngineSequence, asyncio.Event]] = self._loop.create_future()
         self._submitting.add(future)
 
