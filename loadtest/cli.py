@@ -7,7 +7,7 @@ import importlib.util
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -25,6 +25,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
+ApiKey = Annotated[
+    Optional[str],
+    typer.Option(
+        envvar="TINYLM_API_KEY", show_envvar=True, help="Sent as `authorization: Bearer KEY`, and in no result."
+    ),
+]
 Output = Annotated[
     Optional[Path], typer.Option("--output", "-o", metavar="FILE", help="The result as JSON; of runs, a CSV beside it.")
 ]
@@ -110,9 +116,7 @@ def run(
         bool,
         typer.Option(help="Get a core before all other processes, as on a machine of its own, where it is permitted."),
     ] = True,
-    api_key: Annotated[
-        Optional[str], typer.Option(envvar="TINYLM_API_KEY", help="Sent as `authorization: Bearer KEY`.")
-    ] = None,
+    api_key: ApiKey = None,
     ca: Annotated[Optional[Path], typer.Option(metavar="FILE", help="PEM certificates to trust: use TLS.")] = None,
     label: Annotated[Optional[str], typer.Option(help="What reports call this result.")] = None,
     replicas: Annotated[
@@ -126,6 +130,7 @@ def run(
     with one_line_errors():
         from loadtest import goodput as limits_of
         from loadtest import result as results
+        from loadtest import table
         from loadtest.load import Load, Mix
         from loadtest.server import facts
         from loadtest.sweep import Sweep, carry_out
@@ -165,9 +170,7 @@ def run(
         about = facts(loads[0])
         runs = carry_out(sweep, quiet or as_json)
         result = results.assemble(runs, label or (output.stem if output else server), replicas, about)
-        if output:
-            results.write(output, result)
-        _print(result, as_json, quiet)
+        _hand_over(result, lambda shown, console: table.show(shown["runs"], console), output, as_json, quiet)
         if not any(one["statuses"].get("OK") for one in runs):
             raise ValueError(f"no answer from {server}: {runs[0]['statuses'] or 'the run was too short'}")
 
@@ -242,9 +245,7 @@ def overload(
     warmup: Annotated[float, typer.Option(help="Seconds before each run.")] = 3,
     repeat: Annotated[int, typer.Option(help="Rounds.")] = 3,
     processes: Annotated[Optional[int], typer.Option(help="Of the load generator; by default as needed.")] = None,
-    api_key: Annotated[
-        Optional[str], typer.Option(envvar="TINYLM_API_KEY", show_envvar=True, help="In no result.")
-    ] = None,
+    api_key: ApiKey = None,
     output: Output = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -264,12 +265,7 @@ def overload(
         about = facts(full)
         measured = overloading.measure(full, factors, repeat, processes, quiet or as_json)
         result = {**measured, **results.assemble(measured["runs"], "overload", None, about)}
-        if output:
-            results.write(output, result)
-        if as_json:
-            typer.echo(json.dumps(result, indent=1))
-        elif not quiet:
-            overloading.show(result, Console())
+        _hand_over(result, overloading.show, output, as_json, quiet)
 
 
 @app.command()
@@ -282,9 +278,7 @@ def overhead(
     duration: Annotated[float, typer.Option(help="Measured seconds of each run.")] = 1.5,
     warmup: Annotated[float, typer.Option(help="Seconds before each run.")] = 0.5,
     repeat: Annotated[int, typer.Option(help="Rounds: engine, service unary, service streamed.")] = 20,
-    api_key: Annotated[
-        Optional[str], typer.Option(envvar="TINYLM_API_KEY", show_envvar=True, help="In no result.")
-    ] = None,
+    api_key: ApiKey = None,
     output: Output = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -303,12 +297,7 @@ def overhead(
         about = facts(lone)
         measured = adding.measure(lone, model, repeat, quiet or as_json)
         result = {**measured, **results.assemble(measured["runs"], "overhead", None, about)}
-        if output:
-            results.write(output, result)
-        if as_json:
-            typer.echo(json.dumps(result, indent=1))
-        elif not quiet:
-            adding.show(result, Console())
+        _hand_over(result, adding.show, output, as_json, quiet)
 
 
 @app.command()
@@ -344,10 +333,19 @@ def _numbers(option: str, text: str, kind: Any) -> list[Any]:
         raise ValueError(f"{option} is {text!r}: it must be {what} with commas between them") from None
 
 
-def _print(result: dict, as_json: bool, quiet: bool) -> None:
-    from loadtest import table
+def _hand_over(
+    result: dict[str, Any],
+    show: Callable[[dict[str, Any], Console], None],
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write a result of runs where it was asked for, and print it as JSON or as `show` does, or not at all."""
+    from loadtest import result as results
 
+    if output:
+        results.write(output, result)
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     elif not quiet:
-        table.show(result["runs"], Console())
+        show(result, Console())

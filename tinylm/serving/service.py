@@ -42,9 +42,8 @@ class AppArgs(BaseModel):
     precision: Precision = "auto"  # of activations and KV cache: int8, float32
     engine_niceness: int = Field(default=5, ge=0, le=19)  # what answers callers gets a core before what decodes
     blas_threads: int = Field(default=1, ge=1)  # of one replica, for the numpy kernels
-    stream_interval_ms: float = Field(
-        default=1000 * STREAM_INTERVAL_S, ge=0
-    )  # between a stream's messages, from its second
+    # Between a stream's messages, from its second.
+    stream_interval_ms: float = Field(default=1000 * STREAM_INTERVAL_S, ge=0)
     stalled_s: float = Field(default=10.0, gt=0)  # a step that takes longer gets the replica replaced
     api_keys: Path | None = None  # the key file (`tinylm key`); without one, callers on this machine alone are served
     allow_anonymous: bool = False  # without a key file: serve callers from anywhere
