@@ -87,8 +87,8 @@ METRICS = (
         "prompt_tokens",
         "counter",
         "tokens",
-        "prompt tokens, the boundary included, of requests that had got a slot, by how they ended; over "
-        "stop, length and timeout it is the sum of usage.prompt_tokens",
+        "prompt tokens, the boundary included, of requests that the engine took, by how they ended, be it in the queue; "
+        "over stop, length and timeout it is the sum of usage.prompt_tokens",
         "finished_reason",
         _ENDINGS,
     ),
@@ -206,8 +206,7 @@ class ServiceMetrics:
         else:
             self._add("requests_refused", call.status.name)
         for answer in call.answers:
-            if answer.sequence.admitted_at is not None:
-                self._add("prompt_tokens", call.reason_of(answer), answer.n_prompt_tokens)
+            self._add("prompt_tokens", call.reason_of(answer), answer.n_prompt_tokens)
             self._add("generation_tokens", call.reason_of(answer), answer.n_tokens)
         self._observe_times(call)
 
