@@ -82,7 +82,10 @@ async def serve(arguments: argparse.Namespace) -> None:
     port = server.add_insecure_port(f"127.0.0.1:{arguments.port}")
     await server.start()
     print(f"ready on 127.0.0.1:{port}", flush=True)
-    await server.wait_for_termination()
+    try:
+        await server.wait_for_termination()
+    finally:
+        await server.stop(0)  # left to itself it complains, now and then, that the event loop has ended before it
 
 
 @contextmanager

@@ -28,6 +28,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tinylm.client import CHANNEL_OPTIONS, METADATA
+from tinylm.serving.haproxy import BINARY_VARIABLE as HAPROXY_BINARY
 
 HAPROXY_CONFIG = Path("configs/serve.yaml")
 PYTHON_PROXY_CONFIG = Path("configs/serve-python-proxy.yaml")
@@ -106,6 +107,12 @@ def _ports(config: Path) -> tuple[int, int]:
         raise ValueError(f"{config} is no Serve config: {error}") from None
 
 
+def _environment() -> dict[str, str]:
+    """What Ray is to find in its environment, unless the user has set it."""
+    own_haproxy = Path(sys.executable).with_name("tinylm-haproxy")
+    return ENVIRONMENT | ({HAPROXY_BINARY: str(own_haproxy)} if own_haproxy.is_file() else {})
+
+
 def _own_command() -> str:
     """How a shell in this directory finds `tinylm`: by its name where that is on the path."""
     own = Path(sys.executable).with_name("tinylm")
@@ -119,7 +126,7 @@ class Server:
         self.dashboard = "http://127.0.0.1:8265"
         self.process = subprocess.Popen(
             command,
-            env={**ENVIRONMENT, **os.environ},
+            env={**_environment(), **os.environ},
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C is for this process, which hands it on once

@@ -5,6 +5,7 @@ An exception that left a method would reach the client as INTERNAL with a traceb
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -14,7 +15,9 @@ from google.protobuf.message import Message
 from ray.serve.grpc_util import RayServegRPCContext
 
 import tinylm
+from tinylm.engine import EngineFull
 from tinylm.sampling import TokenLogprobs
+from tinylm.serving import haproxy
 from tinylm.serving.calls import Call, Refused
 from tinylm.serving.grpc_service import Unparsable
 from tinylm.serving.service import Service, check_size
@@ -22,6 +25,7 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.wire import ending, params_from_request
 
+_BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"  # as Serve itself reads it
 _PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+")
 
 
@@ -66,7 +70,8 @@ class GrpcMethods:
                     yield pb.GenerateStreamResponse(text=delta.text, tokens=n_tokens, logprobs=logprobs, **end)
         if call.error is not None:
             _refuse(call, grpc_context)
-            yield pb.GenerateStreamResponse()  # the Python proxy takes the status from a message alone
+            if not _BEHIND_HAPROXY:
+                yield pb.GenerateStreamResponse()  # the Python proxy takes the status from a message alone
 
     async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext) -> pb.TokenizeResponse:
         with self.service.answering("Tokenize") as call:
@@ -117,6 +122,8 @@ def _refuse(call: Call, context: RayServegRPCContext) -> None:
     """Tell the client how its call ended; the message that goes with it is empty."""
     context.set_code(call.status)
     context.set_details(call.details)
+    if isinstance(call.error, EngineFull):
+        context.set_trailing_metadata([(haproxy.FULL, "1")])
 
 
 def _logprobs(tokens: list[int], logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> list[pb.TokenLogprob]:

@@ -15,6 +15,7 @@ from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
 
 from tinylm.serving.proxy_streams import hand_on_cancellations
+from tinylm.serving.trailers_only import fail_by_headers_alone
 from tinylm.v1 import tinylm_pb2 as pb
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # what configs/serve.yaml sets; gRPC refuses more with RESOURCE_EXHAUSTED
@@ -40,6 +41,7 @@ def _tolerant(message: type[Message]) -> Callable[[bytes], Message | Unparsable]
 def add_TinyLMServicer_to_server(servicer: Any, server: Any) -> None:
     """For `grpc_servicer_functions`, in place of the generated function of the same name."""
     hand_on_cancellations(server)
+    fail_by_headers_alone(server)
     service = pb.DESCRIPTOR.services_by_name["TinyLM"]
     handlers = {}
     for method in service.methods:

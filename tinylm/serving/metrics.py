@@ -87,7 +87,7 @@ METRICS = (
         "prompt_tokens",
         "counter",
         "tokens",
-        "prompt tokens, the boundary included, of requests that the engine took, by how they ended, be it in the queue; "
+        "prompt tokens, the boundary included, of requests that the engine took, by how they ended, also in the queue; "
         "over stop, length and timeout it is the sum of usage.prompt_tokens",
         "finished_reason",
         _ENDINGS,
