@@ -53,7 +53,7 @@ def measure(full: Load, factors: Sequence[float], rounds: int, n_processes: int 
             share *= LESS
         for factor in factors:
             if REFUSED not in (found := run(arriving(factor)))["statuses"]:
-                raise ValueError(f"{factor:g} times its rate was not too much: {found['statuses']}; give a higher --factor")
+                raise ValueError(f"{factor:g} times its rate was not too much: {found['statuses']}: raise --factor")
             above[factor].append(_against(found, carried, closed))
     return {"above": [{"factor": factor, "rounds": found} for factor, found in above.items()], "runs": runs}
 
