@@ -5,6 +5,7 @@ The service behind it is a bare grpc.aio server, which shows what reaches it; te
 
 import asyncio
 import http.server
+import signal
 import socket
 import ssl
 import subprocess
@@ -187,6 +188,30 @@ def test_another_authority_and_no_authority_are_refused(front: Front, tmp_path: 
     for tls in (other, True, False):
         with Client(front.address, tls=tls, retries=0) as client, pytest.raises(ServiceError, match="UNAVAILABLE"):
             client.info()
+
+
+def test_a_renewed_certificate_is_taken_up_without_a_pause(backend: tuple[Backend, int, int], tmp_path: Path) -> None:
+    service, grpc_port, http_port = backend
+    service.released.clear()
+    service.cancelled = 0
+    with tls_front(make_certificate(tmp_path), grpc_port, http_port) as front, secure_channel(front) as before:
+        (stream,) = hold(before, 1)
+        next(stream)
+        make_certificate(tmp_path)
+        front.master.send_signal(signal.SIGUSR2)
+
+        def trusted() -> bool:
+            with Client(front.address, tls=front.ca, retries=0) as client:
+                try:
+                    return client.info().name == "behind TLS"
+                except ServiceError:  # of the old one's authority
+                    return False
+
+        wait_until(trusted, "the new certificate")
+        next(stream)
+        service.released.set()
+        assert [message.finish_reason for message in stream][-1] == pb.FINISH_REASON_STOP  # on the old one, to its end
+    assert service.cancelled == 0
 
 
 def test_an_authority_that_cannot_be_read_is_named(tmp_path: Path) -> None:

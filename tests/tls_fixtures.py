@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from loadtest.standard.services import free_ports
 
 BIN = str(Path(sys.executable).parent)
@@ -23,6 +25,13 @@ class Front:
 
     port: int
     certificate: Path
+    make: psutil.Process  # that started it
+
+    @property
+    def master(self) -> psutil.Process:
+        """The process that starts the others anew when it is told to; HAProxy names it before them."""
+        (master,) = self.make.children()
+        return master
 
     @property
     def address(self) -> str:
@@ -64,7 +73,7 @@ def tls_front(certificate: Path, grpc_port: int, http_port: int) -> Iterator[Fro
             assert time.monotonic() < deadline, "HAProxy doesn't listen"
             time.sleep(0.02)
         time.sleep(0.5)  # two of its health checks
-        yield Front(port, certificate)
+        yield Front(port, certificate, psutil.Process(process.pid))
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(START_LIMIT_S)
