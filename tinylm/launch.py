@@ -38,6 +38,7 @@ ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USA
 HEAD_PROCESSES = {"gcs_server", "raylet"}
 LOOK_AGAIN_S = 0.3
 DRAIN_LIMIT_S = 20.0  # above Serve's own limit, graceful_shutdown_timeout_s
+STOP_LIMIT_S = 60.0
 MAX_RESTARTS, RESTARTS_WITHIN_S = 3, 600.0
 _DEFAULT_PORTS = {"grpc_options": 9000, "http_options": 8000}  # Serve's own
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy of the environment
@@ -174,8 +175,10 @@ class Server:
         self._look()
         if self.process.poll() is None and all(_lives(process) for process in self._head):
             self.process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(60)
+            deadline = time.monotonic() + STOP_LIMIT_S
+            while self.process.poll() is None and time.monotonic() < deadline:
+                self._look()  # it may be starting others still
+                time.sleep(LOOK_AGAIN_S)
         for process in self._family.values():
             with suppress(psutil.Error):
                 process.kill()  # psutil looks whether the pid is still this process
@@ -183,9 +186,13 @@ class Server:
         self.process.wait()
 
     def _look(self) -> None:
-        with suppress(psutil.Error):
-            for process in psutil.Process(self.process.pid).children(recursive=True):
-                self._family.setdefault(process.pid, process)
+        """Learn what is in the session of `serve run`, also what has lost its parent; nothing new once that has ended."""
+        if self.process.poll() is not None:
+            return
+        for pid in psutil.pids():
+            with suppress(psutil.Error, OSError):
+                if pid not in self._family and pid != self.process.pid and os.getsid(pid) == self.process.pid:
+                    self._family[pid] = psutil.Process(pid)
 
 
 def _name(process: psutil.Process) -> str:
