@@ -186,7 +186,7 @@ class Server:
         self.process.wait()
 
     def _look(self) -> None:
-        """Learn what is in the session of `serve run`, also what has lost its parent; nothing new once that has ended."""
+        """Learn what is in the session of `serve run`, also what lost its parent; nothing new once that has ended."""
         if self.process.poll() is not None:
             return
         for pid in psutil.pids():
