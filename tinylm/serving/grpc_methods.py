@@ -5,7 +5,6 @@ An exception that left a method would reach the client as INTERNAL with a traceb
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -25,7 +24,6 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.wire import ending, params_from_request
 
-_BEHIND_HAPROXY = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"  # as Serve itself reads it
 _PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+")
 
 
@@ -70,8 +68,7 @@ class GrpcMethods:
                     yield pb.GenerateStreamResponse(text=delta.text, tokens=n_tokens, logprobs=logprobs, **end)
         if call.error is not None:
             _refuse(call, grpc_context)
-            if not _BEHIND_HAPROXY:
-                yield pb.GenerateStreamResponse()  # the Python proxy takes the status from a message alone
+            yield pb.GenerateStreamResponse()  # the Python proxy takes the status from a message alone
 
     async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext) -> pb.TokenizeResponse:
         with self.service.answering("Tokenize") as call:

@@ -8,6 +8,7 @@ headers, and the status in trailers after them, where HAProxy can't see it (nor 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -45,9 +46,11 @@ def _unary(handler: Callable[[Any, Any], Awaitable[bytes]]) -> Callable:
 def _stream(handler: Callable[[Any, Any], AsyncGenerator[bytes, None]]) -> Callable:
     async def unary_stream(request: Any, context: Any) -> AsyncGenerator[bytes, None]:
         is_begun = False
-        async for message in handler(request, context):
-            is_begun = True
-            yield message
+        async with aclosing(handler(request, context)) as messages:
+            async for message in messages:
+                if message:  # an empty one carries a failure's status through the Python proxy, which this is not
+                    is_begun = True
+                    yield message
         if not is_begun:
             await _abort_if_failed(context)
 
