@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
+from ray.serve._private.proxy import gRPCProxy
 
 from tinylm.serving.proxy_streams import hand_on_cancellations
 from tinylm.serving.trailers_only import fail_by_headers_alone
@@ -40,8 +41,11 @@ def _tolerant(message: type[Message]) -> Callable[[bytes], Message | Unparsable]
 
 def add_TinyLMServicer_to_server(servicer: Any, server: Any) -> None:
     """For `grpc_servicer_functions`, in place of the generated function of the same name."""
-    hand_on_cancellations(server)
-    fail_by_headers_alone(server)
+    # Serve has two kinds of servers: its Python proxy's, and a replica's own, which HAProxy asks.
+    if isinstance(getattr(server.service_handler_factory, "__self__", None), gRPCProxy):
+        hand_on_cancellations(server)
+    else:
+        fail_by_headers_alone(server)
     service = pb.DESCRIPTOR.services_by_name["TinyLM"]
     handlers = {}
     for method in service.methods:

@@ -11,17 +11,14 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from ray.serve._private.proxy import gRPCProxy
 from ray.serve._private.proxy_request_response import gRPCStreamingType
 
 _END = object()
 
 
 def hand_on_cancellations(server: Any) -> None:
-    """For a server of Serve's that has no services yet; one that isn't the proxy's is left as it is."""
+    """For the proxy's server, before it has services."""
     make_handler = server.service_handler_factory
-    if not isinstance(getattr(make_handler, "__self__", None), gRPCProxy):
-        return  # a replica behind HAProxy: gRPC's own server, whose cancellations arrive
 
     def make(service_method: str, streaming_type: gRPCStreamingType) -> Callable:
         handler = make_handler(service_method=service_method, streaming_type=streaming_type)

@@ -12,15 +12,12 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
-from ray.serve._private.proxy import gRPCProxy
 from ray.serve._private.proxy_request_response import gRPCStreamingType
 
 
 def fail_by_headers_alone(server: Any) -> None:
-    """For a server of Serve's that has no services yet; the proxy's own is left as it is."""
+    """For a replica's server that has no services yet."""
     make_handler = server.service_handler_factory
-    if isinstance(getattr(make_handler, "__self__", None), gRPCProxy):
-        return
 
     def make(service_method: str, streaming_type: gRPCStreamingType) -> Callable:
         handler = make_handler(service_method=service_method, streaming_type=streaming_type)
