@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
@@ -144,6 +144,7 @@ def test_a_story_longer_than_the_context_goes_on_and_says_so_once(numpy_stories)
     n_tokens=st.integers(10, 60),
 )
 @settings(max_examples=60)
+@example(text="Zoë 🎉 Zoë 🎉 Zoë 🎉 The dog ran. The dog ran. The dog ran. The dog ran.", n_tokens=42)
 def test_what_the_model_sees_is_the_end_of_the_story_and_fits(tokenizer, text, n_tokens):
     seen = visible_end(text, lambda t: [tokenizer.piece_bytes[token] for token in tokenizer.encode(t)], n_tokens)
     assert text.endswith(seen)

@@ -43,8 +43,10 @@ def visible_end(text: str, token_bytes: Callable[[str], list[bytes]], n_tokens: 
     pieces = token_bytes(text)
     if len(pieces) <= n_tokens:
         return text
-    end = b"".join(pieces[-(n_tokens - _SPARE_TOKENS) :]).decode(errors="ignore")
+    kept = pieces[-(n_tokens - _SPARE_TOKENS) :]
+    end = b"".join(kept).decode(errors="ignore")
+    half = len(b"".join(kept[: len(kept) // 2]).decode(errors="ignore"))
     for beginning in _BEGINNINGS:
-        if match := beginning.search(end, 0, len(end) // 2):
+        if match := beginning.search(end, 0, half):
             return end[match.end() :]
     return end
