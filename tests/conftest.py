@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from kernel_fixtures import quantized
 from service_fixtures import Service, running_service
 from threadpoolctl import ThreadpoolController
+from train_fixtures import Demo, trained_demo
 
 from tinylm import LLM, ModelConfig, SamplingParams
 from tinylm.llm import load
@@ -31,6 +34,26 @@ def one_blas_thread():
     """More threads than free cores make small matrix products many times slower."""
     with ThreadpoolController().limit(limits=1, user_api="blas"):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_under_way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future | None]:
+    """A minute of commands that mostly wait for Ray: begun with the session, if one of its tests wants the result."""
+    if not any("demo" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield None
+        return
+    directory = tmp_path_factory.mktemp("demo")
+    with (
+        tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp", ignore_cleanup_errors=True) as ray_tmpdir,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        yield pool.submit(trained_demo, directory, Path(ray_tmpdir))
+
+
+@pytest.fixture(scope="session")
+def demo(demo_under_way: Future[Demo]) -> Demo:
+    """What `make train-demo` leaves, with less text and fewer steps."""
+    return demo_under_way.result()
 
 
 @pytest.fixture(scope="session", params=["serve.yaml", "serve-python-proxy.yaml"])

@@ -10,99 +10,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from train_fixtures import ROOT, command_env, encode_plainly, python, texts_of, tree_bytes
+from train_fixtures import DEMO_STEPS as STEPS
+from train_fixtures import ROOT, SHARD_TOKENS, Demo, command_env, encode_plainly, python, texts_of, tree_bytes
 
 from tinylm import LLM, SamplingParams
 from tinylm.tokenizer import Tokenizer
 from train.card import attribution_page
-from train.config import TrainConfig, load_config
+from train.config import load_config
 from train.prompts import load_prompts
 
-STEPS = 240
-SHARD_TOKENS = 20_000
 SECONDS_TO_WAIT = 400
-
-
-@dataclass
-class Demo:
-    """Where a run of the demo's commands lies, and how to run one more of them."""
-
-    directory: Path
-    ray_tmpdir: Path
-
-    def overrides(self, **more: object) -> list[str]:
-        settings = {
-            "workdir": self.directory,
-            "models_dir": self.directory / "models",
-            "prepare.collections.0.source": self.directory / "stories.txt",
-            "model.vocab_size": 512,
-            "encode.shard_tokens": SHARD_TOKENS,
-            "encode.batch_documents": 64,
-            "run.tokens": STEPS * 8 * 128,
-            "run.validate_every_steps": 80,
-            "run.checkpoint_every_steps": 40,
-            "run.checkpoint_every_s": 0,
-            "export.evaluate_bytes": 10_000,
-            "export.n_samples": 3,
-            "export.n_stories": 20,
-            **more,
-        }
-        return [f"{key}={value}" for key, value in settings.items()]
-
-    def command(self, stage: str, **more: object) -> list[str]:
-        return ["-m", f"train.{stage}", "--config", "configs/train-demo.yaml", *self.overrides(**more)]
-
-    def run(self, stage: str, **more: object) -> subprocess.CompletedProcess:
-        result = python(self.command(stage, **more), self.ray_tmpdir, timeout_s=SECONDS_TO_WAIT)
-        assert result.returncode == 0, f"train.{stage}: {result.stderr[-3000:]}"
-        return result
-
-    @property
-    def run_dir(self) -> Path:
-        return self.directory / "runs" / "demo"
-
-    @property
-    def model_dir(self) -> Path:
-        return self.directory / "models" / "demo"
-
-    @property
-    def config(self) -> TrainConfig:
-        return load_config(ROOT / "configs/train-demo.yaml", self.overrides())
-
-    def metrics(self) -> list[dict]:
-        return [json.loads(line) for line in self.metrics_lines()]
-
-    def metrics_lines(self) -> list[str]:
-        path = self.run_dir / "metrics.jsonl"
-        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-@pytest.fixture(scope="session")
-def ray_tmpdir() -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp"))  # short: sockets lie in it
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory, ray_tmpdir: Path) -> Demo:
-    """The demo's stages, one after the other, as `make train-demo` runs them, with less text and fewer steps."""
-    demo = Demo(tmp_path_factory.mktemp("demo"), ray_tmpdir)
-    text = python(
-        ["-m", "train.demo_text", "--out", str(demo.directory / "stories.txt"), "--stories", "600"], ray_tmpdir
-    )
-    assert text.returncode == 0, text.stderr
-    for stage in ("prepare", "tokenizer", "encode", "run", "export"):
-        demo.run(stage)
-    return demo
 
 
 def shards(directory: Path, split: str) -> list[np.ndarray]:

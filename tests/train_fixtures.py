@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinylm.tokenizer import Tokenizer
-from train.config import TrainConfig
+from train.config import TrainConfig, load_config
 from train.demo_text import demo_text
 from train.prepare import prepare
 from train.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = {"vocab_size": 400, "hidden_size": 32, "n_layers": 2, "n_heads": 2, "mlp_size": 64, "context": 32}
+DEMO_STEPS = 240
+SHARD_TOKENS = 20_000
 
 
 def make_config(workdir: Path, collections: list[dict], **sections: object) -> TrainConfig:
@@ -152,3 +155,67 @@ def train_rank(rank: int, world: int, settings: dict, directory: str) -> None:
         torch.save(kept, Path(directory) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+@dataclass
+class Demo:
+    """Where a run of the demo's commands lies, and how to run one more of them."""
+
+    directory: Path
+    ray_tmpdir: Path
+
+    def overrides(self, **more: object) -> list[str]:
+        settings = {
+            "workdir": self.directory,
+            "models_dir": self.directory / "models",
+            "prepare.collections.0.source": self.directory / "stories.txt",
+            "model.vocab_size": 512,
+            "encode.shard_tokens": SHARD_TOKENS,
+            "encode.batch_documents": 64,
+            "run.tokens": DEMO_STEPS * 8 * 128,
+            "run.validate_every_steps": 80,
+            "run.checkpoint_every_steps": 40,
+            "run.checkpoint_every_s": 0,
+            "export.evaluate_bytes": 10_000,
+            "export.n_samples": 3,
+            "export.n_stories": 20,
+            **more,
+        }
+        return [f"{key}={value}" for key, value in settings.items()]
+
+    def command(self, stage: str, **more: object) -> list[str]:
+        return ["-m", f"train.{stage}", "--config", "configs/train-demo.yaml", *self.overrides(**more)]
+
+    def run(self, stage: str, **more: object) -> subprocess.CompletedProcess:
+        result = python(self.command(stage, **more), self.ray_tmpdir, timeout_s=400)
+        assert result.returncode == 0, f"train.{stage}: {result.stderr[-3000:]}"
+        return result
+
+    @property
+    def run_dir(self) -> Path:
+        return self.directory / "runs" / "demo"
+
+    @property
+    def model_dir(self) -> Path:
+        return self.directory / "models" / "demo"
+
+    @property
+    def config(self) -> TrainConfig:
+        return load_config(ROOT / "configs/train-demo.yaml", self.overrides())
+
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in self.metrics_lines()]
+
+    def metrics_lines(self) -> list[str]:
+        path = self.run_dir / "metrics.jsonl"
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def trained_demo(directory: Path, ray_tmpdir: Path) -> Demo:
+    """The demo's stages, one after the other, as `make train-demo` runs them, with less text and fewer steps."""
+    demo = Demo(directory, ray_tmpdir)
+    text = python(["-m", "train.demo_text", "--out", str(directory / "stories.txt"), "--stories", "600"], ray_tmpdir)
+    assert text.returncode == 0, text.stderr
+    for stage in ("prepare", "tokenizer", "encode", "run", "export"):
+        demo.run(stage)
+    return demo
