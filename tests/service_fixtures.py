@@ -10,6 +10,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,16 +62,13 @@ class Service:
             return False
         if set(self.mark.processes()) & set(without):
             return False
-        seen = set()
-        with Client(self.address, timeout_s=1, retries=0) as client:
+        at_once = 10 * REPLICAS  # one after the other, all would go to a replica that has nothing else to do
+        with Client(self.address, timeout_s=1, retries=0) as client, ThreadPoolExecutor(at_once) as pool:
             try:
-                for _ in range(10 * REPLICAS):
-                    seen.add(client.info().replica)
-                    if seen == set(replicas):
-                        return True
+                seen = {info.replica for info in pool.map(lambda _: client.info(), range(at_once))}
             except ServiceError:
-                pass
-        return False
+                return False
+        return seen == set(replicas)
 
     def wait_until_healthy(
         self, limit_s: float, without: Collection[int] = (), successors: Callable[[], Collection[int]] | None = None

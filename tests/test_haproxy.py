@@ -1,4 +1,4 @@
-"""The rules that `tinylm-haproxy` adds, in a real HAProxy before a real gRPC server that has only so much room."""
+"""The rules that `tinylm-haproxy` adds, in a real HAProxy before real gRPC servers that have only so much room."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
@@ -27,6 +28,7 @@ WORDS = "three requests are running, the limit: 100 % full"
 CONFIG = """\
 defaults
     mode http
+    balance leastconn
     timeout connect 5s
     timeout client 60s
     timeout server 60s
@@ -37,8 +39,9 @@ backend grpc_fallback_backend
     http-request deny
 backend grpc-tinylm
     mode http
-    server one 127.0.0.1:{behind} proto h2
+{servers}
 """
+SERVER = "    server replica-{number} 127.0.0.1:{port} proto h2 check inter 50ms fall 1"
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Replica(TinyLMServicer):
     lock: Lock = field(default_factory=Lock)
     n_held: int = 0
     n_refused: int = 0
+    n_tokenized: int = 0
 
     def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> pb.GenerateResponse:
         with self.lock:
@@ -65,7 +69,44 @@ class Replica(TinyLMServicer):
     def Tokenize(self, request: pb.TokenizeRequest, context: grpc.ServicerContext) -> pb.TokenizeResponse:
         if request.text:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "another reason")
+        self.n_tokenized += 1
         return pb.TokenizeResponse()
+
+
+@contextmanager
+def behind_haproxy(
+    replicas: list[Replica], directory: Path, cores: int = 1, slots: int = 0
+) -> Iterator[tuple[TinyLMStub, list[grpc.Server]]]:
+    """Asks the replicas' servers through HAProxy, started as Ray starts it, on so many cores."""
+    servers, lines = [], []
+    for number, replica in enumerate(replicas):
+        server = grpc.server(ThreadPoolExecutor(ROOM + 10))
+        add_TinyLMServicer_to_server(replica, server)
+        lines.append(SERVER.format(number=number, port=server.add_insecure_port("127.0.0.1:0")))
+        server.start()
+        servers.append(server)
+    (port,) = free_ports(1)
+    config = directory / "haproxy.cfg"
+    config.write_text(CONFIG.format(port=port, servers="\n".join(lines)))
+    command = [str(Path(sys.executable).with_name("tinylm-haproxy")), "-db", "-f", str(config)]
+    variables = {haproxy.BINARY_VARIABLE: command[0], haproxy.SLOTS_VARIABLE: str(slots)}
+    allowed = sorted(os.sched_getaffinity(0))[:cores]
+    process = subprocess.Popen(
+        ["taskset", "-c", ",".join(map(str, allowed)), *command], env={**os.environ, **variables}
+    )
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
+            stub = TinyLMStub(channel)
+            stub.Tokenize(pb.TokenizeRequest(), wait_for_ready=True, timeout=GIVE_UP_S)
+            assert psutil.Process(process.pid).name() == "haproxy"  # itself, with the process id that Ray knows
+            yield stub, servers
+    finally:
+        for replica in replicas:
+            replica.may_go.set()
+        process.terminate()
+        process.wait()
+        for server in servers:
+            server.stop(0)
 
 
 @pytest.fixture
@@ -75,27 +116,8 @@ def replica() -> Replica:
 
 @pytest.fixture
 def stub(replica: Replica, tmp_path: Path) -> Iterator[TinyLMStub]:
-    """Asks the replica through HAProxy, started as Ray starts it."""
-    server = grpc.server(ThreadPoolExecutor(ROOM + 10))
-    add_TinyLMServicer_to_server(replica, server)
-    behind = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    (port,) = free_ports(1)
-    config = tmp_path / "haproxy.cfg"
-    config.write_text(CONFIG.format(port=port, behind=behind))
-    command = [str(Path(sys.executable).with_name("tinylm-haproxy")), "-db", "-f", str(config)]
-    process = subprocess.Popen(command, env={**os.environ, haproxy.BINARY_VARIABLE: command[0]})
-    try:
-        with grpc.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
-            stub = TinyLMStub(channel)
-            stub.Tokenize(pb.TokenizeRequest(), wait_for_ready=True, timeout=GIVE_UP_S)
-            assert psutil.Process(process.pid).name() == "haproxy"  # itself, with the process id that Ray knows
-            yield stub
-    finally:
-        replica.may_go.set()
-        process.terminate()
-        process.wait()
-        server.stop(0)
+    with behind_haproxy([replica], tmp_path) as (stub, _):
+        yield stub
 
 
 def ask(stub: TinyLMStub) -> grpc.Future:
@@ -145,8 +167,57 @@ def test_a_refusal_for_another_reason_says_nothing_about_room(replica: Replica, 
     assert [call.result().text for call in held] == ["done"] * ROOM
 
 
-def test_only_backends_of_grpc_applications_are_changed() -> None:
-    before, after = CONFIG, haproxy.with_admission(CONFIG)
+def held_with(calls: list[grpc.Future], replicas: list[Replica]) -> list[int]:
+    """How many of these calls each replica holds once all have arrived."""
+    wait_until(lambda: sum(replica.n_held for replica in replicas) == len(calls))
+    return [replica.n_held for replica in replicas]
+
+
+def test_as_many_replicas_as_there_are_cores_are_filled_before_the_others_get_any(tmp_path: Path) -> None:
+    cores, slots = min(2, len(os.sched_getaffinity(0))), ROOM - 1
+    replicas = [Replica() for _ in range(cores + 2)]
+    with behind_haproxy(replicas, tmp_path, cores, slots) as (stub, servers):
+        for _ in range(4 * len(replicas)):
+            stub.Tokenize(pb.TokenizeRequest())
+        assert all(replica.n_tokenized for replica in replicas)  # what doesn't generate is for all
+        calls = []
+        for _ in range(cores * slots):
+            calls.append(ask(stub))
+            *first, last, last_but_one = held_with(calls, replicas)
+            assert (last, last_but_one) == (0, 0)
+            assert max(first) - min(first) <= 1
+        calls.append(ask(stub))  # no slot is left in the first: the least busy
+        assert sorted(held_with(calls, replicas)[cores:]) == [0, 1]
+        calls.append(ask(stub))
+        assert held_with(calls, replicas)[cores:] == [1, 1]
+        for replica in replicas:
+            replica.may_go.set()
+        wait_until(lambda: not any(replica.n_held for replica in replicas))
+        for server in servers[:cores]:
+            server.stop(0).wait()
+        wait_until(lambda: ask(stub).exception() is None)  # by the others, once HAProxy has noticed
+
+
+def test_with_a_core_for_each_replica_or_on_several_machines_all_are_used_alike(tmp_path: Path) -> None:
+    def config(*machines: str) -> str:
+        servers = "\n".join(f"    server {number} {machine}:1" for number, machine in enumerate(machines))
+        return CONFIG.format(port=1, servers=servers)
+
+    assert "use-server" in haproxy.with_rules(config("a", "a", "a"), slots=1, cores=2)
+    assert "use-server" not in haproxy.with_rules(config("a", "a", "a"), slots=1, cores=3)
+    assert "use-server" not in haproxy.with_rules(config("a", "a", "b"), slots=1, cores=2)
+    assert "use-server" not in haproxy.with_rules(config("a", "a", "a"), slots=0, cores=2)
+    fallback = config("a", "a") + "    server fallback a:2 proto h2 check backup\n"
+    assert "use-server" not in haproxy.with_rules(fallback, slots=1, cores=2)
+
+
+def test_only_backends_of_applications_are_changed_and_http_s_refuse_nothing() -> None:
+    before, after = CONFIG, haproxy.with_rules(CONFIG)
     assert after.split("backend grpc-tinylm\n")[0] == before.split("backend grpc-tinylm\n")[0]
     assert set(before.splitlines()) < set(after.splitlines())
-    assert haproxy.with_admission("global\nbackend http-tinylm\n") == "global\nbackend http-tinylm\n"
+    http = haproxy.with_rules("backend http-tinylm\n    server a b:1\n    server c b:2\n", slots=1, cores=1)
+    assert "use-server a" in http
+    assert "deny" not in http
+    assert haproxy.with_rules("frontend http_frontend\nbackend default_backend\n") == (
+        "frontend http_frontend\nbackend default_backend\n"
+    )

@@ -10,6 +10,7 @@ from ray.serve import schema
 from ray.serve.config import AutoscalingConfig, ControllerOptions
 
 from serve_app import AppArgs
+from tinylm.serving.haproxy import SLOTS_VARIABLE
 
 CONFIGS = [Path("configs/serve.yaml"), Path("configs/serve-python-proxy.yaml")]
 CLUSTER = Path("configs/cluster/serve.yaml")
@@ -50,9 +51,15 @@ def test_every_environment_variable_is_one_that_ray_reads(path: Path) -> None:
     assert spec is not None
     assert spec.origin is not None
     source = Path(spec.origin).read_text(encoding="utf-8")
-    names = load(path)["controller_options"]["runtime_env"]["env_vars"]
+    names = load(path)["controller_options"]["runtime_env"]["env_vars"].keys() - {SLOTS_VARIABLE}
     assert names
     assert [name for name in names if f'"{name}"' not in source] == []
+
+
+def test_haproxy_is_told_the_slots_that_replicas_have() -> None:
+    config = load(CONFIGS[0])
+    told = config["controller_options"]["runtime_env"]["env_vars"][SLOTS_VARIABLE]
+    assert told == str(config["applications"][0]["args"]["slots"])
 
 
 def test_the_two_configs_differ_in_the_proxy_alone() -> None:
@@ -68,8 +75,8 @@ def test_the_cluster_s_config_differs_where_a_cluster_does() -> None:
     assert cluster["http_options"].pop("host") == "0.0.0.0"
     assert single.pop("proxy_location") == "HeadOnly"
     del single["http_options"]["host"]
-    variables = cluster["controller_options"]["runtime_env"]["env_vars"]
-    del variables["RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S"]
+    del cluster["controller_options"]["runtime_env"]["env_vars"]["RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S"]
+    del single["controller_options"]["runtime_env"]["env_vars"][SLOTS_VARIABLE]  # there each replica has its core
     assert cluster["applications"][0]["args"].pop("api_keys")  # callers are elsewhere
     (one,), (many,) = (config["applications"][0]["deployments"] for config in (single, cluster))
     autoscaling = many.pop("autoscaling_config")

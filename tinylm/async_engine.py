@@ -23,7 +23,7 @@ from tinylm.engine import Engine
 from tinylm.engine import Sequence as EngineSequence
 from tinylm.sampling import SamplingParams
 
-STREAM_INTERVAL_S = 0.02  # between two messages of a stream: 50 a second is as many as a reader sees
+STREAM_INTERVAL_S = 0.04  # between two messages of a stream: a film has 24 pictures a second
 
 
 class EngineDied(RuntimeError):

