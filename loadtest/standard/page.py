@@ -106,9 +106,9 @@ Tokens/s of the service over those of the engine called in the load generator's 
 
 {_shares(parts)}
 
-Four replicas on two cores divide 16 clients into batches of four, where a step of eight takes hardly longer: so an
-engine in two processes is faster than in four, and so is the service with two replicas. `num_replicas` should be the
-number of cores that replicas really have; it is 4 here because four were asked for.
+A step of eight takes hardly longer than one of four, so an engine in two processes is faster than in four, which take
+turns on the cores. The service has four replicas because four were asked for, and HAProxy gives calls to two of them
+while these have slots ([why](service.md#more-replicas-than-cores)): it is measured against both.
 
 One client, p50: {_overhead(RESULTS)}
 
@@ -116,12 +116,14 @@ One client, p50: {_overhead(RESULTS)}
 
 {_replicas(parts)}
 
-- **1 to 2 clients**: nearly double. A second request goes to another replica on the other core.
-- **2 to 4**: the cores are full. More comes only from larger batches, and with four replicas the third and the fourth
-  client still get a replica each, whose steps of one sequence take turns.
-- **4 to 32**: each replica's batch grows from 1 to 8, and a step of 8 takes less than twice as long as one of 1
-  ([the engine](engine.md)). Latency grows as steps do.
-- **More replicas than cores** lose: the same clients in smaller batches.
+- **1 to 2 clients**: nearly double. The second request goes to another replica on the other core.
+- **2 to 32**: the cores are full. What more there is comes from larger batches: two replicas go from one sequence to
+  sixteen each, and a step of 8 takes less than twice as long as one of 1 ([the engine](engine.md)). Latency grows as
+  steps do.
+- **1 to 2 replicas**: the second core.
+- **2 to 4 replicas** change little at up to 32 clients, whom the slots of two can hold: the others are in reserve. More
+  clients than that reach all four.
+- **The Python proxy** spreads calls over all four, and takes a share of the cores that grows with their number.
 
 ## Beyond two cores: an estimate
 
