@@ -32,12 +32,11 @@ class Asking:
     def __init__(self, load: Load, caller: Caller, workload: Workload, ledger: Ledger) -> None:
         self._load, self._caller, self._workload, self._ledger = load, caller, workload, ledger
 
-    async def once(self, turn: int, intended_at: float | None, connection: int) -> Call:
-        """One call, timed from here on; `intended_at`: when it should have been made, now if None."""
+    async def once(self, turn: int, intended_at: float, sent_at: float, connection: int) -> Call:
+        """One call; `intended_at`: when it should have been made, `sent_at`: now."""
         ask = self._workload[turn]
         self._ledger.in_flight += 1
-        sent_at = time.monotonic()
-        call = Call(turn, ask.max_tokens, sent_at if intended_at is None else intended_at, sent_at)
+        call = Call(turn, ask.max_tokens, intended_at, sent_at)
         try:
             await self._caller.ask(ask, call, connection)
         finally:
@@ -64,7 +63,7 @@ class Asking:
                 if now >= begin:
                     left -= 1
                 turn += step
-                call = await self.once(turn, None, number)
+                call = await self.once(turn, now, now, number)
                 if call.status != "OK":
                     await asyncio.sleep(ERROR_PAUSE_S)
 
@@ -84,7 +83,7 @@ class Asking:
 
         async def send(turn: int, at: float) -> None:
             async with room:
-                await self.once(turn, at, turn)
+                await self.once(turn, at, time.monotonic(), turn)
 
         def start(turn: int, at: float) -> None:
             task = asyncio.create_task(send(turn, at))
