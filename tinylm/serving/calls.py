@@ -127,8 +127,9 @@ def answering(method: str, on_end: Callable[[Call], None]) -> Iterator[Call]:
         call.status = grpc.StatusCode.CANCELLED
         raise
     except Exception as error:
-        call.error = error
         call.status, call.details = status_of(error)
+        # A traceback would hold this call and all that was asked, 4 MB perhaps, until a garbage collection.
+        call.error = error.with_traceback(None)
     finally:
         logger.info("%s %s", method, call.status.name, extra=call.log_fields())
         on_end(call)

@@ -34,6 +34,7 @@ def fail_by_headers_alone(server: Any) -> None:
 def _unary(handler: Callable[[Any, Any], Awaitable[bytes]]) -> Callable:
     async def unary_unary(request: Any, context: Any) -> bytes:
         response = await handler(request, context)
+        del request  # an aborted call waits for a garbage collection with all that this frame holds
         await _abort_if_failed(context)
         return response
 
@@ -48,6 +49,7 @@ def _stream(handler: Callable[[Any, Any], AsyncGenerator[bytes, None]]) -> Calla
                 if message:  # an empty one carries a failure's status through the Python proxy, which this is not
                     is_begun = True
                     yield message
+        del request, messages
         if not is_begun:
             await _abort_if_failed(context)
 
