@@ -129,9 +129,10 @@ def test_sampled_text_follows_its_seed_and_settings(client: Client, stories: LLM
 
 
 def test_a_stream_comes_in_pieces_and_only_its_last_message_ends_it(stub: TinyLMStub) -> None:
-    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=100, temperature=0)
+    # With a stop string to look out for, messages come every 5 ms instead of 40, which is as long as 100 tokens take.
+    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=100, temperature=0, stop=["never said"])
     messages = list(stub.GenerateStream(request, metadata=METADATA))
-    assert len(messages) >= 2
+    assert len(messages) >= 3
     assert messages[0].tokens < 10  # what comes first comes at once
     assert sum(message.tokens for message in messages) == 100
     assert "".join(message.text for message in messages) == stub.Generate(request, metadata=METADATA).text

@@ -6,7 +6,7 @@
 - It refuses by itself, for a moment, what a replica had to refuse. A refusal costs a replica a millisecond and a half
   of the processor that its engine wants, HAProxy a tenth of that. A replica that is full says so in its answer
   (`FULL`), and thereby how many calls at once are too many: for a second HAProxy lets fewer than that in, then it asks
-  again. What the limits are only engines know; HAProxy is told none.
+  again. How many may wait only engines know.
 
 Ray starts whatever RAY_SERVE_HAPROXY_BINARY_PATH names, which `tinylm serve` sets to this, and writes HAProxy's config
 anew at each start and reload; this adds its rules and becomes HAProxy. Without it the service is the same, only slower.
