@@ -95,6 +95,17 @@ def test_overrides_leave_the_rest_alone(path: Path):
         ("model.hiden_size=64", "hiden_size"),
         ("model.n_heads=5", "n_heads"),
         ("name=../m", "name"),
+        ("name=..", "name"),
+        ("seed=-1", "seed"),
+        ("seed=1e20", "seed"),
+        ("run.adamw_betas=[1.5, 0.9]", "run.adamw_betas.0"),
+        ("run.muon_lr=inf", "run.muon_lr"),
+        ("prepare.collections.0.weight=inf", "prepare.collections.0.weight"),
+        ("model.vocab_size=100000", "model.vocab_size is 100000"),
+        ("model.context=1", "model.context is 1"),
+        ("model.rope_theta=abc", "rope_theta is 'abc'"),
+        ("model.boundary_id=1.5", "boundary_id is 1.5"),
+        ("export.sample_temperature=1000", "temperature is 1000"),
     ],
 )
 def test_wrong_overrides_are_named_in_one_line(path: Path, override: str, named: str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,14 +87,17 @@ WEIGHTS = {"much": 0.8, "some": 0.15, "little": 0.05}  # sum to 1 with shares th
 @pytest.fixture
 def tokens_dir(tmp_path: Path) -> Path:
     collections = {
-        name: {"weight": WEIGHTS[name] * 3, "train": [[BOUNDARY, *[mark + i % 7] * (3 + i % 4)] for i in range(60)]}
-        for name, mark in MARKS.items()
+        name: {"train": [[BOUNDARY, *[mark + i % 7] * (3 + i % 4)] for i in range(60)]} for name, mark in MARKS.items()
     }
     held_out = [[BOUNDARY, *range(2, 2 + n)] for n in (1, 7, 8, 9, 16, 17, 30)]
     collections["much"]["validation"] = held_out
-    collections["never"] = {"weight": 0, "validation": [[BOUNDARY, 5, 6]]}
+    collections["never"] = {"validation": [[BOUNDARY, 5, 6]]}
     write_tokens(tmp_path / "tokens", collections)
     return tmp_path / "tokens"
+
+
+def data_in(directory: Path, seed: int = 1, phases: Sequence[Phase] = ()) -> TokenData:
+    return TokenData(directory, CONTEXT, seed, {**WEIGHTS, "never": 0}, phases)
 
 
 def collection_of(row: np.ndarray) -> str:
@@ -103,7 +107,7 @@ def collection_of(row: np.ndarray) -> str:
 
 
 def test_the_weights_hold_exactly_over_every_block(tokens_dir: Path):
-    mixture = TokenData(tokens_dir, CONTEXT, seed=1).mixture
+    mixture = data_in(tokens_dir).mixture
     for block in (0, 1, 5):
         rows = mixture.rows(block * MIXTURE_BLOCK, MIXTURE_BLOCK)
         assert rows.shape == (MIXTURE_BLOCK, CONTEXT + 1)
@@ -113,7 +117,7 @@ def test_the_weights_hold_exactly_over_every_block(tokens_dir: Path):
 
 def test_a_collections_rows_are_its_stream_with_nothing_left_out(tokens_dir: Path):
     """Each row's inputs go on where the collection's last row ended, over the end of a block as well."""
-    data = TokenData(tokens_dir, CONTEXT, seed=1)
+    data = data_in(tokens_dir)
     rows = data.mixture.rows(0, MIXTURE_BLOCK + 300)
     for number, name in enumerate(MARKS):
         own = [row for row in rows if collection_of(row) == name]
@@ -130,9 +134,9 @@ PHASES = [
 
 def test_phases_change_the_weights_and_leave_nothing_out(tokens_dir: Path):
     """Before the first phase rows are as without any; across each border a collection's rows go on where they were."""
-    data = TokenData(tokens_dir, CONTEXT, 1, PHASES)
+    data = data_in(tokens_dir, phases=PHASES)
     rows = data.mixture.rows(0, 2400)
-    assert (rows[:700] == TokenData(tokens_dir, CONTEXT, 1).mixture.rows(0, 700)).all()
+    assert (rows[:700] == data_in(tokens_dir).mixture.rows(0, 700)).all()
     assert {collection_of(row) for row in rows[1300:]} == {"little"}
     first_phase = Counter(map(collection_of, rows[700:1300]))
     assert first_phase["little"] > 0.8 * 600
@@ -142,7 +146,7 @@ def test_phases_change_the_weights_and_leave_nothing_out(tokens_dir: Path):
         stream = ShuffledStream(Documents([tokens_dir / f"{name}.train-00000.npy"], BOUNDARY), (1, number))
         assert np.concatenate([row[:-1] for row in own]).tolist() == stream.read(0, len(own) * CONTEXT).tolist()
         assert data.mixture.tokens(2400)[name] == len(own) * CONTEXT
-    again = TokenData(tokens_dir, CONTEXT, 1, PHASES).mixture
+    again = data_in(tokens_dir, phases=PHASES).mixture
     for number in (0, 699, 700, 1299, 1300, 2399):
         assert (again.rows(number, 1)[0] == rows[number]).all()
 
@@ -151,25 +155,22 @@ def test_phases_change_the_weights_and_leave_nothing_out(tokens_dir: Path):
 @given(numbers=st.lists(st.integers(0, 5000), min_size=1, max_size=20))
 def test_a_row_is_the_same_whatever_was_read_before(numbers: list[int]):
     with tempfile.TemporaryDirectory() as directory:
-        collections = {
-            name: {"weight": weight, "train": [[BOUNDARY, mark, i + 100] for i in range(40)]}
-            for (name, mark), weight in zip(MARKS.items(), WEIGHTS.values(), strict=True)
-        }
+        collections = {name: {"train": [[BOUNDARY, mark, i + 100] for i in range(40)]} for name, mark in MARKS.items()}
         write_tokens(Path(directory) / "tokens", collections)
-        used = TokenData(Path(directory) / "tokens", CONTEXT, seed=1).mixture
+        used = data_in(Path(directory) / "tokens").mixture
         for number in numbers:
-            fresh = TokenData(Path(directory) / "tokens", CONTEXT, seed=1).mixture
+            fresh = data_in(Path(directory) / "tokens").mixture
             assert (used.rows(number, 1) == fresh.rows(number, 1)).all()
         assert (used.rows(numbers[0], 3)[2] == used.rows(numbers[0] + 2, 1)[0]).all()
 
 
 def test_the_seed_decides_the_order(tokens_dir: Path):
-    one, two = (TokenData(tokens_dir, CONTEXT, seed).mixture.rows(0, 50) for seed in (1, 2))
+    one, two = (data_in(tokens_dir, seed).mixture.rows(0, 50) for seed in (1, 2))
     assert (one != two).any()
 
 
 def test_epochs_count_what_was_gone_through(tokens_dir: Path):
-    data = TokenData(tokens_dir, CONTEXT, seed=1)
+    data = data_in(tokens_dir)
     index = json.loads((tokens_dir / "index.json").read_text())
     epochs = data.mixture.epochs(2 * MIXTURE_BLOCK)
     for name, weight in WEIGHTS.items():
@@ -178,7 +179,7 @@ def test_epochs_count_what_was_gone_through(tokens_dir: Path):
 
 
 def test_validation_windows_cover_the_documents(tokens_dir: Path):
-    data = TokenData(tokens_dir, CONTEXT, seed=1)
+    data = data_in(tokens_dir)
     assert data.validation_collections == ["much", "never"]
     rows = data.validation_rows("much", 1000)
     # Every token but the boundary is a target once, in order; every window's first input is the token before.
@@ -193,6 +194,20 @@ def test_validation_windows_cover_the_documents(tokens_dir: Path):
 
 
 def test_too_little_text_is_named(tmp_path: Path):
-    write_tokens(tmp_path / "t", {"little": {"weight": 1, "train": [[BOUNDARY, 2, 3]], "validation": [[BOUNDARY, 2]]}})
+    write_tokens(tmp_path / "t", {"little": {"train": [[BOUNDARY, 2, 3]], "validation": [[BOUNDARY, 2]]}})
     with pytest.raises(ConfigError, match="'little' has fewer tokens than one row of 9"):
-        TokenData(tmp_path / "t", CONTEXT, seed=1)
+        TokenData(tmp_path / "t", CONTEXT, 1, {"little": 1})
+
+
+@pytest.mark.parametrize(
+    ("weights", "phases", "named"),
+    [
+        ({"much": 1, "never": 0.1}, (), "'never' is to be trained on, but .* has no tokens of it to train on"),
+        ({"much": 1, "other": 0.1}, (), "'other' is to be trained on"),
+        ({"much": 1}, [Phase(from_tokens=0, weights={"never": 1})], "'never' is to be trained on"),
+        ({"much": 1, "some": 4e-4}, (), "'some' has a weight of 0.0004 of 1.0004: too little for a row in 1000"),
+    ],
+)
+def test_weights_that_can_not_hold_are_named(tokens_dir: Path, weights: dict, phases: list, named: str):
+    with pytest.raises(ConfigError, match=named):
+        TokenData(tokens_dir, CONTEXT, 1, weights, phases)

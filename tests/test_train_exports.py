@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,6 +15,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from train_fixtures import tree_bytes
 
 from tinylm import LLM, SamplingParams
 from tinylm.llm import load
@@ -103,6 +105,16 @@ def test_other_logits_are_refused_and_nothing_is_kept(tmp_path, tiny_model_dir, 
     with pytest.raises(ExportError, match="other logits"):
         EXPORTS[name](tiny_model_dir, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_model_is_not_exported_over_itself(tmp_path, tiny_model_dir, name: str):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    before = tree_bytes(model)
+    with pytest.raises(ExportError, match="the model itself"):
+        EXPORTS[name](model, tmp_path / "elsewhere" / ".." / "model")
+    assert tree_bytes(model) == before
 
 
 def test_another_tokenizer_is_noticed(tiny_model_dir, tokenizer):

@@ -22,6 +22,7 @@ from train.export import averaged_tensors
 from train.loop import bits_per_byte, lr_factor, total_steps, train
 from train.model import GPT
 from train.muon import Muon, orthogonalize
+from train.stage import load_tokens
 
 STEPS = 24
 RUN = {
@@ -57,7 +58,7 @@ def trained(config: TrainConfig, state: dict | None = None, save=lambda values: 
     """The averaged model's weights after a run, and its logged lines."""
     config = config.model_copy(update={"run": config.run.model_copy(update=run)})
     lines: list[dict] = []
-    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed)
+    data = load_tokens(config)
     model = train(config, data, Tokenizer(config.tokenizer_path), lines.append, save, state)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, lines
 
@@ -138,7 +139,7 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(config: TrainConfig, unb
 
 
 def test_dropout_is_for_training_alone():
-    """With dropout each pass differs; the averaged model, which is validated and exported, never drops anything."""
+    """With dropout each pass differs, but for a model that is to be judged."""
     ids = torch.arange(64)[None] % 50
     model = GPT(ModelConfig(n_layers=2, vocab_size=400), dropout=0.3)
     with torch.no_grad():
@@ -148,6 +149,16 @@ def test_dropout_is_for_training_alone():
         plain = GPT(ModelConfig(n_layers=2, vocab_size=400))
         plain.load_state_dict(model.state_dict())
         assert torch.equal(model.eval()(ids), plain(ids))
+
+
+def test_what_is_validated_drops_nothing(config: TrainConfig):
+    tokenizer, data = Tokenizer(config.tokenizer_path), load_tokens(config)
+    run = config.run.model_copy(update={"dropout": 0.5, "tokens": 8 * 8 * 32})
+    lines: list[dict] = []
+    model = train(config.model_copy(update={"run": run}), data, tokenizer, lines.append, lambda state: None)
+    piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes])
+    rows = torch.from_numpy(data.validation_rows("stories", run.validate_rows))
+    assert lines[-1]["val_bpb"]["stories"] == round(bits_per_byte(model.eval(), rows, piece_bytes), 4)
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(config: TrainConfig, unbroken):
@@ -168,8 +179,9 @@ def test_two_micro_batches_are_one_batch(config: TrainConfig, unbroken):
 
 
 def test_two_workers_are_one(config: TrainConfig, unbroken, tmp_path: Path):
-    """Different rows on each of two gloo ranks, gradients averaged: the weights of one worker with all the rows."""
-    shared = config.model_copy(update={"run": config.run.model_copy(update={"micro_rows": 4})})
+    """Different rows on each of two gloo ranks, two micro-batches each, gradients averaged: the weights of one worker
+    with all the rows."""
+    shared = config.model_copy(update={"run": config.run.model_copy(update={"micro_rows": 2})})
     torch.multiprocessing.spawn(train_rank, (2, shared.model_dump(mode="json"), str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert_close(ranks[0]["weights"], ranks[1]["weights"], atol=0)
@@ -184,6 +196,22 @@ def test_a_state_of_another_tokenizer_is_refused(config: TrainConfig):
     trained(config, save=states.append, tokens=8 * 32)
     with pytest.raises(ConfigError, match="another tokenizer"):
         trained(config, {**states[0], "tokenizer_sha256": "0" * 64})
+    with pytest.raises(ConfigError, match="on other text"):
+        trained(config, {**states[0], "text_sha256": "0" * 64})
+
+
+def test_a_run_goes_on_by_the_settings_it_was_begun_with(config: TrainConfig):
+    """Rows follow from the step: with other settings before it, some would be skipped and others seen twice."""
+    states: list[dict] = []
+    trained(config, save=states.append, tokens=8 * 8 * 32)
+    assert states[-1]["tokens_by_collection"] == {"stories": 8 * 8 * 32}
+    with pytest.raises(ConfigError, match=r"run\.batch_rows is 16, but the checkpoint was trained with 8"):
+        trained(config, states[-1], batch_rows=16)
+    with pytest.raises(ConfigError, match="seed is 2, but the checkpoint was trained with 1"):
+        trained(config.model_copy(update={"seed": 2}), states[-1])
+    seen = {"stories": 8 * 8 * 32 - 32}  # as if a phase before this step had been another
+    with pytest.raises(ConfigError, match="not the mixture that the checkpoint saw in its 2,048 tokens"):
+        trained(config, {**states[-1], "tokens_by_collection": seen})
 
 
 def test_plain_adamw_trains_too_and_its_state_is_no_other_s(config: TrainConfig):
@@ -199,11 +227,12 @@ def test_plain_adamw_trains_too_and_its_state_is_no_other_s(config: TrainConfig)
 def test_settings_that_do_not_fit_are_named(config: TrainConfig, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"run\.batch_rows is 8"):
         trained(config, micro_rows=3)
-    other = {"s": {"weight": 1, "train": [[1, *range(2, 99)]], "validation": [[1, 2]]}}
-    write_tokens(tmp_path / "tokens", other, vocab_size=500)
-    data = TokenData(tmp_path / "tokens", 32, seed=1)
-    with pytest.raises(ConfigError, match="vocab_size is 400, but the tokens were made with 500"):
-        train(config, data, Tokenizer(config.tokenizer_path), print, print)
+    for key, value, ours in (("vocab_size", 500, 400), ("boundary_id", 2, 1)):
+        documents = {"train": [[value if key == "boundary_id" else 1, *range(3, 99)]], "validation": [[1, 2]]}
+        write_tokens(tmp_path / key, {"s": documents}, **{key: value})
+        data = TokenData(tmp_path / key, 32, 1, {"s": 1})
+        with pytest.raises(ConfigError, match=f"{key} is {ours}, but the tokens were made with {value}"):
+            train(config, data, Tokenizer(config.tokenizer_path), print, print)
 
 
 def random_model(config: TrainConfig) -> GPT:

@@ -144,6 +144,26 @@ def test_no_source_is_on_both_sides_and_more_data_moves_none(tmp_path: Path):
     assert set.union(*sides.values()) == set(SPLITS)
 
 
+def test_a_collection_without_weight_is_held_out_whole(tmp_path: Path):
+    path = write_parquet(tmp_path / "t.parquet", {"text": STORIES})
+    collections = [{"name": "a", "source": str(path)}, {"name": "held", "source": str(path), "weight": 0}]
+    config = make_config(tmp_path, collections, prepare={"validation_share": 0.2})
+    manifest = prepare(config)
+    assert {row["split"] for row in rows_of(config, "held")} == {"validation"}
+    assert manifest["held"]["validation"]["documents"] == 80
+    assert manifest["held"]["train"]["documents"] == 0
+
+
+def test_the_manifest_tells_one_text_from_another(tmp_path: Path):
+    """Same counts, another letter: tokens of the one are not those of the other."""
+    path = tmp_path / "t.parquet"
+    sums = []
+    for stories in (STORIES, STORIES, [STORIES[0].replace("mouse", "louse"), *STORIES[1:]]):
+        prepared(tmp_path, write_parquet(path, {"text": stories, "source": [f"book {n // 2}" for n in range(80)]}))
+        sums.append((tmp_path / "text/manifest.json").read_bytes())
+    assert sums[0] == sums[1] != sums[2]
+
+
 def test_about_the_wished_share_is_held_out_and_the_seed_decides_which():
     held = {seed: {n for n in range(5000) if is_validation(f"book {n}", 0.1, seed)} for seed in (1, 2)}
     assert 400 < len(held[1]) < 600  # 500 ± 21

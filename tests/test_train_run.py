@@ -23,6 +23,7 @@ from tinylm import LLM, SamplingParams
 from tinylm.tokenizer import Tokenizer
 from train.card import attribution_page
 from train.config import load_config
+from train.metrics import read_metrics, truncate_metrics
 from train.prompts import load_prompts
 
 SECONDS_TO_WAIT = 400
@@ -74,6 +75,28 @@ def test_metrics_tell_the_run(demo: Demo):
     scores = [line["val_bpb"]["demo"] for line in validations]
     assert scores[0] > scores[1] > scores[2]
     assert scores[2] < 0.7  # letters by their frequency take more than 4
+
+
+def test_a_killed_runs_metrics_are_read_up_to_its_checkpoint(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "loss": 3}\n{"step": 20, "loss": 2}\n{"step": 30, "lo', encoding="utf-8")
+    assert [values["step"] for values in read_metrics(path)] == [10, 20]
+    assert [values["step"] for values in read_metrics(path, up_to_step=10)] == [10]
+    truncate_metrics(path, 10)
+    assert path.read_text(encoding="utf-8") == '{"step": 10, "loss": 3}\n'
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_a_model_is_not_judged_on_other_text_than_it_was_kept_from(demo: Demo, tmp_path: Path):
+    """Text that is prepared anew holds out other stories, some of which the model has been trained on."""
+    changed = Demo(tmp_path, demo.ray_tmpdir)
+    for name in ("tokens", "text", "runs"):
+        shutil.copytree(demo.directory / name, tmp_path / name)
+    for name in ("tokenizer.model", "stories.txt"):
+        shutil.copy(demo.directory / name, tmp_path)
+    changed.run("prepare", **{"prepare.validation_share": 0.3})
+    message = only_line_of_failure(changed, "export")
+    assert "was made from other text: run `python -m train.encode` again" in message
 
 
 def is_png(path: Path) -> bool:
@@ -173,13 +196,13 @@ def test_text_alone_is_enough_to_evaluate(demo: Demo, tmp_path: Path):
 
 
 def test_attribution_names_every_author_of_text_trained_on():
-    def entry(weight: float, authors: list[str], attribution: str) -> dict:
-        train = {"licences": ["CC-BY-4.0", "CC-BY"], "author_names": authors}
-        return {"weight": weight, "source": "file.parquet", "attribution": attribution, "train": train}
+    def entry(documents: int, authors: list[str], attribution: str) -> dict:
+        train = {"documents": documents, "licences": ["CC-BY-4.0", "CC-BY"], "author_names": authors}
+        return {"source": "file.parquet", "attribution": attribution, "train": train}
 
     manifest = {
-        "books": entry(0.5, ["Ann Bee", "Cé\n Dee"], "Picture books"),
-        "tales": entry(0.5, [], ""),
+        "books": entry(5, ["Ann Bee", "Cé\n Dee"], "Picture books"),
+        "tales": entry(5, [], ""),
         "held": entry(0, ["Not Trained On"], "Others"),
     }
     page = attribution_page(load_config(ROOT / "configs/train-demo.yaml"), manifest)

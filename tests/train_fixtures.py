@@ -63,14 +63,14 @@ def prepared_stories(workdir: Path, n_stories: int = 300, **sections: object) ->
 
 
 def write_tokens(directory: Path, collections: dict[str, dict], shard_tokens: int = 1_000_000, **index: object) -> None:
-    """Token shards in the format of `train.encode`: {name: {"weight": w, "train": [documents], "validation": [...]}}.
+    """Token shards in the format of `train.encode`: {name: {"train": [documents], "validation": [documents]}}.
 
     Written anew here, the obvious way: what `train.encode` writes is compared with it.
     """
     directory.mkdir(parents=True)
     entries = {}
     for name, collection in collections.items():
-        entry: dict = {"weight": collection["weight"]}
+        entry: dict = {}
         for split in ("train", "validation"):
             if split in collection:
                 documents = collection[split]
@@ -85,7 +85,14 @@ def write_tokens(directory: Path, collections: dict[str, dict], shard_tokens: in
                 n_tokens = sum(map(len, documents))
                 entry[split] = {"shards": names, "tokens": n_tokens, "documents": len(documents)}
         entries[name] = entry
-    index = {"tokenizer_sha256": "none", "vocab_size": 400, "boundary_id": 1, **index, "collections": entries}
+    index = {
+        "text_sha256": "none",
+        "tokenizer_sha256": "none",
+        "vocab_size": 400,
+        "boundary_id": 1,
+        **index,
+        "collections": entries,
+    }
     (directory / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -94,13 +101,21 @@ def encode_plainly(config: TrainConfig, directory: Path, shard_tokens: int = 1_0
     tokenizer = Tokenizer(config.tokenizer_path)
     collections = {}
     for collection in config.prepare.collections:
-        splits = {
+        collections[collection.name] = {
             split: [tokenizer.encode_document(text) for text in texts_of(config, collection.name, split)]
             for split in ("train", "validation")
         }
-        collections[collection.name] = {"weight": collection.weight, **splits}
-    digest = hashlib.sha256(config.tokenizer_path.read_bytes()).hexdigest()
-    write_tokens(directory, collections, shard_tokens, tokenizer_sha256=digest, vocab_size=tokenizer.vocab_size)
+    of_text, of_tokenizer = (
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in (config.manifest_path, config.tokenizer_path)
+    )
+    write_tokens(
+        directory,
+        collections,
+        shard_tokens,
+        text_sha256=of_text,
+        tokenizer_sha256=of_tokenizer,
+        vocab_size=tokenizer.vocab_size,
+    )
 
 
 def command_env(ray_tmpdir: Path) -> dict[str, str]:
@@ -134,14 +149,14 @@ def train_rank(rank: int, world: int, settings: dict, directory: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from train.data import TokenData
     from train.loop import train
+    from train.stage import load_tokens
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=world)
     try:
         config = TrainConfig.model_validate(settings)
-        data = TokenData(config.tokens_dir, config.model_config_.context, config.seed)
+        data = load_tokens(config)
         lines: list[dict] = []
         saved_steps: list[int] = []
         model = train(

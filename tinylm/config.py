@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +36,11 @@ class ModelConfig:
                 f"hidden_size is {self.hidden_size}: it must divide into n_heads ({self.n_heads}) heads of even size"
             )
         for field in ("norm_eps", "rope_theta"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} is {getattr(self, field)!r}: it must be above 0")
-        if not 0 <= self.boundary_id < self.vocab_size:
-            raise ValueError(f"boundary_id is {self.boundary_id}: it must lie in 0..{self.vocab_size - 1}")
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"{field} is {value!r}: it must be a number above 0")
+        if not isinstance(self.boundary_id, int) or not 0 <= self.boundary_id < self.vocab_size:
+            raise ValueError(f"boundary_id is {self.boundary_id!r}: it must lie in 0..{self.vocab_size - 1}")
 
     @property
     def head_dim(self) -> int:

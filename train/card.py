@@ -13,12 +13,15 @@ def model_card(config: TrainConfig, evaluation: dict, manifest: dict) -> str:
     shape = config.model_config_
     data = []
     for name, entry in manifest.items():
-        licences = "; ".join(entry["train"]["licences"]) or "not stated"
+        licences = "; ".join(sorted({*entry["train"]["licences"], *entry["validation"]["licences"]})) or "not stated"
         tokens = evaluation["tokens_by_collection"].get(name, 0)
-        seen = f"{tokens:,} | {tokens / evaluation['tokens_seen']:.1%}" if tokens else "none: held-out text only | "
-        data.append(
-            f"| {name} | {seen} | {entry['train']['bytes'] / 1e6:.1f} MB | {licences} | {entry['attribution']} |"
+        size = f"{entry['train']['bytes'] / 1e6:.1f} MB"
+        seen = (
+            f"{tokens:,} | {tokens / evaluation['tokens_seen']:.1%} | {size}"
+            if tokens
+            else "none: held-out text only | | "
         )
+        data.append(f"| {name} | {seen} | {licences} | {entry['attribution']} |")
     done, planned = evaluation["tokens_seen"], evaluation["planned_tokens"]
     extent = "the whole of the planned run" if done >= planned * 0.999 else f"{done / planned:.0%} of the planned run"
     return f"""# {config.name}
@@ -38,8 +41,9 @@ on {evaluation["training_machine"]}. The weights are the running average that tr
 
 ## Held-out text
 Bits per byte of documents from sources (books, or single stories) that it was not trained on, measured by TinyLM's
-engine when the model was exported (`evaluation.json`). The interval comes from drawing the sources anew, 2,000 times:
-with fewer than ten it is too narrow, and tells of these books rather than of all such books.
+engine when the model was exported (`evaluation.json`). Of long documents, stretches were drawn. The interval comes from
+drawing the sources anew, 2,000 times: with fewer than ten it is too narrow, and tells of these books rather than of all
+such books.
 
 {_held_out_table(evaluation)}
 
@@ -61,8 +65,8 @@ stay the same from model to model.
 
 def _held_out_table(evaluation: dict) -> str:
     lines = [
-        f"| collection | documents | sources | bytes | as served ({evaluation['arithmetic']}) | 95 % interval "
-        "| float32 |",
+        f"| collection | documents or stretches | sources | bytes | as served ({evaluation['arithmetic']}) "
+        "| 95 % interval | float32 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, score in evaluation["collections"].items():
@@ -112,7 +116,7 @@ def attribution_page(config: TrainConfig, manifest: dict) -> str:
     """Whose text the model was trained on: licences, attribution and every author named in the text's records."""
     parts = [f"# Whose text {config.name} was trained on\n"]
     for name, entry in manifest.items():
-        if not entry["weight"]:
+        if not entry["train"]["documents"]:
             continue  # held-out text only
         licences = "; ".join(entry["train"]["licences"]) or "not stated"
         authors = entry["train"]["author_names"]

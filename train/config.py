@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tinylm.config import ModelConfig
+from tinylm.sampling import SamplingParams
+
+MAX_VOCAB = 2**16  # token shards are uint16
 
 
 class ConfigError(ValueError):
@@ -20,7 +23,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Collection(_Section):
@@ -28,7 +31,7 @@ class Collection(_Section):
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     source: str  # a file, a glob of files, or a Hugging Face dataset id
-    weight: float = Field(ge=0)  # share of the training tokens; 0: validated on, never trained on
+    weight: float = Field(ge=0)  # share of the training tokens; 0: all of it is held out, to be validated on
     licence: str = ""
     attribution: str = ""
     text_column: str = "text"
@@ -70,6 +73,9 @@ class Phase(_Section):
     weights: dict[str, float]  # by collection, in place of theirs; one that is not named has none
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Run(_Section):
     tokens: int = Field(default=10_000_000, ge=1)  # in the whole run; the learning rate's schedule follows from it
     batch_rows: int = Field(default=16, ge=1)  # rows of one context each, over all workers, for one optimizer step
@@ -79,7 +85,7 @@ class Run(_Section):
     muon_lr: float = Field(default=0.02, gt=0)
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     adamw_lr: float = Field(default=3e-3, gt=0)
-    adamw_betas: tuple[float, float] = (0.9, 0.98)
+    adamw_betas: tuple[Beta, Beta] = (0.9, 0.98)
     weight_decay: float = Field(default=0.02, ge=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)  # for text that is gone through many times
     grad_clip: float = Field(default=1.0, gt=0)
@@ -110,12 +116,21 @@ class Export(_Section):
     sample_top_p: float = Field(default=0.95, gt=0, le=1)
     formats: tuple[Literal["onnx", "huggingface"], ...] = ("onnx", "huggingface")  # besides our own
 
+    @model_validator(mode="after")
+    def _sampling_is_usable(self) -> Export:
+        self.sampling(max_tokens=1)  # built for its checks
+        return self
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """How everything is drawn that an exported model shows of itself; the seeds are others' to say."""
+        return SamplingParams(max_tokens=max_tokens, temperature=self.sample_temperature, top_p=self.sample_top_p)
+
 
 class TrainConfig(_Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")  # of the model: models/<name>
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the model: models/<name>
     workdir: Path = Path("data")
     models_dir: Path = Path("models")
-    seed: int = 1
+    seed: int = Field(default=1, ge=0, lt=2**32)
     model: dict[str, Any] = {}  # fields of tinylm.ModelConfig that differ from its defaults
     prepare: Prepare
     tokenizer: TokenizerSettings = TokenizerSettings()
@@ -128,12 +143,20 @@ class TrainConfig(_Section):
         return self.workdir / "text"
 
     @property
+    def manifest_path(self) -> Path:
+        return self.text_dir / "manifest.json"
+
+    @property
     def tokenizer_path(self) -> Path:
         return self.workdir / "tokenizer.model"
 
     @property
     def tokens_dir(self) -> Path:
         return self.workdir / "tokens"
+
+    @property
+    def index_path(self) -> Path:
+        return self.tokens_dir / "index.json"
 
     @property
     def runs_dir(self) -> Path:
@@ -144,15 +167,23 @@ class TrainConfig(_Section):
         return self.runs_dir / self.name
 
     @property
+    def metrics_path(self) -> Path:
+        return self.run_dir / "metrics.jsonl"
+
+    @property
     def model_config_(self) -> ModelConfig:
         return ModelConfig(**self.model)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {collection.name: collection.weight for collection in self.prepare.collections}
 
     @model_validator(mode="after")
     def _phases_are_usable(self) -> TrainConfig:
         starts = [phase.from_tokens for phase in self.run.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"run.phases begin at {starts}: each must begin after the one before")
-        trained_on = {collection.name for collection in self.prepare.collections if collection.weight}
+        trained_on = {name for name, weight in self.weights.items() if weight}
         for phase in self.run.phases:
             if unknown := sorted(set(phase.weights) - trained_on):
                 raise ValueError(
@@ -166,9 +197,15 @@ class TrainConfig(_Section):
     @model_validator(mode="after")
     def _model_is_usable(self) -> TrainConfig:
         try:
-            self.model_config_  # noqa: B018  (built for its checks)
-        except TypeError as error:
+            shape = self.model_config_
+        except (TypeError, ValueError) as error:
             raise ValueError(f"model: {error}") from None
+        if shape.vocab_size > MAX_VOCAB:
+            raise ValueError(
+                f"model.vocab_size is {shape.vocab_size}: at most {MAX_VOCAB}, since tokens are stored as uint16"
+            )
+        if shape.context < 2:
+            raise ValueError(f"model.context is {shape.context}: training needs at least 2 tokens")
         return self
 
 

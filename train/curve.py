@@ -1,17 +1,17 @@
-"""The loss curve of a run, drawn from its metrics file."""
+"""The loss curve of a run, drawn from the lines of its metrics file."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
-def draw_curve(metrics: Path, picture: Path) -> None:
+def draw_curve(lines: Sequence[dict[str, Any]], picture: Path) -> None:
     """Training loss (nats a token) and bits per byte by collection against tokens seen, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     losses = [line for line in lines if "loss" in line]
     validations = [line for line in lines if "val_bpb" in line]
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -36,6 +36,7 @@ class Documents:
         return len(self.lengths)
 
     def tokens(self, i: int) -> np.ndarray:
+        """The i-th document, (lengths[i],) uint16."""
         start = self._start[i]
         return self._shards[self._shard[i]][start : start + self.lengths[i]]
 
@@ -72,8 +73,15 @@ class ShuffledStream:
 class _Pattern:
     """Which collection each row of a stretch belongs to: a shuffled block, repeated, in which the shares are exact."""
 
-    def __init__(self, shares: np.ndarray, seed: int) -> None:
+    def __init__(self, weights: dict[str, float], seed: int) -> None:
+        shares = np.array(list(weights.values()))
         ends = np.round(np.cumsum(shares / shares.sum()) * MIXTURE_BLOCK).astype(int)
+        for name, share, rows in zip(weights, shares, np.diff(ends, prepend=0), strict=True):
+            if share and not rows:
+                raise ConfigError(
+                    f"collection {name!r} has a weight of {share:g} of {shares.sum():g}: "
+                    f"too little for a row in {MIXTURE_BLOCK}; give it 0, or more"
+                )
         block = np.repeat(np.arange(len(shares)), np.diff(ends, prepend=0))
         self._block = np.random.default_rng((seed, 0)).permutation(block)  # (MIXTURE_BLOCK,) collection of each row
         one_hot = self._block[:, None] == np.arange(len(shares))
@@ -110,7 +118,7 @@ class Mixture:
         self._phases: list[tuple[_Pattern, np.ndarray]] = []  # and the rows of each collection before it
         for first, shares in ([] if phases and phases[0][0] == 0 else [(0, weights)]) + list(phases):
             before = self._counts(first)
-            pattern = _Pattern(np.array([shares.get(name, 0.0) for name in self.names]), seed)
+            pattern = _Pattern({name: shares.get(name, 0.0) for name in self.names}, seed)
             self._first_rows.append(first)
             self._phases.append((pattern, before))
 
@@ -142,18 +150,23 @@ class Mixture:
 
 
 class TokenData:
-    """What `python -m train.encode` wrote: the mixture to train on and the windows to validate on."""
+    """What `python -m train.encode` wrote: the mixture to train on and the windows to validate on.
 
-    def __init__(self, directory: Path, context: int, seed: int, phases: Sequence[Phase] = ()) -> None:
+    weights: by collection, in any unit; one of 0 is validated on only. Raises ConfigError where one that is to be
+    trained on has no tokens, or too few.
+    """
+
+    def __init__(
+        self, directory: Path, context: int, seed: int, weights: dict[str, float], phases: Sequence[Phase] = ()
+    ) -> None:
         index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
         self.vocab_size: int = index["vocab_size"]
         self.boundary_id: int = index["boundary_id"]
         self.tokenizer_sha256: str = index["tokenizer_sha256"]
+        self.text_sha256: str = index["text_sha256"]  # of the text's manifest, which holds the sums of all text
         self._context = context
         self._documents: dict[str, dict[str, Documents]] = {"train": {}, "validation": {}}
-        weights = {}
         for name, entry in index["collections"].items():
-            weights[name] = entry["weight"]
             for split in ("train", "validation"):
                 if split in entry:
                     paths = [directory / shard for shard in entry[split]["shards"]]
@@ -165,6 +178,12 @@ class TokenData:
         if short := [name for name, stream in streams.items() if stream.epoch_tokens <= context]:
             raise ConfigError(
                 f"collection {short[0]!r} has fewer tokens than one row of {context + 1}: too little text"
+            )
+        trained_on = {name for shares in (weights, *(p.weights for p in phases)) for name in shares if shares[name]}
+        if missing := sorted(trained_on - set(streams)):
+            raise ConfigError(
+                f"collection {missing[0]!r} is to be trained on, but {directory} has no tokens of it to train on: "
+                f"run `python -m train.prepare` and what follows it again"
             )
         by_row = [(phase.from_tokens // context, phase.weights) for phase in phases]
         self.mixture = Mixture(streams, weights, context, seed, by_row)

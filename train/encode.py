@@ -8,7 +8,6 @@ and `index.json`. The order is the text's own, so that two runs give the same by
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 
 from tinylm.tokenizer import Tokenizer
 from train.config import TrainConfig
-from train.stage import load_tokenizer, progress, replace_directory, require, run_stage, start_ray
+from train.stage import file_sha256, load_tokenizer, progress, replace_directory, require, run_stage, start_ray
 
 TOKEN_DTYPE = np.uint16
 
@@ -63,7 +62,7 @@ class _ShardWriter:
 
 def encode(config: TrainConfig) -> dict:
     """Run the stage; returns the index that it wrote."""
-    require(config.text_dir / "manifest.json", "train.prepare")
+    require(config.manifest_path, "train.prepare")
     tokenizer = load_tokenizer(config)
     import ray.data  # slow to import, and only the running of the stage needs it
 
@@ -74,19 +73,21 @@ def encode(config: TrainConfig) -> dict:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     index: dict = {
-        "tokenizer_sha256": hashlib.sha256(config.tokenizer_path.read_bytes()).hexdigest(),
+        "text_sha256": file_sha256(config.manifest_path),
+        "tokenizer_sha256": file_sha256(config.tokenizer_path),
         "vocab_size": tokenizer.vocab_size,
         "boundary_id": tokenizer.boundary_id,
         "collections": {},
     }
     with progress("documents") as bar:
         for collection in config.prepare.collections:
-            entry: dict = {"weight": collection.weight}
+            entry: dict = {}
             for split in ("train", "validation"):
-                if split == "train" and not collection.weight:
-                    continue  # never trained on
                 path = config.text_dir / f"{collection.name}.{split}.parquet"
-                task = bar.add_task(f"{collection.name} {split}", total=pq.ParquetFile(path).metadata.num_rows)
+                n_rows = pq.ParquetFile(path).metadata.num_rows
+                if not n_rows:
+                    continue  # never trained on
+                task = bar.add_task(f"{collection.name} {split}", total=n_rows)
                 writer = _ShardWriter(
                     partial, f"{collection.name}.{split}", config.encode.shard_tokens, tokenizer.boundary_id
                 )
@@ -106,7 +107,7 @@ def encode(config: TrainConfig) -> dict:
                 writer.flush()
                 entry[split] = {"shards": writer.shards, "tokens": n_tokens, "documents": n_documents}
             index["collections"][collection.name] = entry
-    (partial / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (partial / config.index_path.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     replace_directory(partial, config.tokens_dir)
     for name, entry in index["collections"].items():
         counts = ", ".join(f"{split} {entry[split]['tokens']:,}" for split in ("train", "validation") if split in entry)

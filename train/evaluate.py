@@ -37,7 +37,7 @@ STRETCH = 10_000  # characters of a long document that are drawn at once, when n
 
 
 class Document(NamedTuple):
-    """A text to be scored, and what it belongs to."""
+    """A text to be scored, or a stretch of one, and what it belongs to."""
 
     collection: str
     source: str  # such as a book, of which other documents may come too
@@ -62,12 +62,13 @@ def summary(scores: Sequence[Score]) -> dict:
         "sources": len(set(sources)),
         "tokens": sum(score.tokens for score in scores),
         "bytes": sum(sizes),
-        "bits_per_byte": bits_per_byte(scores),
+        "bits_per_byte": per_byte(scores),
         "interval_95": [round(bound, 5) for bound in ratio_interval(bits, sizes, sources)],
     }
 
 
-def bits_per_byte(scores: Sequence[Score]) -> float:
+def per_byte(scores: Sequence[Score]) -> float:
+    """Bits per byte of all these documents together, to five places."""
     return round(sum(score.bits for score in scores) / sum(score.bytes for score in scores), 5)
 
 

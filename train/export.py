@@ -9,7 +9,6 @@ same weights in the formats of `export.formats` go to `<workdir>/exports/<name>/
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import logging
@@ -18,26 +17,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from tinylm.llm import LLM
 from tinylm.model import Model
-from tinylm.sampling import SamplingParams
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, quantize_rows, save_model
 from train.card import attribution_page, model_card, prompts_page, samples_page
-from train.config import ConfigError, Run, TrainConfig
+from train.config import ConfigError, TrainConfig
 from train.curve import draw_curve
-from train.data import TokenData
-from train.evaluate import Document, bits_per_byte, evaluate, read_documents, summary
+from train.evaluate import Document, evaluate, per_byte, read_documents, summary
 from train.generated import judge, training_words, write_stories
 from train.loop import check_state
+from train.metrics import read_metrics
 from train.prompts import answer, load_prompts
-from train.run import STATE_FILE, metrics_path
-from train.stage import load_tokenizer, require, run_stage
+from train.run import STATE_FILE
+from train.stage import load_tokenizer, load_tokens, require, run_stage
 
 Exporter = Callable[[Path, Path], None]  # a model directory, where to write
 
@@ -68,22 +66,44 @@ def averaged_tensors(state: dict[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+class TrainedModel(NamedTuple):
+    """The end of a run, and the held-out text of the work directory that it is to be judged on."""
+
+    state: dict[str, Any]  # the checkpoint, as `train.loop` saves it
+    tokenizer: Tokenizer
+    tensors: dict[str, np.ndarray]  # averaged, float32 by name
+    quantized: dict[str, Tensor]  # the same with int8 matrices
+    manifest: dict[str, dict]  # of the text, by collection
+    documents: list[Document]
+
+
+def load_trained(config: TrainConfig) -> TrainedModel:
+    """Raises ConfigError when a stage before this one is missing, or was run on something else than the next one."""
+    require(config.manifest_path, "train.prepare")
+    tokenizer, data = load_tokenizer(config), load_tokens(config)
+    state = last_state(config)
+    check_state(state, config, data)
+    tensors = averaged_tensors(state)
+    manifest = json.loads(config.manifest_path.read_text(encoding="utf-8"))
+    held_out = [config.text_dir / f"{name}.validation.parquet" for name in manifest]
+    return TrainedModel(
+        state,
+        tokenizer,
+        tensors,
+        {name: quantize_rows(tensor) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()},
+        manifest,
+        read_documents(held_out, config.export.evaluate_bytes),
+    )
+
+
 def export(config: TrainConfig) -> None:
     """Run the stage."""
-    require(config.text_dir / "manifest.json", "train.prepare")
-    require(config.tokens_dir / "index.json", "train.encode")
-    tokenizer = load_tokenizer(config)
+    shape = config.model_config_
+    state, tokenizer, tensors, quantized, manifest, documents = load_trained(config)
     prompts = load_prompts(config.export.prompts)
     exporters = load_exporters(config.export.formats)
-    state = last_state(config)
-    check_state(state, config, hashlib.sha256(config.tokenizer_path.read_bytes()).hexdigest())
-    shape = config.model_config_
-    tensors = averaged_tensors(state)
-    quantized: dict[str, Tensor] = {n: quantize_rows(t) if t.ndim == 2 else t for n, t in tensors.items()}
-    manifest = json.loads((config.text_dir / "manifest.json").read_text(encoding="utf-8"))
-    documents = read_documents(
-        [config.text_dir / f"{name}.validation.parquet" for name in manifest], config.export.evaluate_bytes
-    )
+    check_sample_prompt(config, tokenizer)
+    lines = read_metrics(config.metrics_path, state["step"])
     exact = evaluate(Model(shape, tensors), tokenizer, documents, "float32")
     model = Model(shape, quantized)
     served = evaluate(model, tokenizer, documents, model.arithmetic)
@@ -92,15 +112,15 @@ def export(config: TrainConfig) -> None:
         "step": state["step"],
         "tokens_seen": state["step"] * run["batch_rows"] * shape.context,
         "planned_tokens": run["tokens"],
-        "tokens_by_collection": tokens_by_collection(config, state),
+        "tokens_by_collection": state["tokens_by_collection"],
         "training_wall_s": round(state["wall_s"], 1),
         "training_machine": state["machine"],
         "arithmetic": model.arithmetic,
         "collections": {name: summary(scores) for name, scores in served.items()},
-        "float32_bits_per_byte": {name: bits_per_byte(scores) for name, scores in exact.items()},
+        "float32_bits_per_byte": {name: per_byte(scores) for name, scores in exact.items()},
         "generated_text": judge_stories(config, model, tokenizer, documents, manifest),
     }
-    params = sampling(config, shape.context)
+    params = config.export.sampling(shape.context)
     llm = LLM.from_parts(tokenizer, model)
     samples = [
         (seeded, llm.generate(config.export.sample_prompt, seeded)[0])
@@ -109,7 +129,7 @@ def export(config: TrainConfig) -> None:
     answers = list(zip(prompts, answer(llm, prompts, params), strict=True))
     with tempfile.TemporaryDirectory() as scratch:
         curve = Path(scratch) / "curve.png"
-        draw_curve(metrics_path(config), curve)
+        draw_curve(lines, curve)
         extra_files = {
             "README.md": model_card(config, evaluation, manifest).encode(),
             "ATTRIBUTION.md": attribution_page(config, manifest).encode(),
@@ -135,15 +155,15 @@ def export(config: TrainConfig) -> None:
     before, after = sum(t.nbytes for t in tensors.values()), (directory / "model.safetensors").stat().st_size
     print(f"size: float32 {before:,} bytes, int8 {after:,} bytes ({after / before:.1%})")
     for name in served:
-        full, small = (bits_per_byte(scores[name]) for scores in (exact, served))
+        full, small = (per_byte(scores[name]) for scores in (exact, served))
         print(f"{name}: bits per byte float32 {full:.4f}, as served {small:.4f} ({small - full:+.4f})")
 
 
-def tokens_by_collection(config: TrainConfig, state: dict[str, Any]) -> dict[str, int]:
-    """How many of the tokens seen came from which collection, by the settings that the checkpoint was trained with."""
-    run = Run.model_validate(state["config"]["run"])
-    data = TokenData(config.tokens_dir, config.model_config_.context, state["config"]["seed"], run.phases)
-    return data.mixture.tokens(state["step"] * run.batch_rows)
+def check_sample_prompt(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError, before anything is measured, when the samples' prompt leaves no room in the context."""
+    size, context = len(tokenizer.encode_document(config.export.sample_prompt)), config.model_config_.context
+    if size >= context:
+        raise ConfigError(f"export.sample_prompt has {size} tokens: the context is {context}")
 
 
 def load_exporters(formats: Sequence[str]) -> dict[str, Exporter]:
@@ -161,22 +181,16 @@ def load_exporters(formats: Sequence[str]) -> dict[str, Exporter]:
     return exporters
 
 
-def sampling(config: TrainConfig, max_tokens: int) -> SamplingParams:
-    """How everything is drawn that an exported model shows of itself; the seeds are others' to say."""
-    settings = config.export
-    return SamplingParams(max_tokens=max_tokens, temperature=settings.sample_temperature, top_p=settings.sample_top_p)
-
-
 def judge_stories(
     config: TrainConfig, model: Model, tokenizer: Tokenizer, documents: list[Document], manifest: dict
 ) -> dict:
     """The figures of stories that the model makes up from nothing, of held-out text beside them, and their settings."""
-    params = sampling(config, model.config.context)
+    params = config.export.sampling(model.config.context)
     stories = write_stories(model, tokenizer, [replace(params, seed=seed) for seed in range(config.export.n_stories)])
     held_out: dict[str, list[str]] = {}
     for document in documents:
         held_out.setdefault(document.collection, []).append(document.text)
-    trained_on = [config.text_dir / f"{name}.train.parquet" for name, entry in manifest.items() if entry["weight"]]
+    trained_on = [config.text_dir / f"{name}.train.parquet" for name in manifest]
     settings = {"temperature": params.temperature, "top_p": params.top_p}
     return {**settings, **judge(stories, held_out, training_words(trained_on))}
 

@@ -22,7 +22,7 @@ ATTRIBUTION = "ATTRIBUTION.md"  # goes wherever the weights go
 
 
 class ExportError(ModelError):
-    """What was written would not compute what the engine does; nothing of it is kept."""
+    """What was written would not compute what the engine does, or would take its place; nothing of it is kept."""
 
 
 def run_export(description: str | None, export: Callable[[Path, Path], None]) -> None:
@@ -41,8 +41,11 @@ def run_export(description: str | None, export: Callable[[Path, Path], None]) ->
 def checked_files(model: Path, out: Path) -> Iterator[Path]:
     """A scratch directory whose files are moved into `out` when the block ends without an error, else removed.
 
-    Files of the same names are replaced, others stay. The model's attribution is among them.
+    Files of the same names are replaced, others stay. The model's attribution is among them. Raises ExportError when
+    `out` is the model's own directory.
     """
+    if out.resolve() == model.resolve():
+        raise ExportError(f"--out is {out}, the model itself, whose files it would replace: give another directory")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as scratch:
         yield Path(scratch)

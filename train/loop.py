@@ -31,6 +31,7 @@ DRAWS = 1_000_003  # between the random numbers of one seed and the next
 
 
 def total_steps(run: Run, config: ModelConfig) -> int:
+    """Whole optimizer steps in the run's tokens, at least one."""
     return max(1, run.tokens // (run.batch_rows * config.context))
 
 
@@ -93,14 +94,15 @@ def sample_story(model: nn.Module, tokenizer: Tokenizer, prompt: str, context: i
     return tokenizer.decode(ids)
 
 
-def describe_machine(device: torch.device) -> str:
-    """'NVIDIA X' or '2 threads of Y CPU', for the record of a run."""
+def describe_machine(device: torch.device, world: int) -> str:
+    """'NVIDIA X', '2 threads of Y CPU' or '2 workers of 1 thread of Y CPU', for the record of a run."""
+    workers = f"{world} workers of " if world > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return workers + torch.cuda.get_device_name(device)
     models = {line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")}
     n = torch.get_num_threads()
     processors = " / ".join(sorted(models)) or platform.processor() or "a CPU"
-    return f"{n} thread{'s' if n > 1 else ''} of {processors}"
+    return f"{workers}{n} thread{'s' if n > 1 else ''} of {processors}"
 
 
 def _cpuinfo() -> list[str]:
@@ -116,18 +118,42 @@ def check_fits(config: TrainConfig, data: TokenData, world: int) -> None:
             f"run.batch_rows is {run.batch_rows}: it must be a multiple of "
             f"run.micro_rows x run.workers ({run.micro_rows} x {world})"
         )
-    if data.vocab_size != shape.vocab_size:
-        raise ConfigError(f"model.vocab_size is {shape.vocab_size}, but the tokens were made with {data.vocab_size}")
+    for key, of_tokens in (("vocab_size", data.vocab_size), ("boundary_id", data.boundary_id)):
+        if (value := getattr(shape, key)) != of_tokens:
+            raise ConfigError(f"model.{key} is {value}, but the tokens were made with {of_tokens}")
 
 
-def check_state(state: dict[str, Any], config: TrainConfig, tokenizer_sha256: str) -> None:
-    """Raise ConfigError when a checkpoint was made with another tokenizer or another shape of the model."""
-    if state["tokenizer_sha256"] != tokenizer_sha256:
-        raise ConfigError("the checkpoint was trained with another tokenizer: remove the run's directory to begin anew")
-    if ModelConfig(**state["config"]["model"]) != config.model_config_:
-        raise ConfigError("the checkpoint was trained with another model: remove the run's directory to begin anew")
-    if (saved := state["config"]["run"].get("optimizer", "muon")) != config.run.optimizer:
-        raise ConfigError(f"run.optimizer is {config.run.optimizer!r}, but the checkpoint was trained with {saved!r}")
+def check_state(state: dict[str, Any], config: TrainConfig, data: TokenData) -> None:
+    """Raise ConfigError when a checkpoint is of another tokenizer, other text or another shape of the model."""
+    for what, same in (
+        ("with another tokenizer", state["tokenizer_sha256"] == data.tokenizer_sha256),
+        ("on other text", state["text_sha256"] == data.text_sha256),
+        ("with another model", ModelConfig(**state["config"]["model"]) == config.model_config_),
+    ):
+        if not same:
+            raise ConfigError(f"the checkpoint was trained {what}: remove the run's directory to begin anew")
+
+
+def check_continues(state: dict[str, Any], config: TrainConfig, data: TokenData) -> None:
+    """Raise ConfigError when a run can't go on from a checkpoint: its next rows and steps would not be those after it.
+
+    The learning rates, the schedule, dropout and the mixture from here on may change.
+    """
+    check_state(state, config, data)
+    before = state["config"]
+    for key, saved, value in (
+        ("run.optimizer", before["run"]["optimizer"], config.run.optimizer),
+        ("run.batch_rows", before["run"]["batch_rows"], config.run.batch_rows),
+        ("seed", before["seed"], config.seed),
+    ):
+        if value != saved:
+            raise ConfigError(f"{key} is {value!r}, but the checkpoint was trained with {saved!r}")
+    rows = state["step"] * config.run.batch_rows
+    if state["tokens_by_collection"] != data.mixture.tokens(rows):
+        raise ConfigError(
+            f"run.phases and the collections' weights are not the mixture that the checkpoint saw in its "
+            f"{rows * config.model_config_.context:,} tokens: change it from there on, by one more phase"
+        )
 
 
 def train(
@@ -153,7 +179,7 @@ def train(
     optimizers = make_optimizers(model, run)
     step, wall_before = 0, 0.0
     if state is not None:
-        check_state(state, config, data.tokenizer_sha256)
+        check_continues(state, config, data)
         model.load_state_dict(state["model"])
         averaged.load_state_dict(state["averaged"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -242,7 +268,7 @@ def train(
                     "wall_s": round(wall_s(), 1),
                 }
             )
-        if is_last or (step % run.checkpoint_every_steps == 0 and _agreed(_due(saved_at, run), world)):
+        if is_last or (step % run.checkpoint_every_steps == 0 and _agreed(_due(saved_at, run), world, device)):
             save(
                 {
                     "step": step,
@@ -250,8 +276,10 @@ def train(
                     "model": model.state_dict(),
                     "averaged": averaged.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "machine": describe_machine(device),
+                    "machine": describe_machine(device, world),
                     "tokenizer_sha256": data.tokenizer_sha256,
+                    "text_sha256": data.text_sha256,
+                    "tokens_by_collection": data.mixture.tokens(step * run.batch_rows),
                     "config": config.model_dump(mode="json"),
                 }
             )
@@ -263,10 +291,10 @@ def _due(saved_at: float, run: Run) -> bool:
     return time.monotonic() - saved_at >= run.checkpoint_every_s
 
 
-def _agreed(due: bool, world: int) -> bool:
+def _agreed(due: bool, world: int, device: torch.device) -> bool:
     """Rank 0's clock decides for all, since every rank must save equally often."""
     if world == 1:
         return due
-    decision = torch.tensor(float(due))
+    decision = torch.tensor(float(due), device=device)
     dist.broadcast(decision, src=0)
     return bool(decision)

@@ -39,6 +39,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal attention of n_heads heads, queries and keys rotated: (B, T, hidden) -> (B, T, hidden)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         h = config.hidden_size
@@ -57,6 +59,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Up, GELU (its tanh form, Hendrycks & Gimpel 2016), down: (B, T, hidden) -> (B, T, hidden)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
@@ -67,6 +71,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer: attention and MLP, each added to its own input and fed with it normalized (pre-norm)."""
+
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -81,6 +87,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """ids (B, T) -> (B, T, hidden): embedding, blocks, the last norm."""
+
     cos: Tensor  # (context, head_dim), a buffer
     sin: Tensor
 

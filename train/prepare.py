@@ -55,15 +55,20 @@ def is_validation(source: str, share: float, seed: int) -> bool:
 
 @dataclass
 class Counts:
+    """What a split of a collection holds, added up document by document (rows of SCHEMA)."""
+
     documents: int = 0
     bytes: int = 0
     sources: set[str] = field(default_factory=set)
     licences: set[str] = field(default_factory=set)
     authors: set[str] = field(default_factory=set)
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def add(self, row: dict[str, str]) -> None:
         self.documents += 1
-        self.bytes += len(row["text"].encode())
+        text = row["text"].encode()
+        self.bytes += len(text)
+        self.digest.update(hashlib.sha256(text).digest())
         self.sources.add(row["source"])
         self.licences.add(row["licence"])
         if row["author"]:
@@ -77,6 +82,7 @@ class Counts:
             "licences": sorted(self.licences - {""}),
             "authors": len(self.authors),
             "author_names": sorted(self.authors),
+            "sha256": self.digest.hexdigest(),  # of the documents' own sums, in their order
         }
 
 
@@ -131,9 +137,10 @@ def _read_dataset(collection: Collection) -> Iterator[dict]:
     try:
         yield from datasets.load_dataset(collection.source, split="train", streaming=True)
     except Exception as error:  # the library raises many kinds: missing, private, offline, broken
+        why, _, _ = str(error).partition("\n")
         raise ConfigError(
             f"collection {collection.name!r}: {collection.source!r} is no file here, and as a Hugging Face dataset "
-            f"it could not be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"it could not be loaded: {type(error).__name__}: {why}"
         ) from None
 
 
@@ -180,7 +187,8 @@ def prepare(config: TrainConfig) -> dict:
             pending: dict[str, list] = {split: [] for split in SPLITS}
             writers = {s: pq.ParquetWriter(partial / f"{collection.name}.{s}.parquet", SCHEMA) for s in SPLITS}
             for row in documents(collection, config):
-                split = SPLITS[is_validation(row["source"], share, config.seed)]
+                held_out = not collection.weight or is_validation(row["source"], share, config.seed)
+                split = SPLITS[held_out]
                 counts[split].add(row)
                 pending[split].append(row)
                 if len(pending[split]) == ROWS_A_WRITE:
@@ -190,7 +198,7 @@ def prepare(config: TrainConfig) -> dict:
             for split, writer in writers.items():
                 writer.write_batch(pa.RecordBatch.from_pylist(pending[split], SCHEMA))
                 writer.close()
-                if not counts[split].documents:
+                if not counts[split].documents and (collection.weight or split == "validation"):
                     raise ConfigError(
                         f"collection {collection.name!r}: no documents for {split}, "
                         f"of {sum(c.documents for c in counts.values())} usable in {collection.source!r} "
@@ -199,11 +207,10 @@ def prepare(config: TrainConfig) -> dict:
             manifest[collection.name] = {
                 "source": collection.source if _is_dataset_id(collection.source) else Path(collection.source).name,
                 "attribution": collection.attribution,
-                "weight": collection.weight,
                 **{split: counts[split].summary() for split in SPLITS},
             }
             bar.update(task, total=sum(c.documents for c in counts.values()))
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (partial / config.manifest_path.name).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     replace_directory(partial, config.text_dir)
     for name, entry in manifest.items():
         print(

@@ -22,12 +22,12 @@ import safetensors.numpy
 from loadtest.machine import describe
 from tinylm import bench
 from tinylm.model import Model
-from tinylm.weights import SCALE_SUFFIX, ModelError, Tensor, quantize_rows
+from tinylm.weights import SCALE_SUFFIX, quantize_rows
 from train.bootstrap import ratio_interval
 from train.config import ConfigError, TrainConfig, command_line, load_config
-from train.evaluate import Score, bits_per_byte, evaluate, read_documents, summary
-from train.export import averaged_tensors, last_state
-from train.stage import load_tokenizer, require
+from train.evaluate import Score, evaluate, per_byte, summary
+from train.export import load_trained
+from train.stage import one_line_errors
 
 GROUP = 32  # weights that share a scale
 BATCHES = (1, 4, 16)
@@ -44,10 +44,12 @@ class Stored:
 
 
 def float32(matrix: np.ndarray) -> Stored:
+    """As training left it. matrix, here and below: (out, in) float32."""
     return Stored({"": matrix}, matrix)
 
 
 def float16(matrix: np.ndarray) -> Stored:
+    """Each weight rounded to half precision."""
     half = matrix.astype(np.float16)
     return Stored({"": half}, half.astype(np.float32))
 
@@ -61,10 +63,10 @@ def int8_rows(matrix: np.ndarray) -> Stored:
 def int4_groups(matrix: np.ndarray) -> Stored:
     """As llama.cpp's Q4_0: groups of 32 along a row, -8 to 7 times a float16 scale, two numbers a byte.
 
-    Raises ValueError when the row is no whole number of groups.
+    Raises ConfigError when the row is no whole number of groups.
     """
     if matrix.shape[1] % GROUP:
-        raise ValueError(f"a row has {matrix.shape[1]} weights: int4 needs a multiple of {GROUP}")
+        raise ConfigError(f"a row has {matrix.shape[1]} weights: int4 needs a multiple of {GROUP}")
     groups = matrix.reshape(len(matrix), -1, GROUP)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=2)[..., None], axis=2)
     scale = (largest / -8).astype(np.float16)  # so that the largest is one of the sixteen numbers exactly
@@ -104,7 +106,7 @@ def against(scores: Mapping[str, Sequence[Score]], exact: Mapping[str, Sequence[
         sizes = [score.bytes for score in ours]
         low, high = ratio_interval(more, sizes, [score.source for score in ours])
         figures[name] = {
-            "bits_per_byte": bits_per_byte(ours),
+            "bits_per_byte": per_byte(ours),
             "more_than_float32": round(sum(more) / sum(sizes), 6),
             "interval_95": [round(low, 6), round(high, 6)],
         }
@@ -119,13 +121,8 @@ def decode_speed(model: Model) -> dict[str, float]:
 
 def study(config: TrainConfig, speed: bool) -> dict:
     """The figures of every format, for JSON."""
-    require(config.text_dir / "manifest.json", "train.prepare")
-    tokenizer, state = load_tokenizer(config), last_state(config)
-    shape, tensors = config.model_config_, averaged_tensors(state)
-    manifest = json.loads((config.text_dir / "manifest.json").read_text(encoding="utf-8"))
-    paths = [config.text_dir / f"{name}.validation.parquet" for name in manifest]
-    documents = read_documents(paths, config.export.evaluate_bytes)
-    quantized: dict[str, Tensor] = {n: quantize_rows(t) if t.ndim == 2 else t for n, t in tensors.items()}
+    state, tokenizer, tensors, quantized, _, documents = load_trained(config)
+    shape = config.model_config_
     exact: dict[str, list[Score]] = {}
     rows = []
     for name, (blocks, embedding) in FORMATS.items():
@@ -184,14 +181,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/quantization.json"), help="default: %(default)s")
     parser.add_argument("--no-speed", action="store_true", help="sizes and quality only, which a busy machine can tell")
     arguments = parser.parse_args()
-    try:
+    with one_line_errors():
         command = shlex.join(["python", "-m", "train.quantization_study", *sys.argv[1:]])
         measured = {"command": command, **describe()}  # before: the revision may be another one afterwards
         result = {**measured, **study(load_config(arguments.config, arguments.overrides), not arguments.no_speed)}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except (ConfigError, ModelError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(markdown(result))
 
 

@@ -9,19 +9,17 @@ The loop itself is `train.loop`, the rows are `train.data`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
-from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, TrainConfig
 from train.curve import draw_curve
-from train.data import TokenData
 from train.loop import check_fits, total_steps
-from train.stage import load_tokenizer, progress, require, run_stage, start_ray
+from train.metrics import read_metrics, truncate_metrics
+from train.stage import load_tokenizer, load_tokens, progress, run_stage, start_ray
 
 STATE_FILE = "state.pt"
 # glibc gives freed memory back to the kernel and takes it anew at every step, unless told otherwise: on machines where
@@ -33,26 +31,6 @@ KEEP_FREED_MEMORY = {
 }
 
 
-def metrics_path(config: TrainConfig) -> Path:
-    return config.run_dir / "metrics.jsonl"
-
-
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drop lines of steps after the checkpoint that a run goes on from: they will be written again."""
-    if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # cut off as the run was killed
-        return float("inf")
-
-
 def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import ray.train
@@ -62,22 +40,21 @@ def _worker(settings: dict[str, Any]) -> None:
 
     config = TrainConfig.model_validate(settings)
     torch.set_num_threads(config.run.threads)
-    tokenizer = Tokenizer(config.tokenizer_path)
-    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed, config.run.phases)
+    tokenizer, data = load_tokenizer(config), load_tokens(config)
     state = None
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as directory:
             state = torch.load(Path(directory) / STATE_FILE, weights_only=True)
     leader = ray.train.get_context().get_world_rank() == 0
-    metrics = metrics_path(config)
+    metrics, picture = config.metrics_path, config.metrics_path.with_name("curve.png")
     if leader:
-        _truncate_metrics(metrics, state["step"] if state else 0)
+        truncate_metrics(metrics, state["step"] if state else 0)
 
     def log(values: dict[str, Any]) -> None:
         with metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         if "val_bpb" in values:
-            draw_curve(metrics, metrics.with_name("curve.png"))
+            draw_curve(read_metrics(metrics), picture)
 
     def save(values: dict[str, Any]) -> None:
         if not leader:
@@ -91,7 +68,7 @@ def _worker(settings: dict[str, Any]) -> None:
         train(config, data, tokenizer, log, save, state)
     finally:
         if leader and metrics.exists():
-            draw_curve(metrics, metrics.with_name("curve.png"))
+            draw_curve(read_metrics(metrics), picture)
 
 
 def _follow(path: Path, config: TrainConfig, done: threading.Event) -> None:
@@ -126,7 +103,7 @@ def _follow(path: Path, config: TrainConfig, done: threading.Event) -> None:
 
 def run(config: TrainConfig) -> None:
     """Run the stage to its end, or go on with it."""
-    require(config.tokens_dir / "index.json", "train.encode")
+    data = load_tokens(config)
     load_tokenizer(config)
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -135,10 +112,7 @@ def run(config: TrainConfig) -> None:
     config = config.model_copy(update={"workdir": config.workdir.resolve(), "models_dir": config.models_dir.resolve()})
     config.run_dir.mkdir(parents=True, exist_ok=True)
     # Errors of the settings belong here, not in a worker that Ray would start again.
-    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed, config.run.phases)
     check_fits(config, data, config.run.workers)
-    if data.tokenizer_sha256 != hashlib.sha256(config.tokenizer_path.read_bytes()).hexdigest():
-        raise ConfigError(f"{config.tokens_dir} was made with another tokenizer: run `python -m train.encode` again")
     start_ray(env_vars=KEEP_FREED_MEMORY)
     trainer = TorchTrainer(
         _worker,
@@ -155,7 +129,7 @@ def run(config: TrainConfig) -> None:
         ),
     )
     done = threading.Event()
-    follower = threading.Thread(target=_follow, args=(metrics_path(config), config, done), daemon=True)
+    follower = threading.Thread(target=_follow, args=(config.metrics_path, config, done), daemon=True)
     follower.start()
     try:
         result = trainer.fit()

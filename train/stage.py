@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
 from train.config import ConfigError, TrainConfig, command_line, load_config
+from train.data import TokenData
 
 
 def run_stage(description: str | None, stage: Callable[[TrainConfig], Any]) -> None:
     """Parse the command line, run the stage, and turn what the user can mend into one line and exit status 1."""
     arguments = command_line(description).parse_args()
-    try:
+    with one_line_errors():
         stage(load_config(arguments.config, arguments.overrides))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What the user can mend becomes one line on standard error and exit status 1; Ctrl-C becomes 130."""
+    try:
+        yield
     except (ConfigError, ModelError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -44,6 +54,10 @@ def replace_directory(new: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def load_tokenizer(config: TrainConfig) -> Tokenizer:
     """The tokenizer of the work directory; raises ConfigError when it is missing or damaged."""
     require(config.tokenizer_path, "train.tokenizer")
@@ -51,6 +65,22 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
         return Tokenizer(config.tokenizer_path)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def load_tokens(config: TrainConfig) -> TokenData:
+    """The tokens of the work directory; ConfigError when they are missing, or of other text or another tokenizer.
+
+    Where only the tokens and the tokenizer have been brought along, there is no text to compare them with.
+    """
+    require(config.index_path, "train.encode")
+    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed, config.weights, config.run.phases)
+    for what, of_tokens, path in (
+        ("with another tokenizer", data.tokenizer_sha256, config.tokenizer_path),
+        ("from other text", data.text_sha256, config.manifest_path),
+    ):
+        if path.exists() and file_sha256(path) != of_tokens:
+            raise ConfigError(f"{config.tokens_dir} was made {what}: run `python -m train.encode` again")
+    return data
 
 
 def start_ray(env_vars: dict[str, str] | None = None) -> None:

@@ -37,7 +37,7 @@ def training_lines(config: TrainConfig, advance: Callable[[int], None] = lambda 
 
 def train_tokenizer(config: TrainConfig) -> None:
     """Run the stage."""
-    require(config.text_dir / "manifest.json", "train.prepare")
+    require(config.manifest_path, "train.prepare")
     model = io.BytesIO()
     with progress("documents") as bar:
         task = bar.add_task("tokenizer", total=None)

@@ -1,0 +1,37 @@
+"""The metrics file of a run: a line of JSON each log or validation, written while it trains.
+
+A run that is killed leaves lines of steps after its last checkpoint, and perhaps one cut off in the middle: both are
+left out here. What the lines hold is `train.loop`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_metrics(path: Path, up_to_step: float = float("inf")) -> list[dict[str, Any]]:
+    """The whole lines of the steps so far, in their order; none when there is no such file."""
+    if not path.exists():
+        return []
+    return [values for _, values in _whole_lines(path) if values["step"] <= up_to_step]
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop lines of steps after the checkpoint that a run goes on from: they will be written again."""
+    if path.exists():
+        kept = [line for line, values in _whole_lines(path) if values["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
+
+
+def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append((line, json.loads(line)))
+        except ValueError:  # cut off as the run was killed
+            continue
+    return lines
