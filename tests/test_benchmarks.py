@@ -30,6 +30,12 @@ def test_the_engine_s_benchmark_reports_what_it_was_asked_for():
         assert 0 < row["share_of_peak"] < 1
 
 
+def test_a_small_model_is_measured_by_what_fits_into_it(tiny_model_dir):
+    """Prompts of its own vocabulary, and by default no longer than its context; 160 sequences need 800 of them."""
+    lines = run("tinylm.cli", "bench", "--model", str(tiny_model_dir), "--batches", "160").splitlines()
+    assert [row["prompt_tokens"] for row in json.loads(lines[-1])["prefill"]] == [16]
+
+
 @pytest.mark.parametrize("arguments", [["--batches", "0"], ["--batches", "1,x"], ["--prompts", "256"]])
 def test_a_benchmark_that_can_not_be_is_refused_in_one_line(arguments):
     command = [sys.executable, "-m", "tinylm.cli", "bench", *arguments]

@@ -61,6 +61,19 @@ def test_a_boundary_outside_the_vocabulary_is_refused(boundary):
         ModelConfig(boundary_id=boundary)
 
 
+@pytest.mark.parametrize("field", ["norm_eps", "rope_theta", "boundary_id", "context"])
+@pytest.mark.parametrize("value", ["1e-5", None, True, float("inf"), [1]])
+def test_a_value_of_another_kind_is_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} is "):
+        ModelConfig(**{field: value})
+
+
+@pytest.mark.parametrize("values", [None, 5, []])
+def test_a_config_that_is_no_object_is_refused(values):
+    with pytest.raises(ValueError, match="must be an object"):
+        ModelConfig.from_dict(values)
+
+
 def test_a_key_of_another_version_is_named():
     values = dataclasses.asdict(ModelConfig())
     with pytest.raises(ValueError, match="unknown key 'gating'"):

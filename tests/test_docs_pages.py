@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+import tinylm
 from docs.making import measure, page, pictures, reference
 
 RESULT = json.loads(measure.OUT.read_text(encoding="utf-8"))
@@ -23,6 +24,11 @@ def test_an_excerpt_that_is_gone_from_the_code_is_an_error() -> None:
 @pytest.mark.parametrize("name", sorted(reference.PAGES))
 def test_the_reference_is_what_proto_docstrings_and_command_line_say(name: str) -> None:
     assert (reference.OUT / name).read_text(encoding="utf-8") == reference.PAGES[name](), "make reference"
+
+
+def test_the_reference_has_what_the_package_exports() -> None:
+    headings = set((reference.OUT / "python.md").read_text(encoding="utf-8").splitlines())
+    assert {f"### {name}" for name in tinylm.__all__ if not name.startswith("_")} <= headings
 
 
 def test_what_the_pictures_show_is_computed_again_from_the_committed_model() -> None:

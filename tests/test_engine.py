@@ -46,7 +46,8 @@ def slow_greedy(model, prompt, max_tokens, penalty=1.0):
         ids = [*prompt, *tokens]
         logits = runner.forward(np.array(ids), [Chunk(0, 0, len(ids))], np.array([-1]))
         scores = [
-            x if t not in ids else x / penalty if x > 0 else x * penalty for t, x in enumerate(logits[0].tolist())
+            x if t not in ids or t == model.config.boundary_id else x / penalty if x > 0 else x * penalty
+            for t, x in enumerate(logits[0].tolist())
         ]
         token = int(np.argmax(scores))
         if token == model.config.boundary_id:
@@ -322,6 +323,25 @@ def test_a_prompt_that_can_not_be_answered_is_refused_with_numbers(tiny_model, p
     with pytest.raises(ValueError, match=told):
         engine.submit(prompt, SamplingParams())
     assert not engine.has_work
+
+
+@pytest.mark.parametrize("prompt", [[1, 2.5], ["1"], [None]])
+def test_ids_that_are_no_whole_numbers_are_refused_before_they_take_a_slot(tiny_model, prompt):
+    engine = Engine(tiny_model, n_slots=1)
+    with pytest.raises(ValueError, match="token ids are whole numbers"):
+        engine.submit(prompt, SamplingParams())
+    assert not engine.has_work
+    numpy_s = answers(tiny_model, [np.array([1, 20, 30])], SamplingParams(temperature=0, max_tokens=5))
+    assert numpy_s == answers(tiny_model, [[1, 20, 30]], SamplingParams(temperature=0, max_tokens=5))
+
+
+def test_the_penalty_leaves_the_end_alone(tiny_model, loud_boundary):
+    """The boundary begins every prompt: penalized as a token that was seen, it would draw every text out."""
+    params = SamplingParams(temperature=0, max_tokens=1, repetition_penalty=10.0)
+    engine = Engine(loud_boundary, n_slots=1)
+    sequence = engine.submit([loud_boundary.config.boundary_id], params)
+    run(engine)
+    assert sequence.finish_reason == "stop"
 
 
 def test_log_probabilities_come_one_a_token(tiny_model, prompts):

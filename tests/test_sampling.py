@@ -121,6 +121,12 @@ def test_a_stop_string_that_could_not_work_is_refused(stop, told):
     assert told in str(caught.value)
 
 
+def test_numpy_s_numbers_are_numbers():
+    params = SamplingParams(max_tokens=np.int64(5), temperature=np.float32(0.5), seed=np.uint8(3))
+    assert params == SamplingParams(max_tokens=5, temperature=0.5, seed=3)
+    assert [type(value) for value in (params.max_tokens, params.temperature, params.seed)] == [int, float, int]
+
+
 def test_one_stop_string_need_not_be_wrapped():
     """Taken as a sequence of characters, 'END' would end the text at the first E."""
     assert SamplingParams(stop="END").stop == ("END",)

@@ -96,7 +96,11 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"byte_fallback": False}, "byte fallback"), ({"byte_fallback": True, "eos_id": -1}, "boundary")],
+    [
+        ({"byte_fallback": False}, "byte fallback"),
+        ({"byte_fallback": True, "eos_id": -1}, "boundary"),
+        ({"byte_fallback": True}, "normalize"),
+    ],
 )
 def test_a_tokenizer_that_would_lose_text_is_refused(tmp_path, options, reason):
     trained = io.BytesIO()

@@ -229,6 +229,27 @@ def test_weights_of_another_model_are_refused(model_dir, change):
     refused(model_dir, model_dir / "model.safetensors", name)
 
 
+def spoil_scale(tensors):
+    tensors["model.embed_tokens.weight.scale"][3] = np.nan
+
+
+def spoil_norm(tensors):
+    tensors["model.norm.weight"][0] = np.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(spoil_scale, "model.embed_tokens.weight.scale"), (spoil_norm, "model.norm.weight")]
+)
+def test_weights_that_are_not_finite_are_refused(model_dir, change, name):
+    """One of them in a scale used to end the process, or to write one token for ever."""
+    stored = safetensors.numpy.load((model_dir / "model.safetensors").read_bytes())
+    tensors = {name: tensor.copy() for name, tensor in stored.items()}
+    change(tensors)
+    (model_dir / "model.safetensors").write_bytes(safetensors.numpy.save(tensors))
+    reseal(model_dir)
+    refused(model_dir, model_dir / "model.safetensors", name, "not finite")
+
+
 def test_weights_that_are_no_safetensors_are_named(model_dir):
     (model_dir / "model.safetensors").write_bytes(b"PK\x03\x04 this is a zip file")
     reseal(model_dir)

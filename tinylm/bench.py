@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from statistics import median
 
@@ -19,7 +20,7 @@ from tinylm.engine import Engine
 from tinylm.model import Model
 from tinylm.sampling import SamplingParams
 
-PROMPT_TOKENS = 32  # of each sequence that is decoded
+PROMPT_TOKENS = 32  # of each sequence that is decoded, half of the context at most
 DECODE_STEPS = 64
 ROUNDS = 5
 TEXT_TOKENS = 2000
@@ -61,7 +62,10 @@ class Report:
 def run(
     model: Model, batches: Sequence[int], prompts: Sequence[int], advance: Callable[[], None] = lambda: None
 ) -> Report:
-    """Measure; calls `advance` len(batches) + len(prompts) times on the way."""
+    """Measure; calls `advance` len(batches) + len(prompts) times on the way.
+
+    Raises ValueError naming a batch or a prompt that is too small or too large, of prompts for the model's context.
+    """
     for field, values, most in (("batches", batches, 1024), ("prompts", prompts, model.config.context - 1)):
         for value in values:
             if not 1 <= value <= most:
@@ -70,7 +74,7 @@ def run(
         weight_bytes = model.kernels.weight_bytes(model.weights)
         bandwidth, peak = measure_bandwidth(weight_bytes), model.kernels.measure_peak()
         decode = []
-        text = _own_text(model, TEXT_TOKENS)
+        text = _own_text(model, TEXT_TOKENS + max(prompts, default=0))
         for batch in batches:
             decode.append(_decode(model, text, batch, weight_bytes, bandwidth, peak))
             advance()
@@ -106,10 +110,13 @@ def _own_text(model: Model, n_tokens: int) -> list[int]:
 
 
 def _decode(model: Model, text: list[int], batch: int, weight_bytes: int, bandwidth: float, peak: float) -> Decode:
-    engine, prompts = Engine(model, n_slots=batch), _prompts(text, PROMPT_TOKENS)
-    step_s = median(median(_step_times(engine, prompts)) for _ in range(ROUNDS))
     config = model.config
-    length = min(PROMPT_TOKENS + DECODE_STEPS / 2, config.context)
+    prompt_tokens = min(PROMPT_TOKENS, config.context // 2)
+    # Room for all prompts at once: read bit by bit, the first sequences would have ended before the last began.
+    engine = Engine(_endless(model), n_slots=batch, prefill_tokens=batch * prompt_tokens)
+    prompts = _prompts(text, prompt_tokens, config.vocab_size)
+    step_s = median(median(_step_times(engine, prompts)) for _ in range(ROUNDS))
+    length = min(prompt_tokens + DECODE_STEPS / 2, config.context)
     n_bytes = weight_bytes + int(batch * length * engine.cache_bytes / (engine.n_slots * config.context))
     multiply_adds = batch * (config.n_parameters - config.hidden_size * (2 * config.n_layers + 1))
     return Decode(
@@ -122,8 +129,18 @@ def _decode(model: Model, text: list[int], batch: int, weight_bytes: int, bandwi
     )
 
 
+def _endless(model: Model) -> Model:
+    """The same model, but what ends its texts is the last token of the vocabulary, which hardly ever comes.
+
+    With hundreds of sequences one would otherwise end at nearly every step, and the batch would never be full.
+    """
+    endless = copy(model)
+    endless.config = replace(model.config, boundary_id=model.config.vocab_size - 1)
+    return endless
+
+
 def _step_times(engine: Engine, prompts: Iterator[list[int]]) -> list[float]:
-    """CPU seconds of decode steps with a full batch; a sequence that ends early makes room for another, untimed."""
+    """CPU seconds of decode steps with a full batch; reading the prompts is untimed, also where one ends early."""
     times: list[float] = []
     running: list = []
     while len(times) < DECODE_STEPS:
@@ -140,16 +157,16 @@ def _step_times(engine: Engine, prompts: Iterator[list[int]]) -> list[float]:
     return times
 
 
-def _prompts(text: list[int], n_tokens: int) -> Iterator[list[int]]:
+def _prompts(text: list[int], n_tokens: int, vocab_size: int) -> Iterator[list[int]]:
     """Pieces of the text for ever, the first token of each unlike any other's, so that none is in a cache already."""
     for i in count():
         begin = 37 * i % (len(text) - n_tokens)
-        yield [2 + i % 4000, *text[begin + 1 : begin + n_tokens]]
+        yield [2 + i % (vocab_size - 2), *text[begin + 1 : begin + n_tokens]]
 
 
 def _prefill(model: Model, text: list[int], n_tokens: int) -> Prefill:
     engine, times = Engine(model, n_slots=1), []
-    for prompt in islice(_prompts(text, n_tokens), 4 * ROUNDS):
+    for prompt in islice(_prompts(text, n_tokens, model.config.vocab_size), 4 * ROUNDS):
         engine.submit(prompt, SamplingParams(max_tokens=1))
         begin = time.thread_time()
         engine.step()

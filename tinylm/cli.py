@@ -142,10 +142,13 @@ def generate(
                     pass
                 typer.echo(json.dumps({"prompt": text, **dataclasses.asdict(stream.completion)}))
                 return
+            from tinylm.terminal.screen import printable
+
+            to_terminal = sys.stdout.isatty()  # which would obey what it is sent; a pipe gets the text as it is
             shown = iter([text])  # the prompt is shown with the first piece, so that an error stands alone
             for piece in stream:
                 typer.secho(next(shown, ""), nl=False, bold=True)
-                typer.echo(piece, nl=False)
+                typer.echo(printable(piece) if to_terminal else piece, nl=False)
                 sys.stdout.flush()
             typer.secho(next(shown, ""), bold=True)  # the prompt, if there was no piece at all; and the line's end
 
@@ -295,7 +298,9 @@ def tokenize(
 @app.command()
 def bench(
     batches: Annotated[str, typer.Option(help="Sequences decoded at once.", metavar="N,N,...")] = "1,2,4,8,16,32",
-    prompts: Annotated[str, typer.Option(help="Lengths of prompts.", metavar="N,N,...")] = "16,64,192",
+    prompts: Annotated[
+        str | None, typer.Option(help="Lengths of prompts; else 16, 64 and 192 as far as they fit.", metavar="N,N,...")
+    ] = None,
     model: Model = DEFAULT_MODEL,
     kernels: Kernels = "auto",
     precision: PrecisionOption = "auto",
@@ -309,10 +314,12 @@ def bench(
     from tinylm.model import ModelRunner
 
     with _one_line_errors():
-        sizes, lengths = _numbers("--batches", batches), _numbers("--prompts", prompts)
+        sizes, lengths = _numbers("--batches", batches), _numbers("--prompts", prompts or "16,64,192")
         with _loading():
             _, loaded = load(model, kernels, precision)
             ModelRunner(loaded, n_slots=1, n_tokens=1, n_rows=1)
+        if prompts is None:
+            lengths = [length for length in lengths if length < loaded.config.context]
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("measuring", total=len(sizes) + len(lengths))
             report = benchmark.run(loaded, sizes, lengths, lambda: progress.advance(task))

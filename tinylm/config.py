@@ -39,8 +39,9 @@ class ModelConfig:
             value = getattr(self, field)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"{field} is {value!r}: it must be a number above 0")
-        if not isinstance(self.boundary_id, int) or not 0 <= self.boundary_id < self.vocab_size:
-            raise ValueError(f"boundary_id is {self.boundary_id!r}: it must lie in 0..{self.vocab_size - 1}")
+        boundary = self.boundary_id
+        if not isinstance(boundary, int) or isinstance(boundary, bool) or not 0 <= boundary < self.vocab_size:
+            raise ValueError(f"boundary_id is {boundary!r}: it must lie in 0..{self.vocab_size - 1}")
 
     @property
     def head_dim(self) -> int:
@@ -58,7 +59,9 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
-        """Raises ValueError on a key that is unknown or missing, naming it."""
+        """Raises ValueError on a key that is unknown or missing, naming it, and on a value that can't be."""
+        if not isinstance(values, dict):
+            raise ValueError(f"the model's config is {values!r:.40}: it must be an object")
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - names):
             raise ValueError(f"unknown key {unknown[0]!r} in the model's config: the keys are {sorted(names)}")

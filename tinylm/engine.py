@@ -7,11 +7,13 @@ left. Token ids in, token ids out; text is `tinylm.llm`'s business, threads and 
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import numpy as np
 
@@ -125,7 +127,7 @@ class Engine:
         Raises ValueError when the prompt is empty, holds an unknown id or leaves no room to answer, EngineFull when
         the queue is full. The sequence's own fields tell how it goes on.
         """
-        prompt = list(prompt)
+        prompt = whole_ids(prompt)
         check_prompt(prompt, self.config.vocab_size, self.config.context)
         self.check_room()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -207,6 +209,7 @@ class Engine:
         batch.set_params(slot, sequence.params)
         batch.seen[slot] = False
         batch.seen[slot, sequence.prompt] = True
+        batch.seen[slot, self.config.boundary_id] = False  # it begins every prompt, and the penalty is for text
         self._running.append(sequence)
 
     def _parts(self) -> list[tuple[Sequence, int]]:
@@ -277,6 +280,17 @@ def _common_prefix(prompt: list[int], cached: list[int]) -> int:
     """How many tokens both begin with, the prompt's last left out: what follows it must be computed."""
     limit = min(len(prompt) - 1, len(cached))
     return next((i for i in range(limit) if prompt[i] != cached[i]), limit)
+
+
+def whole_ids(ids: Iterable[SupportsIndex]) -> list[int]:
+    """Token ids, NumPy's too, as Python's int; raises ValueError naming one that is no whole number."""
+    whole = []
+    for token in ids:
+        try:
+            whole.append(operator.index(token))
+        except TypeError:
+            raise ValueError(f"the prompt holds {token!r}: token ids are whole numbers") from None
+    return whole
 
 
 def check_prompt(prompt: SequenceOf[int], vocab_size: int, context: int) -> None:

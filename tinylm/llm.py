@@ -123,6 +123,8 @@ class LLM:
         if not 1 <= len(ids) <= self.config.context:
             raise ValueError(f"ids has {len(ids)} tokens: it must have 1 to {self.config.context}")
         array = np.asarray(ids)
+        if array.ndim != 1:
+            raise ValueError(f"ids has {array.ndim} dimensions: it must be one list of token ids")
         if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= self.config.vocab_size:
             raise ValueError(f"ids must be whole numbers from 0 to {self.config.vocab_size - 1}")
         with self._blas.limit(limits=self._threads):

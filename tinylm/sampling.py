@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class SamplingParams:
     top_p: float = 0.95  # keep the likeliest tokens that together reach this probability; 1 keeps all
     top_k: int = 0  # keep so many of the likeliest tokens; 0 keeps all
     min_p: float = 0.0  # keep tokens at least this share as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the answer become less likely
+    repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer become less likely, the end does not
     stop: tuple[str, ...] = ()  # the text ends before the first of these
     seed: int | None = None  # the same seed and settings give the same text; None draws one
     logprobs: int | None = None  # log-probabilities: of each token and of so many alternatives
@@ -36,12 +37,12 @@ class SamplingParams:
         if not isinstance(self.stop, Iterable):
             raise ValueError(f"stop is {self.stop!r}: it must be a string or several")
         object.__setattr__(self, "stop", tuple(self.stop))
-        _whole("max_tokens", self.max_tokens, 1, None)
-        _number("temperature", self.temperature, 0, 10)
-        _number("top_p", self.top_p, 0, 1, above=True)
-        _whole("top_k", self.top_k, 0, None)
-        _number("min_p", self.min_p, 0, 1)
-        _number("repetition_penalty", self.repetition_penalty, 0.01, 10)
+        self._whole("max_tokens", 1, None)
+        self._number("temperature", 0, 10)
+        self._number("top_p", 0, 1, above=True)
+        self._whole("top_k", 0, None)
+        self._number("min_p", 0, 1)
+        self._number("repetition_penalty", 0.01, 10)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop has {len(self.stop)} strings: at most {MAX_STOP_STRINGS} are allowed")
         for text in self.stop:
@@ -49,22 +50,25 @@ class SamplingParams:
                 length = len(text) if isinstance(text, str) else type(text).__name__
                 raise ValueError(f"stop holds a string of length {length}: it must be 1 to {MAX_STOP_CHARS} characters")
         if self.seed is not None:
-            _whole("seed", self.seed, 0, MAX_SEED)
+            self._whole("seed", 0, MAX_SEED)
         if self.logprobs is not None:
-            _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            self._whole("logprobs", 0, MAX_LOGPROBS)
 
+    def _whole(self, field: str, low: int, high: int | None) -> None:
+        value, limit = getattr(self, field), f"at least {low}" if high is None else f"{low} to {high}"
+        fits = isinstance(value, Integral) and not isinstance(value, bool)
+        if not fits or value < low or (high is not None and value > high):
+            raise ValueError(f"{field} is {value!r}: it must be a whole number, {limit}")
+        object.__setattr__(self, field, int(value))  # NumPy's become Python's
 
-def _whole(field: str, value: object, low: int, high: int | None) -> None:
-    limit = f"at least {low}" if high is None else f"{low} to {high}"
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        raise ValueError(f"{field} is {value!r}: it must be a whole number, {limit}")
-
-
-def _number(field: str, value: object, low: float, high: float, above: bool = False) -> None:
-    limit = f"above {low} and at most {high}" if above else f"{low} to {high}"
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high  # NaN never is
-    if not fits or (above and value == low):
-        raise ValueError(f"{field} is {value!r}: it must be a number, {limit}")
+    def _number(self, field: str, low: float, high: float, above: bool = False) -> None:
+        value, limit = getattr(self, field), f"above {low} and at most {high}" if above else f"{low} to {high}"
+        is_number = isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+        fits = is_number and low <= value <= high  # NaN never is
+        if not fits or (above and value == low):
+            raise ValueError(f"{field} is {value!r}: it must be a number, {limit}")
+        if not isinstance(value, int):
+            object.__setattr__(self, field, float(value))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import sentencepiece as spm
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 BOUNDARY_PIECE = "<|endoftext|>"
+_PROBE = "  a  \ufb01\t\n "  # spaces to be kept, and a ligature that normal forms take apart
 
 
 class Tokenizer:
@@ -33,6 +34,8 @@ class Tokenizer:
             self._literal_space_ids = [self._byte_id(byte) for byte in _SPACE.encode()]
         except KeyError:
             raise ValueError(f"{path} was trained without byte fallback: it would lose characters") from None
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise ValueError(f"{path} was trained to normalize text: {_PROBE!r} does not come back as it is")
 
     def _bytes_of(self, piece: int) -> bytes:
         """UTF-8 bytes that a piece stands for; b'' for the boundary and for 'unknown'."""

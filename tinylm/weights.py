@@ -160,6 +160,9 @@ def load_model(directory: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
             tensors[name] = QuantizedMatrix(tensor, scale)
         else:
             tensors[name] = tensor
+    for name, tensor in stored.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise ModelError(f"{directory / TENSORS}: tensor {name!r} holds numbers that are not finite")
     shapes = {n: (t.values if isinstance(t, QuantizedMatrix) else t).shape for n, t in tensors.items()}
     _check_tensors(shapes, config, str(directory / TENSORS))
     return config, tensors

@@ -22,9 +22,11 @@ from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorP
 from grpc_tools import protoc
 from typer.cli import get_docs_for_click
 
+import tinylm.client
+
 OUT = Path("docs/reference")
 PROTO = Path("protos/tinylm/v1/tinylm.proto")
-NOT_LIBRARY = {"__init__", "cli", "launch", "bench"}  # modules of tinylm/ that are for the command line
+NOT_LIBRARY = {"__init__", "__main__", "cli", "launch", "bench"}  # modules of tinylm/ that are for the command line
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -91,15 +93,17 @@ def _message_link(name: str) -> str:
 
 def python_page() -> str:
     """Public classes and functions of the library's modules: signature, docstring, fields with their comments."""
-    package = Path("tinylm/__init__.py")
-    exported = [e.name for n in _tree(package).body if isinstance(n, ast.ImportFrom) for e in n.names]
-    lines = ["# Python", "", _docstring(_tree(package)), ""]
+    exported = [name for name in tinylm.__all__ if not name.startswith("_")]
+    lines = ["# Python", "", _docstring(_tree(Path("tinylm/__init__.py"))), ""]
     lines += ["Straight from `tinylm`: " + ", ".join(f"[`{n}`](#{n.lower()})" for n in exported) + ".", ""]
-    modules = [path for path in sorted(Path("tinylm").glob("*.py")) if path.stem not in NOT_LIBRARY]
+    files = sorted([*Path("tinylm").glob("*.py"), *Path("tinylm/client").glob("*.py")])
+    modules = [path for path in files if path.stem not in NOT_LIBRARY]
     for path in [*modules, Path("serve_app.py")]:
         name = ".".join(path.with_suffix("").parts)
         tree, source = _tree(path), path.read_text(encoding="utf-8").splitlines()
         definitions = [n for n in tree.body if isinstance(n, (ast.ClassDef, *FUNCTIONS)) and not n.name.startswith("_")]
+        if path.parent.name == "client":
+            definitions = [n for n in definitions if n.name in {*tinylm.client.__all__, "Connection"}]
         if definitions:
             lines += [f"## {name}", "", _docstring(tree), ""]
         for node in definitions:

@@ -1,8 +1,9 @@
 """A builder of LLVM IR that speaks of vectors of LANES numbers: sums, exponentials, dot products of bytes.
 
 Which instructions a dot product becomes is decided when it is compiled, from the CPU's features as Numba sees them
-(the variables NUMBA_CPU_NAME and NUMBA_CPU_FEATURES override those). All of them give the same numbers, bit for bit:
-sums of bytes are exact, and all else is what IEEE 754 says, in one order. The loops are in `tinylm.kernels.simd`.
+(the variables NUMBA_CPU_NAME and NUMBA_CPU_FEATURES override those). All of them give the same numbers, bit for bit,
+but for GELU's inverse under AVX-512, which may differ in its last bit: sums of bytes are exact, and all else is what
+IEEE 754 says, in one order. The loops are in `tinylm.kernels.simd`.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ import numpy as np
 from filelock import FileLock
 from numba import njit
 
+import tinylm.batch
 from tinylm.batch import Batch
 from tinylm.config import ModelConfig
 from tinylm.kernels import emitter, simd
@@ -485,7 +486,7 @@ def _sample(batch, n_rows, scratch):
         greatest = simd.largest(scores, at, n_blocks)
         if batch.temperature[slot] == 0:
             chosen = 0
-            while scores[at // n_columns, chosen] != greatest:
+            while chosen + 1 < n_vocab and scores[at // n_columns, chosen] != greatest:
                 chosen += 1
         else:
             factor = np.float32(min(1 / batch.temperature[slot], GREATEST_FACTOR))
@@ -652,7 +653,10 @@ def _make_run(exact, source):
         return njit(**OPTIONS)(run)
 
 
-_SOURCE = hashlib.sha256(b"".join(Path(str(m.__file__)).read_bytes() for m in (simd, emitter))).hexdigest()
+# What Numba does not look at, and compiles in all the same: it would run old code after a change there.
+_SOURCE = hashlib.sha256(
+    b"".join(Path(str(m.__file__)).read_bytes() for m in (tinylm.batch, simd, emitter))
+).hexdigest()
 _RUN_INT8, _RUN_FLOAT32 = _make_run(exact=False, source=_SOURCE), _make_run(exact=True, source=_SOURCE)
 
 

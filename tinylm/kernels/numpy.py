@@ -182,7 +182,7 @@ def round_to_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def linear(x: np.ndarray, weight: Matrix, rounds: bool) -> np.ndarray:
     """x (T, in) times the transpose of weight (out, in) -> (T, out); `rounds`: of 8-bit x, one scale a token.
 
-    Sums of products of 8-bit numbers stay below 2^24, so that float32 holds them exactly.
+    Sums of up to 1,040 products of 8-bit numbers stay below 2^24, so that float32 holds them exactly.
     """
     if rounds:
         x, scale = round_to_int8(x)
