@@ -89,6 +89,21 @@ def test_a_call_that_has_produced_nothing_is_repeated(ask, streamed: bool, code:
     assert pieces == (ANSWER if streamed else [])
 
 
+def test_a_call_under_way_when_its_client_is_closed_has_failed(server: Scripted, address: str):
+    """Not as a bad request, which is what ValueError means here."""
+    server.acts = [Act(silent=True)]
+    client = Client(address)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.generate, "x")
+        wait_until(lambda: bool(server.timeouts_s))
+        client.close()
+        with pytest.raises(ServiceError, match="this client has been closed") as caught:
+            call.result(WAIT_S)
+    assert caught.value.code == Code.CANCELLED
+    with pytest.raises(ServiceError, match="this client has been closed"):
+        client.generate("x")
+
+
 @both
 @pytest.mark.parametrize("n_messages", [1, 2])
 @pytest.mark.parametrize("code", [*sorted(RETRIED, key=lambda code: code.name), Code.OK], ids=lambda code: code.name)

@@ -198,6 +198,18 @@ def test_as_many_replicas_as_there_are_cores_are_filled_before_the_others_get_an
         wait_until(lambda: ask(stub).exception() is None)  # by the others, once HAProxy has noticed
 
 
+def test_a_full_replica_does_not_keep_calls_from_idle_ones(tmp_path: Path) -> None:
+    """The first is full of what HAProxy does not count as its own (answers to calls over HTTP, say)."""
+    replicas = [Replica(n_held=ROOM), Replica(), Replica()]
+    with behind_haproxy(replicas, tmp_path, cores=1, slots=ROOM) as (stub, _):
+        for replica in replicas[1:]:
+            replica.may_go.set()
+        assert refused(ask(stub))  # by the one that is filled first
+        answered = sum(ask(stub).exception() is None for _ in range(20))
+        assert answered >= 10  # by the others, whoever is asked next; none is refused before it
+        assert replicas[0].n_refused == 21 - answered
+
+
 def test_with_a_core_for_each_replica_or_on_several_machines_all_are_used_alike(tmp_path: Path) -> None:
     def config(*machines: str) -> str:
         servers = "\n".join(f"    server {number} {machine}:1" for number, machine in enumerate(machines))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tinylm.serving import keys
-from tinylm.serving.access import is_local
-from tinylm.serving.keys import KeyFile, KeyFileError, hash_key, make_key, read_keys
+from tinylm.serving.access import Access, is_local, is_loopback
+from tinylm.serving.calls import Refused
+from tinylm.serving.grpc_methods import address_of
+from tinylm.serving.keys import KeyFile, KeyFileError, add_key, hash_key, make_key, read_keys
 
 
 @pytest.fixture
@@ -101,6 +105,46 @@ def test_addresses_of_this_machine_are_local_and_no_others():
     assert all(is_local(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
     # 0.0.0.0 lets others in; the rest belongs to others, or is no address.
     assert not any(is_local(host) for host in ("0.0.0.0", "::", "192.0.2.77", "198.51.100.1", "example.org", ""))
+
+
+def test_a_service_is_for_this_machine_alone_where_it_listens_on_loopback():
+    """An address of the machine in its network is the machine's too, and its neighbours reach it."""
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
+    own = [a.address for of in psutil.net_if_addrs().values() for a in of if a.family == socket.AF_INET]
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "", *own) if not host.startswith("127."))
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:127.0.0.1:5000", "127.0.0.1"),
+        ("ipv6:[::1]:5000", "::1"),
+        ("ipv6:%5Bfe80::fc:1%254%5D:50832", "fe80::fc:1%4"),  # of a neighbour on the link
+        ("unix:/tmp/socket", None),
+        ("unix:", None),
+        ("ipv9:1.2.3.4:5", ""),
+        ("", ""),
+    ],
+)
+def test_a_peer_that_is_not_understood_is_not_of_this_machine(peer: str, address: str | None):
+    assert address_of(peer) == address
+    access = Access(None, allow_anonymous=False)
+    if address is None or address in ("127.0.0.1", "::1"):
+        assert access.check(address, None) is None
+    else:
+        with pytest.raises(Refused):
+            access.check(address, None)
+
+
+def test_a_key_is_added_to_a_file_that_does_not_end_in_a_newline(file: Path):
+    for end in ("", "   # since May"):
+        first, line = make_key("alice")
+        file.write_text(line + end)
+        second = add_key(file, "bob")
+        known = KeyFile(file)
+        assert (known.name_of(first), known.name_of(second)) == ("alice", "bob")
+    with pytest.raises(KeyFileError, match="a key of the name 'bob' already"):
+        add_key(file, "bob")
 
 
 def test_clients_take_their_key_from_the_environment(monkeypatch: pytest.MonkeyPatch):

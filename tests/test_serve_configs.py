@@ -10,7 +10,7 @@ from ray.serve import schema
 from ray.serve.config import AutoscalingConfig, ControllerOptions
 
 from serve_app import AppArgs
-from tinylm.serving.haproxy import SLOTS_VARIABLE
+from tinylm import launch
 
 CONFIGS = [Path("configs/serve.yaml"), Path("configs/serve-python-proxy.yaml")]
 CLUSTER = Path("configs/cluster/serve.yaml")
@@ -51,15 +51,24 @@ def test_every_environment_variable_is_one_that_ray_reads(path: Path) -> None:
     assert spec is not None
     assert spec.origin is not None
     source = Path(spec.origin).read_text(encoding="utf-8")
-    names = load(path)["controller_options"]["runtime_env"]["env_vars"].keys() - {SLOTS_VARIABLE}
+    names = load(path)["controller_options"]["runtime_env"]["env_vars"]
     assert names
     assert [name for name in names if f'"{name}"' not in source] == []
 
 
-def test_haproxy_is_told_the_slots_that_replicas_have() -> None:
+def test_the_launcher_takes_the_slots_that_haproxy_is_told_and_the_addresses_from_the_config(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
     config = load(CONFIGS[0])
-    told = config["controller_options"]["runtime_env"]["env_vars"][SLOTS_VARIABLE]
-    assert told == str(config["applications"][0]["args"]["slots"])
+    assert launch.read_config(CONFIGS[0]) == ("localhost", 9000, 8000, config["applications"][0]["args"]["slots"])
+    del config["applications"][0]["args"]["slots"], config["grpc_options"]["port"]
+    for host, reached_at in (("0.0.0.0", "localhost"), ("192.0.2.7", "192.0.2.7"), ("::1", "[::1]")):
+        config["http_options"]["host"] = host
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        assert launch.read_config(path) == (reached_at, 9000, 8000, AppArgs().slots)
+    for text in ("- 1", "http_options: {port: x}", "applications: [{args: {slots: many}}]"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="is no Serve config"):
+            launch.read_config(path)
 
 
 def test_the_two_configs_differ_in_the_proxy_alone() -> None:
@@ -76,7 +85,6 @@ def test_the_cluster_s_config_differs_where_a_cluster_does() -> None:
     assert single.pop("proxy_location") == "HeadOnly"
     del single["http_options"]["host"]
     del cluster["controller_options"]["runtime_env"]["env_vars"]["RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S"]
-    del single["controller_options"]["runtime_env"]["env_vars"][SLOTS_VARIABLE]  # there each replica has its core
     assert cluster["applications"][0]["args"].pop("api_keys")  # callers are elsewhere
     (one,), (many,) = (config["applications"][0]["deployments"] for config in (single, cluster))
     autoscaling = many.pop("autoscaling_config")

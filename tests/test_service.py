@@ -11,12 +11,15 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import docs_commands
 import fault_actions
 import grpc
+import psutil
 import pytest
+import yaml
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from service_fixtures import PLAIN_PATH, Service
 from tls_fixtures import make_certificate, tls_front
@@ -317,6 +320,21 @@ def haproxy_service(service: Service) -> Service:
     if service.config.name != "serve.yaml":
         pytest.skip("faults are tried with the default proxy")
     return service
+
+
+def test_haproxy_is_told_how_many_slots_replicas_have(haproxy_service: Service) -> None:
+    """By the launcher, from the config; where there are fewer cores than replicas, the first are filled so far."""
+    (application,) = yaml.safe_load(haproxy_service.config.read_text(encoding="utf-8"))["applications"]
+    slots, cores = application["args"]["slots"], len(os.sched_getaffinity(0))
+    deadline = time.monotonic() + SPREAD_LIMIT_S  # Ray writes the config anew when it hears of another replica
+    rules = ""
+    while f"be_conn ge {4 * slots}\n" not in rules:
+        assert time.monotonic() < deadline, rules
+        time.sleep(0.1)
+        with suppress(psutil.NoSuchProcess):
+            arguments = psutil.Process(haproxy_service.mark.processes("haproxy")[0]).cmdline()
+            rules = Path(arguments[arguments.index("-f") + 1]).read_text(encoding="utf-8")
+    assert len(re.findall(rf"use-server .* lt {slots} }}", rules)) == (2 * cores if cores < 4 else 0)  # gRPC and HTTP
 
 
 def test_no_request_breaks_the_service(haproxy_service: Service) -> None:

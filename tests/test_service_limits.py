@@ -28,6 +28,7 @@ from terminal_fixtures import Terminal, terminal
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, AsyncClient, Client
 from tinylm.serving import haproxy
+from tinylm.serving.health import MAX_WATCHING
 from tinylm.serving.keys import make_key
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
@@ -151,6 +152,31 @@ def test_only_who_has_a_key_is_let_in_and_health_is_for_all(
     watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     watch.cancel()
+
+
+def test_a_replica_is_watched_by_so_many_and_answers_others_all_the_same(
+    service: Service, client: Client, channel: grpc.Channel
+) -> None:
+    def watch() -> grpc.Future:
+        return health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+
+    watching = [watch() for _ in range(MAX_WATCHING)]
+    try:
+        assert {next(stream).status for stream in watching} == {health_pb2.HealthCheckResponse.SERVING}
+        assert code_of(lambda: list(watch())) == Code.RESOURCE_EXHAUSTED
+        assert health(channel) == health_pb2.HealthCheckResponse.SERVING
+        assert client.generate(PROMPT, SHORT).n_tokens == 2
+    finally:
+        for stream in watching:
+            stream.cancel()
+    deadline = time.monotonic() + GIVE_UP_S
+    while True:  # until the replica has heard that one has left
+        again = watch()
+        if next(again).status == health_pb2.HealthCheckResponse.SERVING:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    again.cancel()
 
 
 def answers(service: Service) -> list[dict]:

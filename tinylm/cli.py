@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -372,17 +371,14 @@ def key(
 
     Clients send it from TINYLM_API_KEY. Remove its line to take it back; the service sees either within a second.
     """
-    from tinylm.serving.keys import make_key, read_keys
+    from tinylm.serving.keys import add_key, make_key
 
     with _one_line_errors():
+        if file is not None:
+            typer.echo(add_key(file, name))
+            return
         secret, line = make_key(name)
-        if file is None:
-            typer.echo(line, err=True)
-        else:
-            if file.exists() and name in read_keys(file):
-                raise ValueError(f"{file} has a key of the name {name!r} already: remove its line first")
-            with os.fdopen(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as out:
-                out.write(line + "\n")
+        typer.echo(line, err=True)
         typer.echo(secret)
 
 

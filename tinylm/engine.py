@@ -127,8 +127,9 @@ class Engine:
         Raises ValueError when the prompt is empty, holds an unknown id or leaves no room to answer, EngineFull when
         the queue is full. The sequence's own fields tell how it goes on.
         """
+        check_length(len(prompt), self.config.context)
         prompt = whole_ids(prompt)
-        check_prompt(prompt, self.config.vocab_size, self.config.context)
+        check_ids(prompt, self.config.vocab_size)
         self.check_room()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if deadline is not None:
@@ -293,15 +294,19 @@ def whole_ids(ids: Iterable[SupportsIndex]) -> list[int]:
     return whole
 
 
-def check_prompt(prompt: SequenceOf[int], vocab_size: int, context: int) -> None:
-    """Raise ValueError unless the ids are tokens of the vocabulary and leave room for one more in the context."""
-    if not prompt:
+def check_length(n_tokens: int, context: int) -> None:
+    """Raise ValueError unless a prompt of so many tokens has one, and leaves room for one more in the context."""
+    if not n_tokens:
         raise ValueError("the prompt has no tokens: it must have at least 1")
+    if n_tokens >= context:
+        raise ValueError(
+            f"prompt has {n_tokens} tokens: it must have at most {context - 1}, "
+            f"since prompt and answer share a context of {context}"
+        )
+
+
+def check_ids(prompt: SequenceOf[int], vocab_size: int) -> None:
+    """Raise ValueError unless these are tokens of the vocabulary."""
     if not all(0 <= token < vocab_size for token in prompt):
         wrong = next(token for token in prompt if not 0 <= token < vocab_size)
         raise ValueError(f"the prompt holds token {wrong}: tokens are 0 to {vocab_size - 1}")
-    if len(prompt) >= context:
-        raise ValueError(
-            f"prompt has {len(prompt)} tokens: it must have at most {context - 1}, "
-            f"since prompt and answer share a context of {context}"
-        )

@@ -29,6 +29,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tinylm.client import CHANNEL_OPTIONS, METADATA
 from tinylm.serving.haproxy import BINARY_VARIABLE as HAPROXY_BINARY
+from tinylm.serving.haproxy import SLOTS_VARIABLE as HAPROXY_SLOTS
 
 HAPROXY_CONFIG = Path("configs/serve.yaml")
 PYTHON_PROXY_CONFIG = Path("configs/serve-python-proxy.yaml")
@@ -41,6 +42,7 @@ DRAIN_LIMIT_S = 20.0  # above Serve's own limit, graceful_shutdown_timeout_s
 STOP_LIMIT_S = 60.0
 MAX_RESTARTS, RESTARTS_WITHIN_S = 3, 600.0
 _DEFAULT_PORTS = {"grpc_options": 9000, "http_options": 8000}  # Serve's own
+DEFAULT_SLOTS = 16  # AppArgs', which this doesn't import: that would take Ray along
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy of the environment
 _ANSI_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -56,12 +58,11 @@ def launch(config: Path | None, wait_s: float) -> int:
     config = config or pick_config()
     if not config.is_file():
         raise ValueError(f"no Serve config at {config}: run this from TinyLM's own directory, or give --config")
-    grpc_port, http_port = _ports(config)
-    address = f"localhost:{grpc_port}"
+    host, grpc_port, http_port, slots = read_config(config)
+    address = f"{host}:{grpc_port}"
     for port in (grpc_port, http_port):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                raise ValueError(f"port {port} is in use: stop what serves there, or change the port in {config}")
+        with suppress(OSError), socket.create_connection((host.strip("[]"), port), timeout=1):
+            raise ValueError(f"port {port} is in use: stop what serves there, or change the port in {config}")
     serve = shutil.which("serve", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if serve is None:
         raise ValueError("Ray Serve's command `serve` is not installed: pip install 'ray[serve]'")
@@ -71,14 +72,14 @@ def launch(config: Path | None, wait_s: float) -> int:
     command = [serve, "run", str(config)]
     restarts: list[float] = []
     while True:
-        server = Server(command)
+        server = Server(command, {HAPROXY_SLOTS: str(slots)})
         try:
             if not _wait_until_ready(server, address, wait_s):
                 return server.process.wait()
             print(
-                f"\nTinyLM is ready: gRPC on {address}, HTTP on http://localhost:{http_port} ({config})\n"
+                f"\nTinyLM is ready: gRPC on {address}, HTTP on http://{host}:{http_port} ({config})\n"
                 f"  try it:     {_own_command()} generate 'Once upon a time' --server {address}\n"
-                f"  web page:   http://localhost:{http_port}/\n"
+                f"  web page:   http://{host}:{http_port}/\n"
                 f"  dashboard:  {server.dashboard}/#/serve\n"
                 f"  stop:       Ctrl-C (requests under way are finished; twice: at once)\n",
                 flush=True,
@@ -98,14 +99,26 @@ def launch(config: Path | None, wait_s: float) -> int:
         print("Ray has ended under the service: starting it again", file=sys.stderr, flush=True)
 
 
-def _ports(config: Path) -> tuple[int, int]:
-    """The ports that a Serve config gives gRPC and HTTP; raises ValueError when it is no Serve config."""
+def read_config(config: Path) -> tuple[str, int, int, int]:
+    """Of a Serve config: where this machine reaches what it serves (host, gRPC's port, HTTP's), and a replica's slots.
+
+    Raises ValueError when it is no Serve config.
+    """
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
         ports = [(values.get(key) or {}).get("port", default) for key, default in _DEFAULT_PORTS.items()]
-        return int(ports[0]), int(ports[1])
+        host = str((values.get("http_options") or {}).get("host") or "127.0.0.1")
+        slots = [(a.get("args") or {}).get("slots", DEFAULT_SLOTS) for a in values.get("applications") or ()]
+        return _reached_at(host), int(ports[0]), int(ports[1]), int(slots[0]) if slots else 0
     except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{config} is no Serve config: {error}") from None
+
+
+def _reached_at(host: str) -> str:
+    """How a service that listens on `host` is called from here, as part of an address."""
+    if host in ("0.0.0.0", "::", "127.0.0.1"):
+        return "localhost"
+    return f"[{host}]" if ":" in host else host
 
 
 def _environment() -> dict[str, str]:
@@ -123,11 +136,11 @@ def _own_command() -> str:
 class Server:
     """One run of `serve run`, with all the processes that come of it."""
 
-    def __init__(self, command: list[str]) -> None:
-        self.dashboard = "http://127.0.0.1:8265"
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self.dashboard: str | None = None  # until Ray says where: at the usual place may be another's
         self.process = subprocess.Popen(
             command,
-            env={**_environment(), **os.environ},
+            env={**_environment(), **environment, **os.environ},
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C is for this process, which hands it on once
@@ -153,7 +166,7 @@ class Server:
 
     def drain(self, config: Path) -> None:
         """Take the application down as Serve does: no new requests, and those under way are finished."""
-        if self.process.poll() is not None:
+        if self.process.poll() is not None or self.dashboard is None:
             return
         without = {**yaml.safe_load(config.read_text(encoding="utf-8")), "applications": []}
         request = urllib.request.Request(
@@ -234,8 +247,10 @@ def _wait_until_ready(server: Server, address: str, wait_s: float) -> bool:
     return False
 
 
-def _application_status(dashboard: str) -> tuple[str, str] | None:
+def _application_status(dashboard: str | None) -> tuple[str, str] | None:
     """Status and message that Serve's REST API has for the application; None when there is none (yet, or any more)."""
+    if dashboard is None:
+        return None
     try:
         with _LOOPBACK.open(f"{dashboard}/api/serve/applications/", timeout=5) as response:
             applications = json.load(response)["applications"].values()

@@ -50,6 +50,8 @@ class AsyncClient(Connection):
         return (await self._ask(self._stub.GetModelInfo, pb.GetModelInfoRequest()))[0]
 
     async def close(self) -> None:
+        """End the connection; calls under way end with ServiceError."""
+        self._is_closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -70,6 +72,7 @@ class AsyncClient(Connection):
         """A unary call's response, and how many attempts it took."""
         attempts = self._attempts()
         while True:
+            self._require_open(attempts)
             try:
                 return await method(request, metadata=self._metadata, timeout=attempts.begin()), attempts.n
             except grpc.aio.AioRpcError as error:
@@ -81,6 +84,7 @@ class AsyncClient(Connection):
     ) -> AsyncGenerator[Update[ServedCompletion], None]:
         attempts = self._attempts()
         while True:
+            self._require_open(attempts)
             call = self._stub.GenerateStream(request, metadata=self._metadata, timeout=attempts.begin())
             answer = Answer(params, attempts.n)
             try:

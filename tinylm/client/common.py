@@ -98,6 +98,7 @@ class Connection:
         self.address = address
         self._timeout_s = timeout_s
         self._retries = retries
+        self._is_closed = False
         self._metadata = (*METADATA, *([("authorization", f"Bearer {api_key}")] if api_key else ()))
         self._credentials = _credentials(tls)
 
@@ -114,6 +115,11 @@ class Connection:
 
     def _attempts(self) -> Attempts:
         return Attempts(self.address, self._timeout_s, self._retries)
+
+    def _require_open(self, attempts: Attempts) -> None:
+        """Raises ServiceError before an attempt on a connection that has been closed, perhaps during the last one."""
+        if self._is_closed:
+            raise ServiceError(grpc.StatusCode.CANCELLED, "this client has been closed", attempts.n)
 
 
 class Attempts:

@@ -60,6 +60,8 @@ class Client(Connection):
         return self._ask(self._stub.GetModelInfo, pb.GetModelInfoRequest())[0]
 
     def close(self) -> None:
+        """End the connection; calls under way end with ServiceError."""
+        self._is_closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -72,6 +74,7 @@ class Client(Connection):
         """A unary call's response, and how many attempts it took."""
         attempts = self._attempts()
         while True:
+            self._require_open(attempts)
             try:
                 return method(request, metadata=self._metadata, timeout=attempts.begin()), attempts.n
             except grpc.RpcError as error:
@@ -83,6 +86,7 @@ class Client(Connection):
     ) -> Generator[Update[ServedCompletion], None, None]:
         attempts = self._attempts()
         while True:
+            self._require_open(attempts)
             call = self._stub.GenerateStream(request, metadata=self._metadata, timeout=attempts.begin())
             answer = Answer(params, attempts.n)
             try:

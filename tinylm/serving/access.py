@@ -30,7 +30,7 @@ class Access:
             # Calls come from HAProxy, which is local, wherever their callers are: its address must be local too.
             client = serve.context._get_global_client()
             host = client.http_config.host if client is not None else None
-            if host is not None and not is_local(host):
+            if host is not None and not is_loopback(host):
                 raise ValueError(
                     f"http_options.host is {host!r}, which others can reach, and there are no API keys: "
                     "set api_keys in the application's args, or allow_anonymous: true"
@@ -57,17 +57,25 @@ class Access:
         return name
 
 
-@lru_cache(maxsize=1024)
-def is_local(host: str) -> bool:
-    """Whether an address belongs to this machine and stands for no others: one can bind to it, and 0.0.0.0 is none."""
+def is_loopback(host: str) -> bool:
+    """Whether a service that listens there can be reached from this machine alone."""
     try:
-        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@lru_cache(maxsize=1024)
+def is_local(caller: str) -> bool:
+    """Whether a caller's address is this machine's: one can bind to it. 0.0.0.0 and what is no address are nobody's."""
+    if is_loopback(caller):
+        return True
+    try:
+        address = ipaddress.ip_address(caller)
     except ValueError:
         return False
     if address.is_unspecified:
         return False
-    if address.is_loopback:
-        return True
     with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET) as probe:
         try:
             probe.bind((str(address), 0))

@@ -24,7 +24,7 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.wire import ending, params_from_request
 
-_PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?)\]?:\d+")
+_PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?(%[^\]]+)?)\]?:\d+")  # with the zone of a link-local one
 
 
 class GrpcMethods:
@@ -106,13 +106,23 @@ class GrpcMethods:
 
     def _let_in(self, call: Call, request: Message | Unparsable, context: RayServegRPCContext) -> None:
         """Raises Refused for a caller who may not ask, ValueError for a request that is none."""
-        peer = _PEER.fullmatch(unquote(context.peer() or ""))
         authorization = dict(context.invocation_metadata()).get("authorization")
         call.key = self.service.access.check(
-            peer and peer["address"], authorization if isinstance(authorization, str) else None
+            address_of(context.peer() or ""), authorization if isinstance(authorization, str) else None
         )
         if isinstance(request, Unparsable):
             raise ValueError(request.reason)
+
+
+def address_of(peer: str) -> str | None:
+    """The IP address in gRPC's name for a peer; None for one of this machine without any, "" for one not understood.
+
+    'ipv6:%5B::1%5D:50051' -> '::1'
+    """
+    if peer.startswith("unix:"):
+        return None
+    match = _PEER.fullmatch(unquote(peer))
+    return match["address"] if match else ""
 
 
 def _refuse(call: Call, context: RayServegRPCContext) -> None:

@@ -15,6 +15,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 SERVICES = ("", "tinylm.v1.TinyLM")  # "" is the server as a whole
 LOOK_AGAIN_S = 0.25
+MAX_WATCHING = 32  # streams at once that a replica gives its status to, without a key and without end
 Status = health_pb2.HealthCheckResponse.ServingStatus
 
 
@@ -33,6 +34,7 @@ class HealthMethods:
     """The methods of the health service, for a deployment to inherit; `_is_healthy` is asked each time."""
 
     _is_healthy: Callable[[], bool]
+    _n_watching = 0
 
     def _serving_status(self) -> health_pb2.HealthCheckResponse.ServingStatus:
         return Status.SERVING if self._is_healthy() and not is_draining() else Status.NOT_SERVING
@@ -50,13 +52,25 @@ class HealthMethods:
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        """The status now and at each change. The stream ends when the replica is taken down, which it would hold up."""
-        last = None
-        while True:
-            status = self._serving_status() if request.service in SERVICES else Status.SERVICE_UNKNOWN
-            if status != last:
-                yield health_pb2.HealthCheckResponse(status=status)
-                last = status
-            if is_draining():
-                return
-            await asyncio.sleep(LOOK_AGAIN_S)
+        """The status now and at each change. The stream ends when the replica is taken down, which it would hold up.
+
+        With MAX_WATCHING open already it is refused: each takes one of the calls that Serve lets a replica have.
+        """
+        if self._n_watching >= MAX_WATCHING:
+            grpc_context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+            grpc_context.set_details(f"{MAX_WATCHING} streams watch this replica, the limit: ask with Check")
+            yield health_pb2.HealthCheckResponse()  # the Python proxy takes the status from a message alone
+            return
+        self._n_watching += 1
+        try:
+            last = None
+            while True:
+                status = self._serving_status() if request.service in SERVICES else Status.SERVICE_UNKNOWN
+                if status != last:
+                    yield health_pb2.HealthCheckResponse(status=status)
+                    last = status
+                if is_draining():
+                    return
+                await asyncio.sleep(LOOK_AGAIN_S)
+        finally:
+            self._n_watching -= 1

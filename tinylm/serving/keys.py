@@ -1,7 +1,7 @@
 """API keys: a file of hashes, read again when it changes, and the question whether a key is in it.
 
 A line is `NAME sha256:HEX`; `#` begins a comment. `tinylm key NAME` makes a key and its line. What carries a key over
-the network, and what becomes of a call without one, is `serve_app`'s business.
+the network, and what becomes of a call without one, is `tinylm.serving.access`' business.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import os
 import re
 import secrets
 import time
@@ -56,6 +57,20 @@ def read_keys(path: Path) -> dict[str, str]:
             raise KeyFileError(f"{path}, line {number}: the name {match['name']!r} stands there twice")
         keys[match["name"]] = match["digest"]
     return keys
+
+
+def add_key(path: Path, name: str) -> str:
+    """Make a key and append its line to the file, made if need be (mode 0600); returns the key.
+
+    Raises ValueError when the name can't be, KeyFileError when the file has it already or can't be used.
+    """
+    key, line = make_key(name)
+    if path.exists() and name in read_keys(path):
+        raise KeyFileError(f"{path} has a key of the name {name!r} already: remove its line first")
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "rb+") as file:
+        before = file.read()
+        file.write((b"\n" if before and not before.endswith(b"\n") else b"") + line.encode() + b"\n")
+    return key
 
 
 class KeyFile:

@@ -193,8 +193,7 @@ class Choice:
         self.index, self.prompt = index, prompt
         self._tokenizer = tokenizer
         self._text = ""
-        if body.echo:
-            self._text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        self._echoes = body.echo  # with the first of the answer, when the prompt is known to be one
         self._logprobs = _no_logprobs() if body.logprobs is not None else None
         self._finish_reason: str | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -206,6 +205,9 @@ class Choice:
         return bool(self._text or has_tokens or self._finish_reason)
 
     def add(self, delta: Delta) -> None:
+        if self._echoes:
+            self._text = self.prompt if isinstance(self.prompt, str) else self._tokenizer.decode(self.prompt)
+            self._echoes = False
         self._text += delta.text
         if delta.completion is not None:
             self._finish_reason = delta.completion.finish_reason

@@ -15,6 +15,8 @@ from tinylm.sampling import MAX_SEED, SamplingParams
 
 MAX_BODY_BYTES = 4 * 1024 * 1024  # what a gRPC message may have
 MAX_ANSWERS = 16  # of one request: prompts times n
+MAX_PROMPT_ITEMS = 65_536  # texts or token ids in all: more than any context holds
+PRIVATE = {"prompt", "stop", "user"}  # what people wrote goes into no message, for messages are logged
 # What OpenAI's API has and this one has not, with the value that asks for nothing.
 UNSUPPORTED = {"best_of": 1, "suffix": "", "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0}
 
@@ -120,6 +122,8 @@ def read_request(body: bytes) -> CompletionRequest:
     for name, neutral in UNSUPPORTED.items():
         if values.pop(name, neutral) != neutral:
             raise ValueError(f"{name} is not supported: leave it out")
+    if (n_items := _count(values.get("prompt"))) > MAX_PROMPT_ITEMS:
+        raise ValueError(f"prompt holds {n_items} texts or tokens: at most {MAX_PROMPT_ITEMS} are read")
     try:
         request = CompletionRequest.model_validate(values)
     except ValidationError as error:
@@ -136,11 +140,16 @@ def read_request(body: bytes) -> CompletionRequest:
     return request
 
 
+def _count(prompt: object) -> int:
+    """Texts and token ids in a prompt, as they came."""
+    return sum(len(item) if isinstance(item, list) else 1 for item in prompt) if isinstance(prompt, list) else 1
+
+
 def _message(error: Any) -> str:
-    """Field, value and what is wrong with it."""
+    """Field, value and what is wrong with it; of what is private, not the value but its kind."""
     if not error["loc"] or (error["type"] == "extra_forbidden" and len(error["loc"]) == 1):  # a lone surrogate has none
         return f"{error['loc'][0][:64] if error['loc'] else 'a name that is not Unicode'} is no field of this API"
     name = str(error["loc"][0])
-    value = repr(error["input"])
+    value = f"of type {type(error['input']).__name__}" if name in PRIVATE else repr(error["input"])
     shown = value if len(value) <= 80 else f"{value[:77]}..."
     return f"{name} is {shown}: {error['msg'][0].lower()}{error['msg'][1:]}"

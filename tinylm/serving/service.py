@@ -17,7 +17,7 @@ from ray import serve
 
 from tinylm.async_engine import STREAM_INTERVAL_S, AsyncEngine, EngineDied
 from tinylm.completion import Completion, CompletionBuilder
-from tinylm.engine import Engine
+from tinylm.engine import Engine, check_ids, check_length
 from tinylm.kernels import KernelName, Precision
 from tinylm.llm import load
 from tinylm.sampling import SamplingParams, TokenLogprobs
@@ -132,8 +132,10 @@ class Service:
         if isinstance(prompt, str):
             check_size("prompt", prompt)
             return self.tokenizer.encode_document(prompt)
-        boundary = self.tokenizer.boundary_id
-        return list(prompt) if prompt and prompt[0] == boundary else [boundary, *prompt]
+        begins = bool(prompt) and prompt[0] == self.tokenizer.boundary_id
+        check_length(len(prompt) + (not begins), self.config.context)  # here, before it is copied and queued
+        check_ids(prompt, self.config.vocab_size)
+        return list(prompt) if begins else [self.tokenizer.boundary_id, *prompt]
 
 
 def check_size(field: str, text: str) -> None:
