@@ -61,8 +61,9 @@ format: $(VENV)/development ## Format the code and mend what the linter can
 proto: $(VENV)/development ## Generate tinylm/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. tinylm/v1/tinylm.proto
 
-bench: $(VENV)/bench ## Measure the standard set of services (ONLY=haproxy,bare) into docs/results/standard/
+bench: $(VENV)/bench ## Measure the standard set of services (ONLY=haproxy,bare) into docs/results/standard/ and docs/speed.md
 	$(BIN)/python -m loadtest standard $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python -m loadtest.standard.page
 
 peers: $(VENV)/peers ## Compare the engine with llama.cpp, ONNX Runtime and PyTorch; writes docs/results/peers.json
 	$(BIN)/python -m loadtest.peers --out docs/results/peers.json --plot docs/images/peers.png

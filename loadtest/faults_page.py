@@ -13,11 +13,13 @@ from pathlib import Path
 HEAD = """\
 # What happens when parts die
 
-`make chaos` starts the service, keeps clients asking, and breaks one part after the other; `SOAK_S=600 make chaos` ends
-with a longer load. The clients are `tinylm.client.Client` with its own retries. A request is *answered* with the text
-that it must have, *refused* with a status that says to try again (or, where the caller is at fault, what is wrong),
-*cut* when a stream breaks after its first piece, and *lost* when it is none of these: another text, another status, or
-no end within 20 seconds. None may be lost. *Healed* is the time from the fault until every replica runs and answers.
+`make chaos` starts the service, keeps clients asking, and breaks one part after the other; `SOAK_S=600 make chaos`
+ends with a longer load. The clients are `tinylm.client.Client` with its own retries. A request is *answered* with
+the text that it must have, *refused* with a status that says to try again (or, where the caller is at fault, what
+is wrong), *cut* when a stream breaks after its first piece, and *lost* when it is none of these: another text,
+another status, or no end within 20 seconds. None may be lost. *Refused* counts calls that the client itself ended
+too: cancelled ones, and those past their own deadline. *Healed* is the time from the fault until every replica runs
+and answers.
 
 This page is made by `python -m loadtest.faults_page docs/results/chaos.json docs/chaos.md`.
 
@@ -30,6 +32,7 @@ COLUMNS = {
     "refused": "refused",
     "cut": "cut",
     "lost": "lost",
+    "slowest_request_s": "slowest request, s",
     "longest_silence_s": "longest time without an answer, s",
     "healed_s": "healed after, s",
     "memory_growth_mib": "replica's memory, MiB",

@@ -83,6 +83,10 @@ def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
     ]
 
 
+def _messages_per_s(run: dict[str, Any]) -> float:
+    return run["tokens_per_s"] / run["messages"]["tokens_a_message"]
+
+
 def show(result: dict[str, Any], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="a stub that answers at once", title_justify="left")
     for number, column in enumerate(
@@ -91,7 +95,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for kind, runs in result["rates"].items():
         for run in runs:
-            messages = f"{run['tokens_per_s']:,.0f}" if kind == "stream" else "-"
+            messages = f"{_messages_per_s(run):,.0f}" if kind == "stream" else "-"
             latency = [ms(run["latency_ms"], name) for name in ("p50", "p99")]
             cores = [f"{run['client']['cores']:.2f}", f"{run['server']['cores'] or 0:.2f}"]
             figures = [str(run["load"]["concurrency"]), f"{run['requests_per_s']:,.0f}", messages, *latency]
@@ -101,7 +105,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         best = max(runs, key=lambda run: run["requests_per_s"])
         figure = f"{best['requests_per_s']:,.0f} requests/s"
         if kind == "stream":
-            figure = f"{best['tokens_per_s']:,.0f} messages/s"
+            figure += f", {_messages_per_s(best):,.0f} messages/s"
         console.print(f"highest rate, {kind}: {figure} with {best['load']['concurrency']} clients")
     for check in result["checks"]:
         verdict = "[green]passed[/green]" if check["passed"] else "[red]failed[/red]"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from loadtest import goodput, histogram, plots
+from loadtest.client.loops import Asking, Ledger
 from loadtest.client.pool import share_out
 from loadtest.compare import compare
 from loadtest.load import Load, Mix
 from loadtest.records import Call, Records, tokens_by_message
 from loadtest.summary import summarize
-from loadtest.workload import Workload, arrivals, read_prompts
+from loadtest.workload import Ask, Workload, arrivals, read_prompts
 
 ONE = Mix((8,), (1.0,))
 open_loads = st.builds(
@@ -88,6 +91,39 @@ def test_requests_are_the_same_in_every_run_with_a_seed_and_others_with_another(
     assert {ask.max_tokens for ask in asks} == {4, 9}
     assert {len(ask.prompt.split()) for ask in asks} == {5, 30}
     assert len({ask.seed for ask in asks}) == 200
+
+
+def test_long_prompts_hardly_begin_alike() -> None:
+    """Else a service would take over from its cache what is meant to be read."""
+    workload = Workload(Load("localhost:1", Mix.parse("4", "n"), 1, prompt_words=Mix.parse("10", "words")))
+    prompts = [workload[n].prompt.split() for n in range(500)]
+
+    def begin_alike(one: list[str], other: list[str]) -> int:
+        return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+
+    shared = [
+        max(begin_alike(prompt, other) for other in prompts[max(0, n - 64) : n])
+        for n, prompt in enumerate(prompts)
+        if n
+    ]
+    assert sum(shared) / len(shared) < 1.0
+
+
+def test_what_goes_wrong_in_the_load_test_itself_ends_a_run_of_either_kind() -> None:
+    """It is no call that failed, and must not be missing from the figures without a word."""
+
+    class Broken:
+        async def ask(self, ask: Ask, call: Call, connection: int) -> None:
+            if call.turn % 2:
+                raise RuntimeError("the load test is broken")
+            call.status = "OK"
+
+    load = Load("localhost:1", Mix.parse("4", "n"), 1, duration_s=1)
+    asking = Asking(load, Broken(), Workload(load), Ledger())
+    with pytest.raises(RuntimeError, match="broken"):
+        asyncio.run(asking.open_loop(0, 1, time.monotonic() + np.arange(10) / 100))
+    with pytest.raises(RuntimeError, match="broken"):
+        asyncio.run(asking.closed_loop(0, 1, 2, time.monotonic(), None))
 
 
 mixes = st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 50)), min_size=1, max_size=5, unique_by=lambda i: i[0])

@@ -74,12 +74,13 @@ class Asking:
 
         A thread keeps the times, since the event loop's own timers are a millisecond coarse. A request that is late
         all the same, because this process had too much to do or `max_in_flight` calls are open, is sent at once; its
-        latency counts from when it was intended.
+        latency counts from when it was intended. Raises what a caller raises, as the closed loop does.
         """
         loop = asyncio.get_running_loop()
         room = asyncio.Semaphore(self._load.max_in_flight)
         sent = asyncio.Event()
         tasks: set[asyncio.Task] = set()
+        failures: list[BaseException] = []  # of the load test itself: a call that fails is a call with its status
 
         async def send(turn: int, at: float) -> None:
             async with room:
@@ -88,7 +89,12 @@ class Asking:
         def start(turn: int, at: float) -> None:
             task = asyncio.create_task(send(turn, at))
             tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            task.add_done_callback(ended)
+
+        def ended(task: asyncio.Task) -> None:
+            tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                failures.append(error)
 
         def keep_time() -> None:
             for number, at in enumerate(times.tolist()):
@@ -99,5 +105,9 @@ class Asking:
 
         threading.Thread(target=keep_time, name="timekeeper", daemon=True).start()
         await sent.wait()
-        if tasks:
-            await asyncio.wait(tasks)
+        while tasks and not failures:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in tasks:
+            task.cancel()
+        if failures:
+            raise failures[0]

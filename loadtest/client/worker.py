@@ -93,20 +93,24 @@ async def _run(job: Job, pipe: Connection) -> Done:
     begin: float = await asyncio.to_thread(pipe.recv)
     ticking = asyncio.create_task(_tick(pipe, ledger))
     measuring = asyncio.create_task(_used_at(begin))
+    lasting = job.load.duration_s if job.load.requests is None else None
+    measured = None if lasting is None else asyncio.create_task(_used_at(begin + lasting))
     asking = Asking(job.load, caller, workload, ledger)
     try:
         if job.times_s is not None:
             await asking.open_loop(job.first_turn, job.turn_step, begin + job.times_s)
         else:
             await asking.closed_loop(job.first_turn, job.turn_step, job.n_clients, begin, job.requests)
-        elapsed = time.monotonic() - begin
+        elapsed = max(time.monotonic() - begin, 1e-9)
         cpu_s, waited = time.process_time(), waited_s()
+        if measured is not None and lasting is not None:  # without the wait for the last answers
+            elapsed, (cpu_s, waited) = lasting, await measured
         cpu_s_before, waited_before = await measuring
     finally:
-        ticking.cancel()
-        measuring.cancel()
+        for task in (ticking, measuring, measured):
+            if task is not None:
+                task.cancel()
         await caller.close()
-    elapsed = max(elapsed, 1e-9)
     used = (cpu_s - cpu_s_before) / elapsed, (waited - waited_before) / elapsed
     return Done(Records.of(ledger.ended, begin), *used, scheduling)
 

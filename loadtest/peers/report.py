@@ -27,7 +27,7 @@ def summarize(rounds: list[Measurement]) -> dict[str, Any]:
 def ratios(rates: dict[str, dict[str, float]], cases: list[str]) -> dict[str, dict[str, float]]:
     """rates: tokens per CPU second by peer and case -> what TinyLM makes of each case, over the best of the others."""
     found: dict[str, dict[str, float]] = {}
-    for label, begins in ((f"{OURS} / best other", ""), (f"{OURS} / {LLAMA}", LLAMA)):
+    for label, begins in ((f"{OURS} / best of the others", ""), (f"{OURS} / {LLAMA}", LLAMA)):
         others = [name for name in rates if name.startswith(begins) and not name.startswith(OURS)]
         if OURS in rates and others:
             found[label] = {c: round(rates[OURS][c] / max(rates[name][c] for name in others), 2) for c in cases}

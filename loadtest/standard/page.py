@@ -14,6 +14,7 @@ from typing import Any
 
 from loadtest import result
 from loadtest.selftest import TOKENS_A_MESSAGE
+from loadtest.workload import SHORT_PROMPTS
 
 RESULTS, PAGE = Path("docs/results"), Path("docs/speed.md")
 CORES = 2  # of the machine that the committed results are of
@@ -74,19 +75,25 @@ def page(directory: Path = RESULTS / "standard") -> str:
     first = parts["haproxy", "unary"]
     run = first.result["runs"][0]
     selftest = json.loads((RESULTS / "selftest.json").read_text(encoding="utf-8"))
+    rounds = len(first.result["runs"]) // len(first.clients)
     return f"""# How fast the service is
 
-64-token answers, so many clients that each ask again as soon as they have their answer. Service, load generator and
-all else share the {CORES} cores of one machine ({first.result["machine"]["processor"]}); runs of
-{run["load"]["duration_s"]:.0f} s, in rounds. `make bench` measures it again ([the load test](loadtest.md) says how),
-and this page is made from [its results](results/standard) by `python -m loadtest.standard.page`.
+64-token answers to {len(SHORT_PROMPTS)} short prompts by turns ({run["prompt_tokens_a_request"]:.0f} tokens on average,
+which slots mostly hold already: this is decoding, not reading), so many clients that each ask again as soon as they
+have their answer. Service, load generator and all else share the {CORES} cores of one machine
+({first.result["machine"]["processor"]}); the generator is scheduled before the service
+([why](loadtest.md#can-it-be-trusted)). Figures are means of {rounds} rounds of {run["load"]["duration_s"]:.0f} s,
+after {run["load"]["warmup_s"]:.0f} s of warm-up, which differ by up to {_spread(parts):.0%} in requests/s; p99 is
+the worse of the rounds'.
+`make bench` measures it again ([the load test](loadtest.md) says how), and makes this page from
+[its results](results/standard) by `python -m loadtest.standard.page`.
 
 ## What clients get
 
 {_services(parts)}
 
 The C++ project that this began as reports {ORIGINAL["requests_per_s"]} requests/s and a p99 of {ORIGINAL["p99_ms"]} ms
-of itself, with 4 replicas and 4 clients, on its own machine. p99 is the worse of the rounds'.
+of itself, with 4 replicas, 4 clients and answers of 64 tokens, on a machine of its own.
 
 ![requests and p99 against clients](results/standard/report/load-unary.png)
 
@@ -96,9 +103,11 @@ Requests/s, unary:
 
 {_peers(parts)}
 
-llama-cpp-python's server computes the same shape with random 8-bit weights, one request at a time, and keeps one core
-busy with it; most of that is not llama.cpp's engine, which by itself makes {_llama():,.0f} tokens/s
-([the engine](engine.md)).
+The bare server leaves it to the kernel which of its processes gets a connection, by chance: with few clients some
+stand idle, so its row of 4 processes shows that luck below 16 clients. llama-cpp-python's server computes the same
+shape with random 8-bit weights, one request at a time, and keeps one core busy with it: a run has some ten answers,
+so read its row as "about 2". Most of that is not llama.cpp's engine, which by itself makes {_llama():,.0f} tokens/s
+([the engine](engine.md)); its own server, which batches, was not measured.
 
 ## How much of the engine arrives
 
@@ -116,13 +125,13 @@ One client, p50: {_overhead(RESULTS)}
 
 {_replicas(parts)}
 
-- **1 to 2 clients**: nearly double. The second request goes to another replica on the other core.
+- **1 to 2 clients**: double. The second request goes to another replica on the other core.
 - **2 to 32**: the cores are full. What more there is comes from larger batches: two replicas go from one sequence to
   sixteen each, and a step of 8 takes less than twice as long as one of 1 ([the engine](engine.md)). Latency grows as
   steps do.
 - **1 to 2 replicas**: the second core.
-- **2 to 4 replicas** change little at up to 32 clients, whom the slots of two can hold: the others are in reserve. More
-  clients than that reach all four.
+- **2 to 4 replicas** change little more than rounds differ, at up to 32 clients, whom the slots of two can hold:
+  the others are in reserve. More clients than that reach all four.
 - **The Python proxy** spreads calls over all four, and takes a share of the cores that grows with their number.
 
 ## Beyond two cores: an estimate
@@ -187,8 +196,9 @@ def _shares(parts: Mapping[tuple[str, str], Part]) -> str:
 def _overhead(directory: Path) -> str:
     found = result.read(directory / "overhead.json")
     return (
-        f"{found['service_p50_ms']:.1f} ms whole, {found['overhead_p50_ms']:.1f} ms more than the engine's own "
-        f"{found['engine_p50_ms']:.1f}, both asked by turns; a stream's first token after "
+        f"{found['service_p50_ms']:.1f} ms whole, {found['overhead_p50_ms']:.1f} ms more than the engine's own (the "
+        f"median of the differences in rounds that ask both by turns; the engine's is {found['engine_p50_ms']:.1f}); "
+        "a stream's first token after "
         f"{found['first_token_p50_ms']:.1f} ms ([overhead.json](results/overhead.json))."
     )
 
@@ -208,7 +218,7 @@ def _capacity(parts: Mapping[tuple[str, str], Part]) -> str:
     replica, proxy = part.cpu_ms(clients, "replicas"), part.cpu_ms(clients, "proxy")
     ray = part.mean(clients, "server", "by_role", "ray")
     a_node = (CORES - ray) * 1000 / (replica + proxy)
-    rows = [[f"{nodes}", f"{nodes * a_node:,.0f}", f"{nodes * a_node * 64:,.0f}"] for nodes in (1, 10, 100)]
+    rows = [[f"{n}", *(f"{_two_digits(n * a_node * tokens):,.0f}" for tokens in (1, 64))] for n in (1, 10, 100)]
     a_proxy = 1000 / proxy
     return f"""At {clients} clients an answer costs {replica:.1f} ms of a replica's CPU and {proxy:.2f} ms of HAProxy's;
 Ray itself takes {ray:.2f} of a core on the head, whatever the load. Nodes like this one, all of whose cores are the
@@ -217,9 +227,24 @@ service's, would then carry
 {table(["nodes", "requests/s", "tokens/s"], rows)}
 
 if nothing else became scarce. What does first is the one HAProxy of `proxy_location: HeadOnly`, on one thread: at
-{a_proxy:,.0f} requests/s, that is {a_proxy / a_node:.0f} nodes. Beyond, each node needs its own
+some {_two_digits(a_proxy):,.0f} requests/s, that is {a_proxy / a_node:.0f} nodes. Beyond, each node needs its own
 ([several machines](cluster.md)) and something in front that spreads clients over them. This is an estimate: no such
 cluster was measured."""
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.1e}")
+
+
+def _spread(parts: Mapping[tuple[str, str], Part]) -> float:
+    """How far the rounds of a service are apart at most, in requests/s, as a share of the lower one."""
+    rates = [
+        [run["requests_per_s"] for run in part.result["runs"] if run["load"]["concurrency"] == clients]
+        for (name, _), part in parts.items()
+        if name in SERVICES or name.startswith("replicas")
+        for clients in part.clients
+    ]
+    return max(max(of) / min(of) - 1 for of in rates)
 
 
 def _selftest(selftest: Mapping[str, Any], parts: Mapping[tuple[str, str], Part]) -> str:
