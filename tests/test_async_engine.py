@@ -249,8 +249,10 @@ def test_refusals_reach_the_one_who_asked_and_nobody_else(model, greedy):
             await answer(engine, [1] * 64, greedy)
         with pytest.raises(ValueError, match="token 4096"):
             await answer(engine, [4096], greedy)
-        with pytest.raises(TypeError):
+        with pytest.raises(ValueError, match="'Once': token ids are whole numbers"):
             await answer(engine, ["Once", "upon"], greedy)
+        with pytest.raises(TypeError):
+            await answer(engine, None, greedy)
         engine.check()
         return await good
 
