@@ -19,6 +19,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from loadtest.machine import describe
+from tinylm.batch import Batch
 from tinylm.engine import Engine, Sequence
 from tinylm.kernels import numpy as kernels
 from tinylm.llm import load
@@ -36,6 +37,7 @@ PENALIZED = "The dog saw a big dog. The"
 TEMPERATURES = (0.0, 0.5, 0.8, 1.5)
 LENGTHS = (16, 32, 64, 96, 128, 160, 192, 224, 255)
 ROUNDS = 9
+SHOWN_STEP = 4  # of the timeline: two sequences decode, and a third comes to the end of its prompt
 MATRIX = "model.layers.8.mlp.up_proj.weight"
 
 
@@ -269,7 +271,7 @@ def timeline(tokenizer: Tokenizer, model: Model) -> dict:
     engine = Engine(model, n_slots=4, prefill_tokens=12)
     sequences: list[Sequence] = []
     rows: list[dict] = []
-    step = 0
+    step, shown = 0, {}
     while len(sequences) < len(prompts) or engine.has_work:
         while len(sequences) < len(prompts) and arrivals[len(sequences)] <= step:
             number = len(sequences)
@@ -277,16 +279,33 @@ def timeline(tokenizer: Tokenizer, model: Model) -> dict:
             sequences.append(engine.submit(tokenizer.encode_document(prompts[number]), params))
             rows.append({"arrived": step, "prompt_tokens": len(sequences[-1].prompt), "steps": []})
         before = [sequence.n_cached for sequence in sequences]
-        engine.step()
+        gained = engine.step()
         for sequence, row, cached in zip(sequences, rows, before, strict=True):
             begin = max(cached, sequence.n_reused)
             if sequence.n_cached > begin:
                 kind = "prompt" if begin < len(sequence.prompt) else "answer"
                 row["steps"].append([step, sequence.n_cached - begin, kind])
+        if step == SHOWN_STEP:
+            n_tokens = sum(count for row in rows for at, count, _ in row["steps"] if at == step)
+            shown = filled(tokenizer, engine._runner.batch, n_tokens, n_rows=len(gained))
         step += 1
     for sequence, row in zip(sequences, rows, strict=True):
         row |= {"reused": sequence.n_reused, "tokens": len(sequence.tokens), "ended": sequence.finish_reason}
-    return {"slots": 4, "prefill_tokens": 12, "n_steps": step, "sequences": rows}
+    return {"slots": 4, "prefill_tokens": 12, "n_steps": step, "sequences": rows, "batch": shown}
+
+
+def filled(tokenizer: Tokenizer, batch: Batch, n_tokens: int, n_rows: int) -> dict:
+    """What the kernels were handed for a step, and what they gave back."""
+    handed = {name: getattr(batch, name)[:n_tokens].tolist() for name in ("ids", "slots", "positions")}
+    chosen = batch.chosen[:n_rows].tolist()
+    return {
+        "step": SHOWN_STEP,
+        **handed,
+        "pieces": pieces(tokenizer, handed["ids"]),
+        "rows": batch.rows[:n_rows].tolist(),
+        "chosen": chosen,
+        "chosen_pieces": pieces(tokenizer, chosen),
+    }
 
 
 def computed() -> dict:
