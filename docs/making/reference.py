@@ -15,6 +15,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc_tools
 import typer.main
@@ -166,7 +167,8 @@ def cli_page() -> str:
     """What `tinylm COMMAND --help` says."""
     from tinylm.cli import app
 
-    command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)  # a group
+    command.commands = {name: own for name, own in command.commands.items() if not own.hidden}
     context = typer.Context(command, info_name="tinylm")
     return _page("tinylm/cli.py", [get_docs_for_click(obj=command, ctx=context, name="tinylm", title="Command line")])
 
