@@ -20,7 +20,7 @@ from train.data import TokenData
 from train.evaluate import make_runner, score_document, windows
 from train.export import averaged_tensors
 from train.loop import bits_per_byte, lr_factor, total_steps, train
-from train.model import GPT
+from train.model import GPT, causal_attention, draw_kept, drop, gelu
 from train.muon import Muon, orthogonalize
 from train.stage import load_tokens
 
@@ -85,6 +85,10 @@ def test_the_learning_rate_warms_up_stays_and_decays_to_its_end():
     assert factors[9:81] == [1.0] * 72
     assert np.diff(factors[80:]) == pytest.approx(np.full(120, -0.98 / 120))  # a straight line
     assert factors[200] == pytest.approx(0.02)
+    # Optimizers that began anew at a step warm up from there, and to what the decay has left.
+    begun = [lr_factor(step, 200, run, begun_at=150) for step in range(150, 201)]
+    assert begun[:9] == pytest.approx([(i + 1) / 10 * factors[150 + i] for i in range(9)])
+    assert begun[9:] == factors[159:]
     # The edges of the settings: all decay, no decay, more warm-up than steps.
     assert lr_factor(0, 10, Run(warmup_steps=0, constant_share=0, final_lr=0)) == 1
     assert lr_factor(9, 10, Run(warmup_steps=0, constant_share=1)) == 1
@@ -149,6 +153,32 @@ def test_dropout_is_for_training_alone():
         plain = GPT(ModelConfig(n_layers=2, vocab_size=400))
         plain.load_state_dict(model.state_dict())
         assert torch.equal(model.eval()(ids), plain(ids))
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_dropout_keeps_its_share_and_the_mean(dropout: float):
+    torch.manual_seed(1)
+    x = torch.full((3, 100, 111), 2.0)  # no multiple of eight elements
+    share = round(dropout * 256) / 256
+    kept = draw_kept(tuple(x.shape), dropout, x.device)
+    again = draw_kept(tuple(x.shape), dropout, x.device)
+    assert not torch.equal(kept, again)
+    for drawn in (kept, again):
+        deviation = (share * (1 - share) / drawn.numel()) ** 0.5
+        assert abs(1 - drawn.float().mean() - share) < 5 * deviation
+    dropped = drop(x, dropout, kept)
+    assert (dropped == torch.where(kept, 2 / (1 - share), 0.0)).all()
+    neighbours = (kept[..., 1:] == kept[..., :-1]).float().mean()  # independent, also within a draw of eight bytes
+    assert abs(neighbours - (share**2 + (1 - share) ** 2)) < 0.02
+    assert drop(x, dropout, None) is x
+
+
+def test_gelu_is_its_tanh_form():
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
+    ours, theirs = gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    for gradients in zip(torch.autograd.grad(ours.sum(), x), torch.autograd.grad(theirs.sum(), x), strict=True):
+        torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
 
 
 def test_what_is_validated_drops_nothing(config: TrainConfig):
@@ -326,7 +356,32 @@ def test_orthogonalized_matrices_keep_their_directions(shape: tuple[int, int]):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_training_is_training(config: TrainConfig, unbroken):
-    weights, lines = trained(config, compile=True)
-    assert losses(lines) == pytest.approx(losses(unbroken[1]), abs=1e-3)
-    assert_close(weights, unbroken[0], atol=2e-3)
+def test_compiled_training_is_training(config: TrainConfig):
+    """Also what is dropped is the same: it is drawn outside of what is compiled."""
+    expected, plain = trained(config, dropout=0.2)
+    weights, lines = trained(config, dropout=0.2, compile=True)
+    assert losses(lines) == pytest.approx(losses(plain), abs=1e-3)
+    assert_close(weights, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 200, 256])
+def test_attention_in_blocks_is_attention(length: int):
+    """Values and all gradients, where the last block is whole and where it is not."""
+    generator = torch.Generator().manual_seed(length)
+    inputs = [torch.randn(2, 3, length, 16, generator=generator, requires_grad=True) for _ in range(3)]
+    out = torch.randn(2, 3, length, 16, generator=generator)
+    theirs = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    ours = causal_attention(*inputs)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    for mine, other in zip(
+        torch.autograd.grad(ours, inputs, out), torch.autograd.grad(theirs, inputs, out), strict=True
+    ):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=0)
+
+
+def test_bfloat16_trains_as_float32_does(config: TrainConfig, unbroken):
+    """Weights and optimizers stay in float32; the products have 8 bits of mantissa, and the losses follow."""
+    weights, lines = trained(config, bfloat16=True)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert losses(lines) == pytest.approx(losses(unbroken[1]), abs=0.05)
+    assert losses(lines) != losses(unbroken[1])

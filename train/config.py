@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tinylm.config import ModelConfig
 from tinylm.sampling import SamplingParams
+from train.metrics import METRICS_FILE
 
 MAX_VOCAB = 2**16  # token shards are uint16
 
@@ -81,6 +82,7 @@ class Run(_Section):
     batch_rows: int = Field(default=16, ge=1)  # rows of one context each, over all workers, for one optimizer step
     micro_rows: int = Field(default=16, ge=1)  # rows that one worker puts through at once
     phases: list[Phase] = []  # where the mixture changes; before the first, the collections' own weights hold
+    restore: Path | None = None  # a released model of this run to go on from, where there is no checkpoint of it
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices, and AdamW for the rest; adamw: for everything
     muon_lr: float = Field(default=0.02, gt=0)
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
@@ -101,6 +103,7 @@ class Run(_Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     workers: int = Field(default=1, ge=1)
     threads: int = Field(default=2, ge=1)  # of one worker
+    bfloat16: bool = False  # matrix products in it, as always on a GPU: faster on a CPU that has AVX512-BF16 or AMX
     compile: bool = False  # the forward and backward pass, by torch.compile: a minute at the start, and a C++ compiler
     max_failures: int = Field(default=3, ge=0)  # of a worker, before the run gives up
     sample_prompt: str = "Once upon a time"
@@ -138,6 +141,12 @@ class TrainConfig(_Section):
     run: Run = Run()
     export: Export = Export()
 
+    def resolved(self) -> TrainConfig:
+        """The same with absolute paths, for workers that run elsewhere."""
+        run = self.run.model_copy(update={"restore": self.run.restore.resolve()}) if self.run.restore else self.run
+        paths = {"workdir": self.workdir.resolve(), "models_dir": self.models_dir.resolve()}
+        return self.model_copy(update={**paths, "run": run})
+
     @property
     def text_dir(self) -> Path:
         return self.workdir / "text"
@@ -168,7 +177,7 @@ class TrainConfig(_Section):
 
     @property
     def metrics_path(self) -> Path:
-        return self.run_dir / "metrics.jsonl"
+        return self.run_dir / METRICS_FILE
 
     @property
     def model_config_(self) -> ModelConfig:

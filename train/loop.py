@@ -35,9 +35,12 @@ def total_steps(run: Run, config: ModelConfig) -> int:
     return max(1, run.tokens // (run.batch_rows * config.context))
 
 
-def lr_factor(step: int, steps: int, run: Run) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, constant, then linear decay to `final_lr`."""
-    warmup = min(1.0, (step + 1) / (run.warmup_steps + 1))
+def lr_factor(step: int, steps: int, run: Run, begun_at: int = 0) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, constant, then linear decay to `final_lr`.
+
+    begun_at: the step that the optimizers began at, with nothing to remember, and so the warm-up's first.
+    """
+    warmup = min(1.0, (step - begun_at + 1) / (run.warmup_steps + 1))
     decay_from = run.constant_share * steps
     left = min(1.0, max(0.0, (steps - step) / max(1.0, steps - decay_from)))
     return warmup * (run.final_lr + (1 - run.final_lr) * left)
@@ -52,7 +55,7 @@ def make_optimizers(model: GPT, run: Run) -> list[torch.optim.Optimizer]:
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
-        Muon(matrices, lr=run.muon_lr, momentum=run.muon_momentum, weight_decay=run.weight_decay),
+        Muon(matrices, run.muon_lr, run.muon_momentum, run.weight_decay, bfloat16=run.bfloat16),
         torch.optim.AdamW(others, lr=run.adamw_lr, betas=run.adamw_betas, weight_decay=0.0),
     ]
 
@@ -177,7 +180,7 @@ def train(
     model = GPT(shape, seed=config.seed, dropout=run.dropout).to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay)).eval()
     optimizers = make_optimizers(model, run)
-    step, wall_before = 0, 0.0
+    step, begun_at, wall_before, machine = 0, 0, 0.0, describe_machine(device, world)
     if state is not None:
         check_continues(state, config, data)
         model.load_state_dict(state["model"])
@@ -186,18 +189,22 @@ def train(
             # Moments come from the checkpoint, settings from the config of today.
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-        step, wall_before = state["step"], state["wall_s"]
+        step, begun_at, wall_before = state["step"], state["begun_at"], state["wall_s"]
+        if not state["machine"].endswith(machine):
+            machine = f"{state['machine']}, then {machine}"
     wrapped: nn.Module = model
     no_sync: Callable[[], AbstractContextManager] = nullcontext
     if world > 1:
         wrapped = parallel = nn.parallel.DistributedDataParallel(model)
         no_sync = parallel.no_sync  # gradients are averaged once a step, at its last micro-batch
-    loss_of = torch.compile(mean_loss) if run.compile else mean_loss
+    if run.compile:  # block by block, which are alike: a quarter of a minute, where the whole takes two
+        for block in model.model.layers:
+            block.compile()
     peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes], device=device)
     steps = total_steps(run, shape)
     micro_batches = run.batch_rows // (world * run.micro_rows)
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.bfloat16 or device.type == "cuda")
     started = saved_at = time.monotonic()
     logged_at, logged_step = started, step
     losses: list[Tensor] = []
@@ -206,7 +213,7 @@ def train(
         return wall_before + time.monotonic() - started
 
     while step < steps:
-        factor = lr_factor(step, steps, run)
+        factor = lr_factor(step, steps, run, begun_at)
         for optimizer, lrs in zip(optimizers, peak_lrs, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
@@ -218,7 +225,7 @@ def train(
             last = micro == micro_batches - 1
             with nullcontext() if last else no_sync():
                 with autocast:
-                    loss = loss_of(wrapped, rows) / micro_batches
+                    loss = mean_loss(wrapped, rows) / micro_batches
                 loss.backward()
             loss_sum += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
@@ -272,11 +279,12 @@ def train(
             save(
                 {
                     "step": step,
+                    "begun_at": begun_at,
                     "wall_s": wall_s(),
                     "model": model.state_dict(),
                     "averaged": averaged.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "machine": describe_machine(device, world),
+                    "machine": machine,
                     "tokenizer_sha256": data.tokenizer_sha256,
                     "text_sha256": data.text_sha256,
                     "tokens_by_collection": data.mixture.tokens(step * run.batch_rows),
