@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from train_fixtures import write_tokens
 
 from train.config import ConfigError, Phase
-from train.data import MIXTURE_BLOCK, Documents, ShuffledStream, TokenData
+from train.data import MIXTURE_BLOCK, Documents, Rows, TokenData
 from train.encode import _ShardWriter
 
 BOUNDARY = 1
@@ -50,33 +50,64 @@ DOCUMENT = st.lists(st.integers(2, 500), min_size=1, max_size=9).map(lambda toke
 SHARDS = st.lists(st.lists(DOCUMENT, min_size=1, max_size=4), min_size=1, max_size=3)
 
 
-@settings(max_examples=150, deadline=None)
-@given(SHARDS, st.data(), st.integers(0, 5))
-def test_a_stretch_of_the_stream_is_a_slice_of_the_shuffled_epochs(shards: list, data: st.DataObject, seed: int):
-    documents = flat(shards)
+def laid_out(documents: list[list[int]], context: int) -> list[int]:
+    """Where the rows of documents end to end begin, token by token: the slow and obvious way."""
+    begins = {sum(map(len, documents[:i])) for i in range(len(documents))}
     total = sum(map(len, documents))
-    start = data.draw(st.integers(0, 3 * total), label="start")
-    count = data.draw(st.integers(1, 2 * total), label="count")
-    everything: list[int] = []
-    for epoch in range(5):
-        for i in np.random.default_rng((seed, 4, epoch)).permutation(len(documents)):
-            everything += documents[i]
+    starts = [0]
+    while starts[-1] + context < total:
+        start = starts[-1] + context
+        while start not in begins and start > starts[-1]:
+            start -= 1
+        starts.append(start if start > starts[-1] else starts[-1] + context)
+    return starts
+
+
+@settings(max_examples=150, deadline=None)
+@given(SHARDS, st.integers(1, 12), st.integers(0, 5))
+def test_rows_are_the_shuffled_documents_laid_out_anew_each_epoch(shards: list, context: int, seed: int):
+    documents = flat(shards)
+    orders = [np.random.default_rng((seed, 4, epoch)).permutation(len(documents)) for epoch in range(60)]
     with tempfile.TemporaryDirectory() as directory:
-        stream = ShuffledStream(documents_on_disk(Path(directory), shards), (seed, 4))
-        assert stream.epoch_tokens == total
-        assert stream.read(start, count).tolist() == everything[start : start + count]
+        rows = Rows(documents_on_disk(Path(directory), shards), context, (seed, 4))
+        assert rows.epoch_tokens == sum(map(len, documents))
+        number = 0
+        for epoch in range(3):
+            shuffled = [documents[i] for i in orders[epoch]]
+            after = flat([documents[i] for order in orders[epoch + 1 : epoch + 15] for i in order])
+            starts = laid_out(shuffled, context)
+            for place, start in enumerate(starts):
+                assert rows.row(number).tolist() == (flat(shuffled) + after)[start : start + context + 1]
+                assert rows.epochs(number) == epoch + place / len(starts)
+                number += 1
 
 
-def test_every_document_appears_once_an_epoch_in_a_new_order(tmp_path: Path):
-    shards = [[[BOUNDARY, n, *range(2, 2 + n % 5)] for n in range(first, first + 50)] for first in (10, 60)]
-    stream = ShuffledStream(documents_on_disk(tmp_path, shards), (1, 0))
-    orders = []
-    for epoch in range(3):
-        tokens = stream.read(epoch * stream.epoch_tokens, stream.epoch_tokens)
-        starts = np.flatnonzero(tokens == BOUNDARY)
-        orders.append(tokens[starts + 1].tolist())
-        assert sorted(part.tolist() for part in np.split(tokens, starts[1:])) == sorted(flat(shards))
-    assert orders[0] != orders[1] != orders[2] != orders[0]
+@settings(max_examples=150, deadline=None)
+@given(SHARDS, st.integers(4, 12), st.integers(0, 5))
+def test_no_document_that_fits_is_ever_cut_and_every_token_is_learnt(shards: list, context: int, seed: int):
+    """In one epoch: each document of up to a context stands whole in a row, each token but the first is a target."""
+    documents = [[BOUNDARY, *(1000 * n + token for token in tokens[1:])] for n, tokens in enumerate(flat(shards))]
+    with tempfile.TemporaryDirectory() as directory:
+        rows = Rows(documents_on_disk(Path(directory), [documents]), context, (seed, 0))
+        of_epoch = []
+        while rows.epochs(len(of_epoch)) < 1:
+            of_epoch.append(rows.row(len(of_epoch)).tolist())
+    for document in documents:
+        if len(document) <= context:
+            assert any(row[i : i + len(document)] == document for row in of_epoch for i in range(context))
+    targets = {token for row in of_epoch for token in row[1:]}
+    assert targets >= {token for document in documents for token in document[1:]}
+    assert of_epoch[0][0] == BOUNDARY
+    for before, row in pairwise(of_epoch):
+        assert row[0] in (BOUNDARY, before[-1])  # a document's beginning, or where the row before ended
+
+
+def test_every_epoch_has_an_order_of_its_own(tmp_path: Path):
+    shards = [[[BOUNDARY, n] for n in range(first, first + 50)] for first in (10, 60)]
+    rows = Rows(documents_on_disk(tmp_path, shards), 20, (1, 0))
+    epochs = [np.concatenate([rows.row(epoch * 10 + i)[:-1] for i in range(10)])[1::2] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10, 110)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 CONTEXT = 8
@@ -115,15 +146,19 @@ def test_the_weights_hold_exactly_over_every_block(tokens_dir: Path):
         assert counts == {name: round(weight * MIXTURE_BLOCK) for name, weight in WEIGHTS.items()}
 
 
-def test_a_collections_rows_are_its_stream_with_nothing_left_out(tokens_dir: Path):
-    """Each row's inputs go on where the collection's last row ended, over the end of a block as well."""
-    data = data_in(tokens_dir)
-    rows = data.mixture.rows(0, MIXTURE_BLOCK + 300)
-    for number, name in enumerate(MARKS):
-        own = [row for row in rows if collection_of(row) == name]
-        stream = ShuffledStream(Documents([tokens_dir / f"{name}.train-00000.npy"], BOUNDARY), (1, number))
-        assert np.concatenate([row[:-1] for row in own]).tolist() == stream.read(0, len(own) * CONTEXT).tolist()
-        assert [row[-1] for row in own[:-1]] == [row[0] for row in own[1:]]
+def own_rows(tokens_dir: Path, name: str, count: int) -> list[list[int]]:
+    """A collection's first rows, of whatever mixture."""
+    documents = Documents([tokens_dir / f"{name}.train-00000.npy"], BOUNDARY)
+    rows = Rows(documents, CONTEXT, (1, list(MARKS).index(name)))
+    return [rows.row(number).tolist() for number in range(count)]
+
+
+def test_a_mixture_has_its_collections_rows_in_their_order(tokens_dir: Path):
+    """None is left out, over the end of a block as well."""
+    rows = data_in(tokens_dir).mixture.rows(0, MIXTURE_BLOCK + 300)
+    for name in MARKS:
+        own = [row.tolist() for row in rows if collection_of(row) == name]
+        assert own == own_rows(tokens_dir, name, len(own))
 
 
 PHASES = [
@@ -141,10 +176,9 @@ def test_phases_change_the_weights_and_leave_nothing_out(tokens_dir: Path):
     first_phase = Counter(map(collection_of, rows[700:1300]))
     assert first_phase["little"] > 0.8 * 600
     assert set(first_phase) == {"much", "little"}
-    for number, name in enumerate(MARKS):
-        own = [row for row in rows if collection_of(row) == name]
-        stream = ShuffledStream(Documents([tokens_dir / f"{name}.train-00000.npy"], BOUNDARY), (1, number))
-        assert np.concatenate([row[:-1] for row in own]).tolist() == stream.read(0, len(own) * CONTEXT).tolist()
+    for name in MARKS:
+        own = [row.tolist() for row in rows if collection_of(row) == name]
+        assert own == own_rows(tokens_dir, name, len(own))
         assert data.mixture.tokens(2400)[name] == len(own) * CONTEXT
     again = data_in(tokens_dir, phases=PHASES).mixture
     for number in (0, 699, 700, 1299, 1300, 2399):
@@ -171,11 +205,11 @@ def test_the_seed_decides_the_order(tokens_dir: Path):
 
 def test_epochs_count_what_was_gone_through(tokens_dir: Path):
     data = data_in(tokens_dir)
-    index = json.loads((tokens_dir / "index.json").read_text())
     epochs = data.mixture.epochs(2 * MIXTURE_BLOCK)
     for name, weight in WEIGHTS.items():
-        read = weight * 2 * MIXTURE_BLOCK * CONTEXT
-        assert epochs[name] == pytest.approx(read / index["collections"][name]["train"]["tokens"])
+        documents = Documents([tokens_dir / f"{name}.train-00000.npy"], BOUNDARY)
+        rows = Rows(documents, CONTEXT, (1, list(MARKS).index(name)))
+        assert epochs[name] == rows.epochs(round(weight * 2 * MIXTURE_BLOCK))
 
 
 def test_validation_windows_cover_the_documents(tokens_dir: Path):
