@@ -23,7 +23,7 @@ from tinylm import LLM, SamplingParams
 from tinylm.tokenizer import Tokenizer
 from train.card import attribution_page
 from train.config import load_config
-from train.metrics import read_metrics, truncate_metrics
+from train.metrics import metrics_text, read_metrics, truncate_metrics
 from train.prompts import load_prompts
 
 SECONDS_TO_WAIT = 400
@@ -82,6 +82,7 @@ def test_a_killed_runs_metrics_are_read_up_to_its_checkpoint(tmp_path: Path):
     path.write_text('{"step": 10, "loss": 3}\n{"step": 20, "loss": 2}\n{"step": 30, "lo', encoding="utf-8")
     assert [values["step"] for values in read_metrics(path)] == [10, 20]
     assert [values["step"] for values in read_metrics(path, up_to_step=10)] == [10]
+    assert metrics_text(read_metrics(path)) == '{"step": 10, "loss": 3}\n{"step": 20, "loss": 2}\n'
     truncate_metrics(path, 10)
     assert path.read_text(encoding="utf-8") == '{"step": 10, "loss": 3}\n'
     assert read_metrics(tmp_path / "none.jsonl") == []
@@ -97,6 +98,20 @@ def test_a_model_is_not_judged_on_other_text_than_it_was_kept_from(demo: Demo, t
     changed.run("prepare", **{"prepare.validation_share": 0.3})
     message = only_line_of_failure(changed, "export")
     assert "was made from other text: run `python -m train.encode` again" in message
+
+
+def test_a_run_whose_checkpoints_are_gone_goes_on_from_its_model(demo: Demo, tmp_path: Path):
+    """By its command, with two workers, up to the whole record of the run."""
+    later = Demo(tmp_path, demo.ray_tmpdir)
+    shutil.copytree(demo.directory / "tokens", tmp_path / "tokens")
+    shutil.copy(demo.directory / "tokenizer.model", tmp_path)
+    settings = {"run.tokens": (STEPS + 20) * 8 * 128, "run.workers": 2, "run.micro_rows": 4, "run.threads": 1}
+    later.run("run", **{"run.restore": demo.model_dir, **settings})
+    metrics = later.metrics()
+    assert metrics[: len(demo.metrics())] == demo.metrics()
+    assert [line["step"] for line in metrics if "loss" in line][-3:] == [STEPS, STEPS + 10, STEPS + 20]
+    assert metrics[-1]["wall_s"] > demo.metrics()[-1]["wall_s"]
+    assert len(list(later.run_dir.glob("checkpoint_*/state.pt"))) == 1
 
 
 def is_png(path: Path) -> bool:
@@ -131,6 +146,7 @@ def test_the_model_directory_tells_people_what_it_is(demo: Demo):
         assert linked in card
         assert (demo.model_dir / linked).is_file()
     assert is_png(demo.model_dir / "curve.png")
+    assert (demo.model_dir / "metrics.jsonl").read_text().splitlines() == demo.metrics_lines()
     samples = (demo.model_dir / "samples.md").read_text()
     assert samples.count("## Seed ") == 3
     assert samples.count("> Once upon a time") == 3

@@ -3,8 +3,9 @@
     python -m train.export [--config configs/train.yaml] [KEY=VALUE ...]
 
 Writes `models/<name>/` as `tinylm.weights` defines it, and beside that, for people: README.md (the model card),
-ATTRIBUTION.md, evaluation.json, samples.md, prompts.md and curve.png. All of it appears at once, or nothing does. The
-same weights in the formats of `export.formats` go to `<workdir>/exports/<name>/`, which is not meant to be committed.
+ATTRIBUTION.md, evaluation.json, samples.md, prompts.md, and metrics.jsonl with its curve.png. All of it appears at
+once, or nothing does. The same weights in the formats of `export.formats` go to `<workdir>/exports/<name>/`, which is
+not meant to be committed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from train.curve import draw_curve
 from train.evaluate import Document, evaluate, per_byte, read_documents, summary
 from train.generated import judge, training_words, write_stories
 from train.loop import check_state
-from train.metrics import read_metrics
+from train.metrics import METRICS_FILE, metrics_text, read_metrics
 from train.prompts import answer, load_prompts
 from train.run import STATE_FILE
 from train.stage import load_tokenizer, load_tokens, require, run_stage
@@ -137,6 +138,7 @@ def export(config: TrainConfig) -> None:
             "samples.md": samples_page(config, samples).encode(),
             "prompts.md": prompts_page(config, answers).encode(),
             "curve.png": curve.read_bytes(),
+            METRICS_FILE: metrics_text(lines).encode(),
         }
         save = partial(
             save_model,

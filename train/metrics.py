@@ -7,8 +7,11 @@ left out here. What the lines hold is `train.loop`'s business.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+METRICS_FILE = "metrics.jsonl"  # in a run's directory, and in that of the model it released
 
 
 def read_metrics(path: Path, up_to_step: float = float("inf")) -> list[dict[str, Any]]:
@@ -16,6 +19,11 @@ def read_metrics(path: Path, up_to_step: float = float("inf")) -> list[dict[str,
     if not path.exists():
         return []
     return [values for _, values in _whole_lines(path) if values["step"] <= up_to_step]
+
+
+def metrics_text(lines: Iterable[dict[str, Any]]) -> str:
+    """The file that holds these lines."""
+    return "".join(json.dumps(values) + "\n" for values in lines)
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -3,7 +3,8 @@
     python -m train.run [--config configs/train.yaml] [KEY=VALUE ...]
 
 Started again after being killed, at any moment, it goes on from the last checkpoint in `<workdir>/runs/<name>`; give
-`run.tokens=...` more to go on further. Writes `metrics.jsonl` (one line a log or validation) and `curve.png` there.
+`run.tokens=...` more to go on further. Without a checkpoint, `run.restore=models/...` goes on from a model that the run
+released. Writes `metrics.jsonl` (one line a log or validation) and `curve.png` there.
 The loop itself is `train.loop`, the rows are `train.data`.
 """
 
@@ -17,8 +18,9 @@ from typing import Any
 
 from train.config import ConfigError, TrainConfig
 from train.curve import draw_curve
-from train.loop import check_fits, total_steps
-from train.metrics import read_metrics, truncate_metrics
+from train.loop import check_continues, check_fits, total_steps
+from train.metrics import METRICS_FILE, metrics_text, read_metrics, truncate_metrics
+from train.restore import restored_state
 from train.stage import load_tokenizer, load_tokens, progress, run_stage, start_ray
 
 STATE_FILE = "state.pt"
@@ -45,9 +47,13 @@ def _worker(settings: dict[str, Any]) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as directory:
             state = torch.load(Path(directory) / STATE_FILE, weights_only=True)
+    elif config.run.restore:
+        state = restored_state(config.run.restore, config, data)
     leader = ray.train.get_context().get_world_rank() == 0
     metrics, picture = config.metrics_path, config.metrics_path.with_name("curve.png")
     if leader:
+        if config.run.restore and not metrics.exists():
+            metrics.write_text(metrics_text(read_metrics(config.run.restore / METRICS_FILE)), encoding="utf-8")
         truncate_metrics(metrics, state["step"] if state else 0)
 
     def log(values: dict[str, Any]) -> None:
@@ -109,10 +115,12 @@ def run(config: TrainConfig) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    config = config.model_copy(update={"workdir": config.workdir.resolve(), "models_dir": config.models_dir.resolve()})
+    config = config.resolved()
     config.run_dir.mkdir(parents=True, exist_ok=True)
     # Errors of the settings belong here, not in a worker that Ray would start again.
     check_fits(config, data, config.run.workers)
+    if config.run.restore:
+        check_continues(restored_state(config.run.restore, config, data), config, data)
     start_ray(env_vars=KEEP_FREED_MEMORY)
     trainer = TorchTrainer(
         _worker,
