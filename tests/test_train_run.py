@@ -114,6 +114,27 @@ def test_a_run_whose_checkpoints_are_gone_goes_on_from_its_model(demo: Demo, tmp
     assert len(list(later.run_dir.glob("checkpoint_*/state.pt"))) == 1
 
 
+def test_a_run_without_ray_is_the_same_run(demo: Demo, tmp_path: Path):
+    """Its record, its resuming and its export; and neither command takes up what the other began."""
+    alone = Demo(tmp_path, demo.ray_tmpdir)
+    shutil.copytree(demo.directory / "tokens", tmp_path / "tokens")
+    shutil.copytree(demo.directory / "text", tmp_path / "text")
+    shutil.copy(demo.directory / "tokenizer.model", tmp_path)
+    settings = {"run.validate_every_steps": 20, "run.log_every_steps": 10, "run.threads": 1}
+    alone.run("alone", **settings, **{"run.tokens": 20 * 8 * 128, "run.constant_share": 1})
+    assert "step 40" in alone.run("alone", **settings, **{"run.tokens": 40 * 8 * 128, "run.constant_share": 1}).stdout
+    metrics = alone.metrics()
+    assert [line["step"] for line in metrics if "loss" in line] == [10, 20, 30, 40]
+    assert [line["step"] for line in metrics if "val_bpb" in line] == [20, 40]
+    for ours, theirs in zip(metrics[:1], demo.metrics()[:1], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)  # the same rows; their rate is constant yet
+    assert is_png(alone.run_dir / "curve.png")
+    alone.run("export", **{"export.formats": "[]"})
+    assert json.loads((alone.model_dir / "evaluation.json").read_text())["step"] == 40
+    assert "is a run of `python -m train.alone`: go on with that" in only_line_of_failure(alone, "run")
+    assert "is a run of `python -m train.run`: go on with that" in only_line_of_failure(demo, "alone")
+
+
 def is_png(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and path.stat().st_size > 5000
 

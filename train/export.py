@@ -42,10 +42,12 @@ Exporter = Callable[[Path, Path], None]  # a model directory, where to write
 
 
 def last_state(config: TrainConfig) -> dict[str, Any]:
-    """The newest checkpoint that Ray Train has put on record; raises ConfigError when there is none."""
+    """What the run saved last; raises ConfigError when there is nothing."""
+    require(config.run_dir, "train.run")
+    if (alone := config.run_dir / STATE_FILE).exists():
+        return torch.load(alone, weights_only=True, map_location="cpu")
     from ray.train import Result
 
-    require(config.run_dir, "train.run")
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells those who resume what a reader needn't know
     try:
         checkpoint = Result.from_path(str(config.run_dir.resolve())).checkpoint

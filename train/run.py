@@ -10,20 +10,18 @@ The loop itself is `train.loop`, the rows are `train.data`.
 
 from __future__ import annotations
 
-import json
 import tempfile
-import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from train.config import ConfigError, TrainConfig
-from train.curve import draw_curve
-from train.loop import check_continues, check_fits, total_steps
-from train.metrics import METRICS_FILE, metrics_text, read_metrics, truncate_metrics
+from train.loop import check_continues, check_fits
+from train.record import followed, recorded
 from train.restore import restored_state
-from train.stage import load_tokenizer, load_tokens, progress, run_stage, start_ray
+from train.stage import load_tokenizer, load_tokens, run_stage, start_ray
 
-STATE_FILE = "state.pt"
+STATE_FILE = "state.pt"  # in one of Ray Train's checkpoints, or in the directory of a run without Ray
 # glibc gives freed memory back to the kernel and takes it anew at every step, unless told otherwise: on machines where
 # fresh pages are slow to come, that takes longer than the arithmetic.
 KEEP_FREED_MEMORY = {
@@ -50,17 +48,6 @@ def _worker(settings: dict[str, Any]) -> None:
     elif config.run.restore:
         state = restored_state(config.run.restore, config, data)
     leader = ray.train.get_context().get_world_rank() == 0
-    metrics, picture = config.metrics_path, config.metrics_path.with_name("curve.png")
-    if leader:
-        if config.run.restore and not metrics.exists():
-            metrics.write_text(metrics_text(read_metrics(config.run.restore / METRICS_FILE)), encoding="utf-8")
-        truncate_metrics(metrics, state["step"] if state else 0)
-
-    def log(values: dict[str, Any]) -> None:
-        with metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-        if "val_bpb" in values:
-            draw_curve(read_metrics(metrics), picture)
 
     def save(values: dict[str, Any]) -> None:
         if not leader:
@@ -70,41 +57,17 @@ def _worker(settings: dict[str, Any]) -> None:
             torch.save(values, Path(directory) / STATE_FILE)
             ray.train.report({"step": values["step"]}, checkpoint=ray.train.Checkpoint.from_directory(directory))
 
-    try:
+    with recorded(config, state["step"] if state else 0) if leader else nullcontext(ignored) as log:
         train(config, data, tokenizer, log, save, state)
-    finally:
-        if leader and metrics.exists():
-            draw_curve(read_metrics(metrics), picture)
 
 
-def _follow(path: Path, config: TrainConfig, done: threading.Event) -> None:
-    """Show the run's progress from its metrics file until it is over; each validation is a line of its own."""
-    steps = total_steps(config.run, config.model_config_)
-    with progress("steps") as bar:
-        task = bar.add_task("training", total=steps)
-        position = 0
-        while True:
-            over = done.wait(1.0)
-            if path.exists():
-                position = min(position, path.stat().st_size)
-                with path.open(encoding="utf-8") as file:
-                    file.seek(position)
-                    lines = file.readlines()
-                    position = file.tell()
-                for line in lines:
-                    try:
-                        values = json.loads(line)
-                    except ValueError:
-                        continue
-                    if "val_bpb" in values:
-                        scores = "  ".join(f"{name} {score:.3f}" for name, score in values["val_bpb"].items())
-                        bar.console.print(f"step {values['step']}: bits per byte {scores}", markup=False)
-                        bar.console.print(f"  {values['sample']!r}", markup=False)
-                    else:
-                        text = f"loss {values['loss']:.3f}, {values['tokens_per_s']:,} tokens/s"
-                        bar.update(task, completed=values["step"], description=text)
-            if over:
-                return
+def ignored(values: dict[str, Any]) -> None:
+    """The lines of a rank that is not the first, which has none."""
+
+
+def has_checkpoints(config: TrainConfig) -> bool:
+    """Whether Ray Train has saved states of the run."""
+    return any(config.run_dir.glob("checkpoint_*"))
 
 
 def run(config: TrainConfig) -> None:
@@ -116,6 +79,10 @@ def run(config: TrainConfig) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = config.resolved()
+    if (config.run_dir / STATE_FILE).exists():
+        raise ConfigError(
+            f"{config.run_dir} is a run of `python -m train.alone`: go on with that, or take another name"
+        )
     config.run_dir.mkdir(parents=True, exist_ok=True)
     # Errors of the settings belong here, not in a worker that Ray would start again.
     check_fits(config, data, config.run.workers)
@@ -136,19 +103,14 @@ def run(config: TrainConfig) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
         ),
     )
-    done = threading.Event()
-    follower = threading.Thread(target=_follow, args=(config.metrics_path, config, done), daemon=True)
-    follower.start()
     try:
-        result = trainer.fit()
+        with followed(config):
+            result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         causes = getattr(error, "worker_failures", None) or {}
         cause = next(iter(causes.values()), error)
         cause = getattr(cause, "_base_exc", cause)  # without the worker's traceback
         raise ConfigError(f"training failed: {cause}") from error
-    finally:
-        done.set()
-        follower.join()
     print(
         f"{result.checkpoint.path if result.checkpoint else config.run_dir}: step {(result.metrics or {}).get('step')}"
     )

@@ -1,0 +1,85 @@
+"""What a run leaves for people while it trains: `metrics.jsonl`, its curve, and a progress bar that follows it.
+
+The lines are `train.loop`'s, and who runs the loop is `train.run`'s and `train.alone`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from train.config import TrainConfig
+from train.curve import draw_curve
+from train.loop import total_steps
+from train.metrics import METRICS_FILE, metrics_text, read_metrics, truncate_metrics
+from train.stage import progress
+
+
+@contextmanager
+def recorded(config: TrainConfig, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Gives the function that takes the lines of a run that goes on after `step`; draws the curve as they come.
+
+    Where there is no record of the run, that of the model it goes on from is taken up.
+    """
+    metrics, picture = config.metrics_path, config.metrics_path.with_name("curve.png")
+    if config.run.restore and not metrics.exists():
+        metrics.write_text(metrics_text(read_metrics(config.run.restore / METRICS_FILE)), encoding="utf-8")
+    truncate_metrics(metrics, step)
+
+    def log(values: dict[str, Any]) -> None:
+        with metrics.open("a", encoding="utf-8") as file:
+            file.write(metrics_text([values]))
+        if "val_bpb" in values:
+            draw_curve(read_metrics(metrics), picture)
+
+    try:
+        yield log
+    finally:
+        if metrics.exists():
+            draw_curve(read_metrics(metrics), picture)
+
+
+@contextmanager
+def followed(config: TrainConfig) -> Iterator[None]:
+    """Shows the progress of a run from its metrics file, whichever process writes it, until the block is left."""
+    done = threading.Event()
+    follower = threading.Thread(target=_follow, args=(config, done), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        done.set()
+        follower.join()
+
+
+def _follow(config: TrainConfig, done: threading.Event) -> None:
+    """Each validation is a line of its own."""
+    path, steps = config.metrics_path, total_steps(config.run, config.model_config_)
+    with progress("steps") as bar:
+        task = bar.add_task("training", total=steps)
+        position = 0
+        while True:
+            over = done.wait(1.0)
+            if path.exists():
+                position = min(position, path.stat().st_size)
+                with path.open(encoding="utf-8") as file:
+                    file.seek(position)
+                    lines = file.readlines()
+                    position = file.tell()
+                for line in lines:
+                    try:
+                        values = json.loads(line)
+                    except ValueError:
+                        continue
+                    if "val_bpb" in values:
+                        scores = "  ".join(f"{name} {score:.3f}" for name, score in values["val_bpb"].items())
+                        bar.console.print(f"step {values['step']}: bits per byte {scores}", markup=False)
+                        bar.console.print(f"  {values['sample']!r}", markup=False)
+                    else:
+                        text = f"loss {values['loss']:.3f}, {values['tokens_per_s']:,} tokens/s"
+                        bar.update(task, completed=values["step"], description=text)
+            if over:
+                return
