@@ -14,7 +14,7 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError, save_model
 from train.config import ConfigError, TrainConfig
 from train.export import averaged_tensors
-from train.loop import lr_factor, train
+from train.loop import check_continues, lr_factor, train
 from train.restore import restored_state
 from train.stage import load_tokens
 
@@ -63,6 +63,9 @@ def released(config: TrainConfig, first: tuple[dict, list[dict]], tmp_path: Path
         "tokens_by_collection": state["tokens_by_collection"],
         "training_wall_s": state["wall_s"],
         "training_machine": "an abacus",
+        "seed": config.seed,
+        "optimizer": "muon",
+        "text_sha256": state["text_sha256"],
     }
     save_model(
         tmp_path / "model",
@@ -93,7 +96,7 @@ def test_a_run_goes_on_where_its_released_model_ended(config: TrainConfig, first
     assert more[-1]["val_bpb"]["stories"] < lines[-1]["val_bpb"]["stories"]
     assert last["tokens_by_collection"] == {"stories": 2 * STEPS * ROW_TOKENS}
     assert last["wall_s"] > state["wall_s"]
-    assert re.match(r"an abacus, then \d threads? of ", last["machine"])
+    assert re.match(r"an abacus, then \d+ threads? of ", last["machine"])
     again, _ = run_on(longer(config, tokens=3 * STEPS * ROW_TOKENS), last)
     assert again["machine"] == last["machine"]  # and not named once more
 
@@ -109,6 +112,23 @@ def test_a_run_that_it_is_not_of_is_named(config: TrainConfig, released: Path, r
     config = longer(config, **run)
     with pytest.raises(ConfigError, match=error):
         restored_state(released, config, load_tokens(config))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "error"),
+    [
+        ({"text_sha256": "0" * 64}, "was trained on other text"),
+        ({"seed": 2}, "seed is 1, but the checkpoint was trained with 2"),
+        ({"optimizer": "adamw"}, "run.optimizer is 'muon', but the checkpoint was trained with 'adamw'"),
+        ({"tokens_by_collection": {"stories": 7}}, "not the mixture that the checkpoint saw"),
+    ],
+)
+def test_a_run_that_began_otherwise_is_refused(config: TrainConfig, released: Path, recorded: dict, error: str):
+    path = released / "evaluation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **recorded}))
+    config = longer(config)
+    with pytest.raises(ConfigError, match=error):
+        check_continues(restored_state(released, config, load_tokens(config)), config, load_tokens(config))
 
 
 def test_another_shape_is_refused(config: TrainConfig, released: Path):

@@ -23,7 +23,7 @@ from tinylm import LLM, SamplingParams
 from tinylm.tokenizer import Tokenizer
 from train.card import attribution_page
 from train.config import load_config
-from train.metrics import metrics_text, read_metrics, truncate_metrics
+from train.metrics import read_metrics, write_metrics
 from train.prompts import load_prompts
 
 SECONDS_TO_WAIT = 400
@@ -82,8 +82,7 @@ def test_a_killed_runs_metrics_are_read_up_to_its_checkpoint(tmp_path: Path):
     path.write_text('{"step": 10, "loss": 3}\n{"step": 20, "loss": 2}\n{"step": 30, "lo', encoding="utf-8")
     assert [values["step"] for values in read_metrics(path)] == [10, 20]
     assert [values["step"] for values in read_metrics(path, up_to_step=10)] == [10]
-    assert metrics_text(read_metrics(path)) == '{"step": 10, "loss": 3}\n{"step": 20, "loss": 2}\n'
-    truncate_metrics(path, 10)
+    write_metrics(path, read_metrics(path, up_to_step=10))
     assert path.read_text(encoding="utf-8") == '{"step": 10, "loss": 3}\n'
     assert read_metrics(tmp_path / "none.jsonl") == []
 
@@ -103,15 +102,25 @@ def test_a_model_is_not_judged_on_other_text_than_it_was_kept_from(demo: Demo, t
 def test_a_run_whose_checkpoints_are_gone_goes_on_from_its_model(demo: Demo, tmp_path: Path):
     """By its command, with two workers, up to the whole record of the run."""
     later = Demo(tmp_path, demo.ray_tmpdir)
-    shutil.copytree(demo.directory / "tokens", tmp_path / "tokens")
+    for name in ("tokens", "text"):
+        shutil.copytree(demo.directory / name, tmp_path / name)
     shutil.copy(demo.directory / "tokenizer.model", tmp_path)
-    settings = {"run.tokens": (STEPS + 20) * 8 * 128, "run.workers": 2, "run.micro_rows": 4, "run.threads": 1}
+    settings = {"run.workers": 2, "run.micro_rows": 4, "run.bfloat16": "true", "run.dropout": 0.1}
+    settings["run.tokens"] = (STEPS + 20) * 8 * 128
     later.run("run", **{"run.restore": demo.model_dir, **settings})
     metrics = later.metrics()
     assert metrics[: len(demo.metrics())] == demo.metrics()
     assert [line["step"] for line in metrics if "loss" in line][-3:] == [STEPS, STEPS + 10, STEPS + 20]
     assert metrics[-1]["wall_s"] > demo.metrics()[-1]["wall_s"]
-    assert len(list(later.run_dir.glob("checkpoint_*/state.pt"))) == 1
+    # The same again goes on from the checkpoint, though the model is gone; and nothing does without the checkpoints.
+    more = {**settings, "run.tokens": (STEPS + 30) * 8 * 128, "run.restore": tmp_path / "gone"}
+    later.run("run", **more)
+    assert later.metrics()[: len(metrics)] == metrics
+    assert later.metrics()[-1]["step"] == STEPS + 30
+    for checkpoint in later.run_dir.glob("checkpoint_*/state.pt"):
+        checkpoint.unlink()
+    for stage, message in (("run", "are gone: remove that directory"), ("export", "holds no checkpoint")):
+        assert message in only_line_of_failure(later, stage, **more)
 
 
 def test_a_run_without_ray_is_the_same_run(demo: Demo, tmp_path: Path):
@@ -120,14 +129,15 @@ def test_a_run_without_ray_is_the_same_run(demo: Demo, tmp_path: Path):
     shutil.copytree(demo.directory / "tokens", tmp_path / "tokens")
     shutil.copytree(demo.directory / "text", tmp_path / "text")
     shutil.copy(demo.directory / "tokenizer.model", tmp_path)
-    settings = {"run.validate_every_steps": 20, "run.log_every_steps": 10, "run.threads": 1}
-    alone.run("alone", **settings, **{"run.tokens": 20 * 8 * 128, "run.constant_share": 1})
-    assert "step 40" in alone.run("alone", **settings, **{"run.tokens": 40 * 8 * 128, "run.constant_share": 1}).stdout
+    settings = {"run.validate_every_steps": 20, "run.constant_share": 1}
+    alone.run("alone", **settings, **{"run.tokens": 20 * 8 * 128})
+    assert "step 40" in alone.run("alone", **settings, **{"run.tokens": 40 * 8 * 128}).stdout
     metrics = alone.metrics()
     assert [line["step"] for line in metrics if "loss" in line] == [10, 20, 30, 40]
     assert [line["step"] for line in metrics if "val_bpb" in line] == [20, 40]
-    for ours, theirs in zip(metrics[:1], demo.metrics()[:1], strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)  # the same rows; their rate is constant yet
+    # The same rows by the same rates, which are constant yet in both.
+    of_both = [[line["loss"] for line in lines if "loss" in line][:4] for lines in (metrics, demo.metrics())]
+    assert of_both[0] == pytest.approx(of_both[1], abs=1e-3)
     assert is_png(alone.run_dir / "curve.png")
     alone.run("export", **{"export.formats": "[]"})
     assert json.loads((alone.model_dir / "evaluation.json").read_text())["step"] == 40
@@ -163,6 +173,7 @@ def test_the_model_directory_tells_people_what_it_is(demo: Demo):
     assert f"| demo | {evaluation['collections']['demo']['documents']} |" in card
     assert f"{score:.4f}" in card
     assert "the whole of the planned run" in card
+    assert "the record of what came before was not kept" not in card
     for linked in ("curve.png", "ATTRIBUTION.md", "samples.md", "prompts.md", "evaluation.json"):
         assert linked in card
         assert (demo.model_dir / linked).is_file()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,7 @@ def command_env(ray_tmpdir: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # on every machine the same arithmetic
     }
 
 
@@ -153,7 +155,8 @@ def train_rank(rank: int, world: int, settings: dict, directory: str) -> None:
     from train.stage import load_tokens
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=world)
+    timeout = timedelta(seconds=60)  # of ranks that don't meet
+    dist.init_process_group("gloo", f"file://{directory}/meet", timeout=timeout, rank=rank, world_size=world)
     try:
         config = TrainConfig.model_validate(settings)
         data = load_tokens(config)

@@ -2,8 +2,9 @@
 
     python -m train.alone [--config configs/train.yaml] [KEY=VALUE ...]
 
-It reads what `train.run` reads, sees the same rows, and leaves the same record; `run.workers` and `run.threads` don't
-count. Started again, it goes on from `<workdir>/runs/<name>/state.pt`. A run belongs to the command that began it.
+It reads what `train.run` reads, sees the same rows, and leaves the same record; what `run` says of workers, threads and
+kept checkpoints doesn't count. Started again, it goes on from `<workdir>/runs/<name>/state.pt`. A run belongs to the
+command that began it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from train.config import ConfigError, TrainConfig
-from train.loop import train
+from train.loop import check_continues, check_fits, train
 from train.record import followed, recorded
 from train.restore import restored_state
 from train.run import STATE_FILE, has_checkpoints
@@ -25,13 +26,16 @@ def run_alone(config: TrainConfig) -> None:
     data, tokenizer = load_tokens(config), load_tokenizer(config)
     if has_checkpoints(config):
         raise ConfigError(f"{config.run_dir} is a run of `python -m train.run`: go on with that, or use another name")
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     path = config.run_dir / STATE_FILE
-    state = None
+    state = released = None
     if path.exists():
         state = torch.load(path, weights_only=True, map_location="cpu")
-    elif config.run.restore:
-        state = restored_state(config.run.restore, config, data)
+    elif released := config.run.restore:
+        state = restored_state(released, config, data)
+    check_fits(config, data, 1)
+    if state is not None:
+        check_continues(state, config, data)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
 
     def save(values: dict[str, Any]) -> None:
         partial = path.with_suffix(".partial")
@@ -39,8 +43,11 @@ def run_alone(config: TrainConfig) -> None:
         partial.replace(path)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with recorded(config, state["step"] if state else 0) as log, followed(config):
-        train(config, data, tokenizer, log, save, state, device)
+    with recorded(config, state["step"] if state else 0, released) as log, followed(config):
+        try:
+            train(config, data, tokenizer, log, save, state, device)
+        except torch.OutOfMemoryError:
+            raise ConfigError(f"run.micro_rows is {config.run.micro_rows}: too many for the GPU's memory") from None
     print(f"{path}: step {torch.load(path, weights_only=True, map_location='cpu')['step']}")
 
 

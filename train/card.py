@@ -38,7 +38,7 @@ made up. Its older sources are books of 1840-1925 and carry the views of their t
 on {evaluation["training_machine"]}. The weights are the running average that training keeps.
 
 ![loss curve](curve.png)
-
+{_where_the_record_begins(evaluation)}
 ## Held-out text
 Bits per byte of documents from sources (books, or single stories) that it was not trained on, measured by TinyLM's
 engine when the model was exported (`evaluation.json`). Of long documents, stretches were drawn. The interval comes from
@@ -61,6 +61,14 @@ what the model repeats.
 [samples.md](samples.md) holds what the model wrote, unedited, and [prompts.md](prompts.md) what it made of prompts that
 stay the same from model to model.
 """
+
+
+def _where_the_record_begins(evaluation: dict) -> str:
+    """A sentence where the curve is not of the whole run."""
+    begins = evaluation["recorded_from_tokens"] or 0
+    if begins <= 0.01 * evaluation["tokens_seen"]:
+        return ""
+    return f"\nIt begins at {begins / 1e6:.1f} million tokens: the record of what came before was not kept.\n"
 
 
 def _held_out_table(evaluation: dict) -> str:

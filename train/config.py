@@ -89,7 +89,7 @@ class Run(_Section):
     adamw_lr: float = Field(default=3e-3, gt=0)
     adamw_betas: tuple[Beta, Beta] = (0.9, 0.98)
     weight_decay: float = Field(default=0.02, ge=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # for text that is gone through many times
+    dropout: float = Field(default=0.0, ge=0, le=0.9)  # in steps of 1/256; for text that is gone through many times
     grad_clip: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
     constant_share: float = Field(default=0.4, ge=0, le=1)  # of the steps, before the linear decay begins
@@ -104,7 +104,7 @@ class Run(_Section):
     workers: int = Field(default=1, ge=1)
     threads: int = Field(default=2, ge=1)  # of one worker
     bfloat16: bool = False  # matrix products in it, as always on a GPU: faster on a CPU that has AVX512-BF16 or AMX
-    compile: bool = False  # the forward and backward pass, by torch.compile: a minute at the start, and a C++ compiler
+    compile: bool = False  # the model's blocks, by torch.compile: half a minute at the start, and a C++ compiler
     max_failures: int = Field(default=3, ge=0)  # of a worker, before the run gives up
     sample_prompt: str = "Once upon a time"
 

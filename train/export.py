@@ -35,7 +35,7 @@ from train.generated import judge, training_words, write_stories
 from train.loop import check_state
 from train.metrics import METRICS_FILE, metrics_text, read_metrics
 from train.prompts import answer, load_prompts
-from train.run import STATE_FILE
+from train.run import STATE_FILE, has_checkpoints
 from train.stage import load_tokenizer, load_tokens, require, run_stage
 
 Exporter = Callable[[Path, Path], None]  # a model directory, where to write
@@ -46,6 +46,8 @@ def last_state(config: TrainConfig) -> dict[str, Any]:
     require(config.run_dir, "train.run")
     if (alone := config.run_dir / STATE_FILE).exists():
         return torch.load(alone, weights_only=True, map_location="cpu")
+    if not has_checkpoints(config):
+        raise ConfigError(f"{config.run_dir} holds no checkpoint: run `python -m train.run` first")
     from ray.train import Result
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells those who resume what a reader needn't know
@@ -118,6 +120,10 @@ def export(config: TrainConfig) -> None:
         "tokens_by_collection": state["tokens_by_collection"],
         "training_wall_s": round(state["wall_s"], 1),
         "training_machine": state["machine"],
+        "recorded_from_tokens": lines[0]["tokens"] if lines else None,
+        "seed": config.seed,
+        "optimizer": run["optimizer"],
+        "text_sha256": state["text_sha256"],
         "arithmetic": model.arithmetic,
         "collections": {name: summary(scores) for name, scores in served.items()},
         "float32_bits_per_byte": {name: per_byte(scores) for name, scores in exact.items()},

@@ -143,6 +143,8 @@ def check_continues(state: dict[str, Any], config: TrainConfig, data: TokenData)
     The learning rates, the schedule, dropout and the mixture from here on may change.
     """
     check_state(state, config, data)
+    if "begun_at" not in state:
+        raise ConfigError("the checkpoint is of an earlier TinyLM, with other rows: remove the run's directory")
     before = state["config"]
     for key, saved, value in (
         ("run.optimizer", before["run"]["optimizer"], config.run.optimizer),
@@ -190,8 +192,8 @@ def train(
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         step, begun_at, wall_before = state["step"], state["begun_at"], state["wall_s"]
-        if not state["machine"].endswith(machine):
-            machine = f"{state['machine']}, then {machine}"
+        last = state["machine"].split(", then ")[-1]
+        machine = state["machine"] if last == machine else f"{state['machine']}, then {machine}"
     wrapped: nn.Module = model
     no_sync: Callable[[], AbstractContextManager] = nullcontext
     if world > 1:

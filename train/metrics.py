@@ -16,9 +16,13 @@ METRICS_FILE = "metrics.jsonl"  # in a run's directory, and in that of the model
 
 def read_metrics(path: Path, up_to_step: float = float("inf")) -> list[dict[str, Any]]:
     """The whole lines of the steps so far, in their order; none when there is no such file."""
-    if not path.exists():
-        return []
-    return [values for _, values in _whole_lines(path) if values["step"] <= up_to_step]
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # cut off as the run was killed
+            continue
+    return [values for values in lines if values["step"] <= up_to_step]
 
 
 def metrics_text(lines: Iterable[dict[str, Any]]) -> str:
@@ -26,20 +30,8 @@ def metrics_text(lines: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(values) + "\n" for values in lines)
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop lines of steps after the checkpoint that a run goes on from: they will be written again."""
-    if path.exists():
-        kept = [line for line, values in _whole_lines(path) if values["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
-
-
-def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append((line, json.loads(line)))
-        except ValueError:  # cut off as the run was killed
-            continue
-    return lines
+def write_metrics(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """In place of what is there, at once."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(metrics_text(lines), encoding="utf-8")
+    partial.replace(path)

@@ -32,13 +32,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v over each token and those before it; all of them (B, heads, T, head_dim).
+    """softmax(q k^T / sqrt(head_dim)) v over each token and those before it; all of them (B, heads, T, head_dim)."""
+    if q.is_cpu and torch.compiler.is_compiling():
+        return attention_in_blocks(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    On a CPU in blocks of queries against the keys up to them: compiled, these matmuls and their gradients take a third
-    of the time of PyTorch's own function.
+
+def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same, block by block of queries against the keys up to them.
+
+    Compiled for a CPU, these matmuls and their gradients take a third of the time of PyTorch's own function.
     """
-    if not q.is_cpu:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     q = q * q.shape[-1] ** -0.5
     attended = []
     for start in range(0, q.shape[2], QUERY_BLOCK):
@@ -52,25 +56,29 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form (Hendrycks & Gimpel 2016), by (1 + tanh y) / 2 = sigmoid(2 y): compiled, half the time."""
+    """GELU in its tanh form (Hendrycks & Gimpel 2016), compiled by (1 + tanh y) / 2 = sigmoid(2 y): half the time."""
+    return gelu_by_sigmoid(x) if torch.compiler.is_compiling() else F.gelu(x, approximate="tanh")
+
+
+def gelu_by_sigmoid(x: Tensor) -> Tensor:
     return x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
 
 
-def draw_kept(shape: tuple[int, ...], dropout: float, device: torch.device) -> Tensor:
-    """bool of that shape, False for a share of `dropout`, in steps of 1 / 256: a byte of PyTorch's generator decides.
+def draw_kept(shape: tuple[int, ...], dropped: int, device: torch.device) -> Tensor:
+    """bool of that shape, False for `dropped` in 256: a byte of PyTorch's generator decides.
 
     Eight bytes a draw, and not in compiled code, which draws by element: that takes a sixth of a step on a CPU.
     """
     n = math.prod(shape)
     words = torch.empty(-(-n // 8), dtype=torch.int64, device=device).random_(-(2**63), None)
-    return words.view(torch.uint8)[:n].view(shape) >= round(dropout * BYTE)
+    return words.view(torch.uint8)[:n].view(shape) >= dropped
 
 
-def drop(x: Tensor, dropout: float, kept: Tensor | None) -> Tensor:
-    """Dropout (Srivastava et al. 2014): x where it is kept, scaled to make up for the rest; x itself for None."""
+def drop(x: Tensor, dropped: int, kept: Tensor | None) -> Tensor:
+    """Dropout (Srivastava et al. 2014) of `dropped` in 256: x where kept, scaled to make up for the rest; None: x."""
     if kept is None:
         return x
-    return torch.where(kept, x * (BYTE / (BYTE - round(dropout * BYTE))), 0.0)
+    return torch.where(kept, x * (BYTE / (BYTE - dropped)), 0.0)
 
 
 class RMSNorm(nn.Module):
@@ -120,19 +128,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A layer: attention and MLP, each added to its own input and fed with it normalized (pre-norm)."""
 
-    def __init__(self, config: ModelConfig, dropout: float) -> None:
+    def __init__(self, config: ModelConfig, dropped: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
-        self.dropout = dropout
+        self.dropped = dropped
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kept: Tensor | None) -> Tensor:
         """kept: (2, B, T, hidden) what dropout keeps of both, or None for all."""
         of_attention, of_mlp = (None, None) if kept is None else kept
-        x = x + drop(self.self_attn(self.input_layernorm(x), cos, sin), self.dropout, of_attention)
-        return x + drop(self.mlp(self.post_attention_layernorm(x)), self.dropout, of_mlp)
+        x = x + drop(self.self_attn(self.input_layernorm(x), cos, sin), self.dropped, of_attention)
+        return x + drop(self.mlp(self.post_attention_layernorm(x)), self.dropped, of_mlp)
 
 
 class Transformer(nn.Module):
@@ -141,11 +149,11 @@ class Transformer(nn.Module):
     cos: Tensor  # (context, head_dim), a buffer
     sin: Tensor
 
-    def __init__(self, config: ModelConfig, dropout: float) -> None:
+    def __init__(self, config: ModelConfig, dropped: int) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.dropout = dropout
-        self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.n_layers))
+        self.dropped = dropped
+        self.layers = nn.ModuleList(Block(config, dropped) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         cos, sin = rope_tables(config)
         self.register_buffer("cos", cos, persistent=False)
@@ -153,26 +161,26 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)  # (B, T, hidden)
-        x = drop(x, self.dropout, self._kept(x.shape, x.device))
+        x = drop(x, self.dropped, self._kept(x.shape, x.device))
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for layer in self.layers:
             x = layer(x, cos, sin, self._kept((2, *x.shape), x.device))
         return self.norm(x)
 
     def _kept(self, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-        return draw_kept(shape, self.dropout, device) if self.training and self.dropout else None
+        return draw_kept(shape, self.dropped, device) if self.training and self.dropped else None
 
 
 class GPT(nn.Module):
     """ids (B, T) -> logits (B, T, vocab); the output shares the embedding's weight.
 
-    dropout: the share of the embedding's and each branch's outputs that training leaves out (Srivastava et al. 2014).
+    dropout: the share of the embedding's and each branch's outputs that training leaves out, in steps of 1 / 256.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        self.model = Transformer(config, dropout)
+        self.model = Transformer(config, round(dropout * BYTE))
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:

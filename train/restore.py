@@ -1,16 +1,16 @@
 """A released model as a checkpoint of its run, for going on when the run's own checkpoints are gone.
 
-Steps, tokens and time are those of its `evaluation.json`, the weights those that it was released with, so in int8. The
-optimizers begin anew. Everything that a checkpoint is held against, `train.loop` checks.
+Steps, tokens, time, seed, optimizer and text are those of its `evaluation.json`, the weights those that it was released
+with, so in int8. The optimizers begin anew. Everything that a checkpoint is held against, `train.loop` checks.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch.optim.swa_utils import AveragedModel
 
 from tinylm.weights import as_float32, load_model
@@ -19,6 +19,19 @@ from train.data import TokenData
 from train.loop import make_optimizers, total_steps
 from train.model import GPT
 from train.stage import file_sha256
+
+
+class Record(BaseModel):
+    """What `evaluation.json` says of the run that a model is from."""
+
+    step: int
+    tokens_seen: int
+    tokens_by_collection: dict[str, int]
+    training_wall_s: float
+    training_machine: str
+    seed: int
+    optimizer: str
+    text_sha256: str
 
 
 def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dict[str, Any]:
@@ -37,13 +50,14 @@ def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dic
         )
     path = directory / "evaluation.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        step, tokens, wall_s, machine, seen = (
-            record[key]
-            for key in ("step", "tokens_seen", "training_wall_s", "training_machine", "tokens_by_collection")
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"run.restore: {path} is not the record of a run: {error!r}") from None
+        record = Record.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"run.restore: {path} is not the record of a run: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its text"
+        raise ConfigError(f"run.restore: {path} is not the record of a run: {where}: {first['msg']}") from None
+    step, tokens = record.step, record.tokens_seen
     if tokens != step * config.run.batch_rows * shape.context:
         raise ConfigError(
             f"run.batch_rows is {config.run.batch_rows}, but {directory} saw its {tokens:,} tokens in {step:,} steps"
@@ -52,18 +66,22 @@ def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dic
         raise ConfigError(
             f"run.tokens is {config.run.tokens:,}, but {directory} has seen {tokens:,} already: give more to go on"
         )
+    settings = config.model_dump(mode="json")
+    settings["seed"], settings["run"]["optimizer"] = record.seed, record.optimizer
     model = GPT(shape)
     model.load_state_dict({name: torch.from_numpy(as_float32(tensor).copy()) for name, tensor in tensors.items()})
+    averaged = AveragedModel(model)
+    averaged.n_averaged.fill_(step)
     return {
         "step": step,
         "begun_at": step,
-        "wall_s": wall_s,
+        "wall_s": record.training_wall_s,
         "model": model.state_dict(),
-        "averaged": AveragedModel(model).state_dict(),
+        "averaged": averaged.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in make_optimizers(model, config.run)],
-        "machine": machine,
+        "machine": record.training_machine,
         "tokenizer_sha256": data.tokenizer_sha256,
-        "text_sha256": data.text_sha256,
-        "tokens_by_collection": {name: seen.get(name, 0) for name in data.mixture.names},
-        "config": config.model_dump(mode="json"),
+        "text_sha256": record.text_sha256,
+        "tokens_by_collection": {name: record.tokens_by_collection.get(name, 0) for name in data.mixture.names},
+        "config": settings,
     }

@@ -22,6 +22,7 @@ from train.restore import restored_state
 from train.stage import load_tokenizer, load_tokens, run_stage, start_ray
 
 STATE_FILE = "state.pt"  # in one of Ray Train's checkpoints, or in the directory of a run without Ray
+RAY_RECORD = "checkpoint_manager_snapshot.json"  # where Ray Train keeps which checkpoints there are
 # glibc gives freed memory back to the kernel and takes it anew at every step, unless told otherwise: on machines where
 # fresh pages are slow to come, that takes longer than the arithmetic.
 KEEP_FREED_MEMORY = {
@@ -41,12 +42,12 @@ def _worker(settings: dict[str, Any]) -> None:
     config = TrainConfig.model_validate(settings)
     torch.set_num_threads(config.run.threads)
     tokenizer, data = load_tokenizer(config), load_tokens(config)
-    state = None
+    state = released = None
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as directory:
             state = torch.load(Path(directory) / STATE_FILE, weights_only=True)
-    elif config.run.restore:
-        state = restored_state(config.run.restore, config, data)
+    elif released := config.run.restore:
+        state = restored_state(released, config, data)
     leader = ray.train.get_context().get_world_rank() == 0
 
     def save(values: dict[str, Any]) -> None:
@@ -57,17 +58,14 @@ def _worker(settings: dict[str, Any]) -> None:
             torch.save(values, Path(directory) / STATE_FILE)
             ray.train.report({"step": values["step"]}, checkpoint=ray.train.Checkpoint.from_directory(directory))
 
-    with recorded(config, state["step"] if state else 0) if leader else nullcontext(ignored) as log:
+    step = state["step"] if state else 0
+    with recorded(config, step, released) if leader else nullcontext(print) as log:  # only the leader's loop logs
         train(config, data, tokenizer, log, save, state)
 
 
-def ignored(values: dict[str, Any]) -> None:
-    """The lines of a rank that is not the first, which has none."""
-
-
 def has_checkpoints(config: TrainConfig) -> bool:
-    """Whether Ray Train has saved states of the run."""
-    return any(config.run_dir.glob("checkpoint_*"))
+    """Whether Ray Train has saved states of the run, and they are still there."""
+    return any(config.run_dir.glob(f"checkpoint_*/{STATE_FILE}"))
 
 
 def run(config: TrainConfig) -> None:
@@ -86,7 +84,10 @@ def run(config: TrainConfig) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     # Errors of the settings belong here, not in a worker that Ray would start again.
     check_fits(config, data, config.run.workers)
-    if config.run.restore:
+    saved = has_checkpoints(config)
+    if not saved and (config.run_dir / RAY_RECORD).exists():
+        raise ConfigError(f"the checkpoints of {config.run_dir} are gone: remove that directory to begin anew")
+    if config.run.restore and not saved:
         check_continues(restored_state(config.run.restore, config, data), config, data)
     start_ray(env_vars=KEEP_FREED_MEMORY)
     trainer = TorchTrainer(
