@@ -100,6 +100,8 @@ def test_overrides_leave_the_rest_alone(path: Path):
         ("seed=1e20", "seed"),
         ("run.adamw_betas=[1.5, 0.9]", "run.adamw_betas.0"),
         ("run.muon_lr=inf", "run.muon_lr"),
+        ("run.dropout=0.95", "run.dropout"),
+        ("run.dropout={nothing: 0.1}", "run.dropout: 'nothing' is not among the collections"),
         ("prepare.collections.0.weight=inf", "prepare.collections.0.weight"),
         ("model.vocab_size=100000", "model.vocab_size is 100000"),
         ("model.context=1", "model.context is 1"),

@@ -176,6 +176,7 @@ def test_phases_change_the_weights_and_leave_nothing_out(tokens_dir: Path):
     first_phase = Counter(map(collection_of, rows[700:1300]))
     assert first_phase["little"] > 0.8 * 600
     assert set(first_phase) == {"much", "little"}
+    assert data.mixture.collections(0, 2400) == [collection_of(row) for row in rows]
     for name in MARKS:
         own = [row.tolist() for row in rows if collection_of(row) == name]
         assert own == own_rows(tokens_dir, name, len(own))

@@ -20,7 +20,7 @@ from train.data import TokenData
 from train.evaluate import make_runner, score_document, windows
 from train.export import averaged_tensors
 from train.loop import bits_per_byte, lr_factor, total_steps, train
-from train.model import GPT, attention_in_blocks, draw_kept, drop, gelu_by_sigmoid
+from train.model import GPT, attention_in_blocks, dropout_noise, gelu_by_sigmoid
 from train.muon import Muon, orthogonalize
 from train.stage import load_tokens
 
@@ -142,34 +142,34 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(config: TrainConfig, unb
     assert losses(lines) == losses(unbroken[1])[step:]
 
 
-def test_dropout_is_for_training_alone():
-    """With dropout each pass differs, but for a model that is to be judged."""
-    ids = torch.arange(64)[None] % 50
-    model = GPT(ModelConfig(n_layers=2, vocab_size=400), dropout=0.3)
+def test_each_row_has_its_own_dropout():
+    """A row without any is what it is in a model that is judged; the others differ from pass to pass."""
+    ids = torch.arange(64)[None].expand(3, -1) % 50
+    model = GPT(ModelConfig(n_layers=2, vocab_size=400))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
-        assert not torch.equal(model(ids), model(ids))
-        plain = GPT(ModelConfig(n_layers=2, vocab_size=400))
-        plain.load_state_dict(model.state_dict())
-        assert torch.equal(model.eval()(ids), plain(ids))
+        one, two = (model(ids, torch.tensor([0.3, 0.0, 0.1])) for _ in range(2))
+        plain = model(ids)
+    torch.testing.assert_close(one[1], plain[1], atol=1e-5, rtol=0)
+    for row, least in ((0, 0.1), (2, 0.01)):
+        assert (one[row] - two[row]).abs().mean() > least * plain[row].std()
+        assert (one[row] - plain[row]).abs().mean() > least * plain[row].std()
 
 
-@pytest.mark.parametrize("dropout", [0.1, 0.5])
-def test_dropout_keeps_its_share_and_the_mean(dropout: float):
+def test_dropout_leaves_out_its_share_and_keeps_the_mean():
     torch.manual_seed(1)
-    x = torch.full((3, 100, 111), 2.0)  # no multiple of eight elements
-    dropped = round(dropout * 256)
-    share = dropped / 256
-    kept, again = (draw_kept(tuple(x.shape), dropped, x.device) for _ in range(2))
-    assert not torch.equal(kept, again)
-    for drawn in (kept, again):
-        deviation = (share * (1 - share) / drawn.numel()) ** 0.5
-        assert abs(1 - drawn.float().mean() - share) < 5 * deviation
-    assert (drop(x, dropped, kept) == torch.where(kept, 2 / (1 - share), 0.0)).all()
-    neighbours = (kept[..., 1:] == kept[..., :-1]).float().mean()  # independent, also within a draw of eight bytes
-    assert abs(neighbours - (share**2 + (1 - share) ** 2)) < 0.02
-    assert drop(x, dropped, None) is x
+    shares = torch.tensor([0.1, 0.5, 0.0])
+    noises = [dropout_noise((2, 3, 100, 111), shares) for _ in range(2)]  # no multiple of eight elements
+    assert not torch.equal(*noises)
+    for noise in noises:
+        for row, share in enumerate(round(float(share) * 256) / 256 for share in shares):
+            of_row = noise[:, row]
+            zero = (of_row == 0).float()
+            assert abs(zero.mean() - share) <= 5 * (share * (1 - share) / of_row.numel()) ** 0.5
+            assert of_row[of_row != 0].unique().tolist() == pytest.approx([1 / (1 - share)])
+            neighbours = (zero[..., 1:] == zero[..., :-1]).float().mean()  # independent, also within a draw of eight
+            assert abs(neighbours - (share**2 + (1 - share) ** 2)) < 0.02
 
 
 def test_gelu_is_its_tanh_form():

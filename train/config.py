@@ -74,6 +74,7 @@ class Phase(_Section):
     weights: dict[str, float]  # by collection, in place of theirs; one that is not named has none
 
 
+DropoutShare = Annotated[float, Field(ge=0, le=0.9)]  # in steps of 1/256
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -89,7 +90,7 @@ class Run(_Section):
     adamw_lr: float = Field(default=3e-3, gt=0)
     adamw_betas: tuple[Beta, Beta] = (0.9, 0.98)
     weight_decay: float = Field(default=0.02, ge=0)
-    dropout: float = Field(default=0.0, ge=0, le=0.9)  # in steps of 1/256; for text that is gone through many times
+    dropout: DropoutShare | dict[str, DropoutShare] = 0.0  # or by collection: for text that is gone through many times
     grad_clip: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
     constant_share: float = Field(default=0.4, ge=0, le=1)  # of the steps, before the linear decay begins
@@ -107,6 +108,10 @@ class Run(_Section):
     compile: bool = False  # the model's blocks, by torch.compile: half a minute at the start, and a C++ compiler
     max_failures: int = Field(default=3, ge=0)  # of a worker, before the run gives up
     sample_prompt: str = "Once upon a time"
+
+    def dropout_of(self, collection: str) -> float:
+        """One that is not named has none."""
+        return self.dropout.get(collection, 0.0) if isinstance(self.dropout, dict) else self.dropout
 
 
 class Export(_Section):
@@ -201,6 +206,13 @@ class TrainConfig(_Section):
                 )
             if min(phase.weights.values(), default=0.0) < 0 or not any(phase.weights.values()):
                 raise ValueError(f"run.phases: weights are {phase.weights}: none below 0, and one above")
+        return self
+
+    @model_validator(mode="after")
+    def _dropout_is_usable(self) -> TrainConfig:
+        named = set(self.run.dropout) if isinstance(self.run.dropout, dict) else set()
+        if unknown := sorted(named - set(self.weights)):
+            raise ValueError(f"run.dropout: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
         return self
 
     @model_validator(mode="after")

@@ -158,10 +158,17 @@ class Mixture:
         """Rows first..first+count-1 of the run, (count, context + 1) int64: inputs and, one on, their targets."""
         return np.stack([self._row(number) for number in range(first, first + count)])
 
+    def collections(self, first: int, count: int) -> list[str]:
+        """Which collection each of the same rows is from."""
+        return [self.names[self._collection(number)] for number in range(first, first + count)]
+
     def _row(self, number: int) -> np.ndarray:
-        phase = bisect_right(self._first_rows, number) - 1
-        collection = self._phases[phase][0].collection(number - self._first_rows[phase])
+        collection = self._collection(number)
         return self._collections[collection].row(int(self._counts(number)[collection]))
+
+    def _collection(self, number: int) -> int:
+        phase = bisect_right(self._first_rows, number) - 1
+        return self._phases[phase][0].collection(number - self._first_rows[phase])
 
     def _counts(self, rows: int) -> np.ndarray:
         """(C,) rows of each collection among the first so many of the run."""

@@ -60,9 +60,9 @@ def make_optimizers(model: GPT, run: Run) -> list[torch.optim.Optimizer]:
     ]
 
 
-def mean_loss(model: nn.Module, rows: Tensor) -> Tensor:
-    """Nats a token of rows (B, context + 1), each token predicted from those before it in its row."""
-    logits = model(rows[:, :-1])
+def mean_loss(model: nn.Module, rows: Tensor, dropout: Tensor | None = None) -> Tensor:
+    """Nats a token of rows (B, context + 1), each token predicted from those before it; dropout: (B,) of each row."""
+    logits = model(rows[:, :-1], dropout)
     return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
@@ -179,7 +179,7 @@ def train(
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     check_fits(config, data, world)
-    model = GPT(shape, seed=config.seed, dropout=run.dropout).to(device)
+    model = GPT(shape, seed=config.seed).to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay)).eval()
     optimizers = make_optimizers(model, run)
     step, begun_at, wall_before, machine = 0, 0, 0.0, describe_machine(device, world)
@@ -223,11 +223,13 @@ def train(
         torch.manual_seed(config.seed * DRAWS + first)  # what is dropped follows from the step, as the rows do
         loss_sum = torch.zeros((), device=device)
         for micro in range(micro_batches):
-            rows = torch.from_numpy(data.mixture.rows(first + micro * run.micro_rows, run.micro_rows)).to(device)
+            here = (first + micro * run.micro_rows, run.micro_rows)
+            rows = torch.from_numpy(data.mixture.rows(*here)).to(device)
+            shares = torch.tensor([run.dropout_of(name) for name in data.mixture.collections(*here)], device=device)
             last = micro == micro_batches - 1
             with nullcontext() if last else no_sync():
                 with autocast:
-                    loss = mean_loss(wrapped, rows) / micro_batches
+                    loss = mean_loss(wrapped, rows, shares if run.dropout else None) / micro_batches
                 loss.backward()
             loss_sum += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)

@@ -64,21 +64,18 @@ def gelu_by_sigmoid(x: Tensor) -> Tensor:
     return x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
 
 
-def draw_kept(shape: tuple[int, ...], dropped: int, device: torch.device) -> Tensor:
-    """bool of that shape, False for `dropped` in 256: a byte of PyTorch's generator decides.
+def dropout_noise(shape: tuple[int, ...], shares: Tensor) -> Tensor:
+    """What dropout (Srivastava et al. 2014) multiplies with: 0, or what makes up for the zeros, in (..., B, T, hidden).
 
-    Eight bytes a draw, and not in compiled code, which draws by element: that takes a sixth of a step on a CPU.
+    shares: (B,) what is left out of each row, at most 0.9, in steps of 1 / 256. A byte of PyTorch's generator decides,
+    eight of them a draw, and not in compiled code, which draws by element: that takes a sixth of a step on a CPU.
     """
-    n = math.prod(shape)
+    n, device = math.prod(shape), shares.device
     words = torch.empty(-(-n // 8), dtype=torch.int64, device=device).random_(-(2**63), None)
-    return words.view(torch.uint8)[:n].view(shape) >= dropped
-
-
-def drop(x: Tensor, dropped: int, kept: Tensor | None) -> Tensor:
-    """Dropout (Srivastava et al. 2014) of `dropped` in 256: x where kept, scaled to make up for the rest; None: x."""
-    if kept is None:
-        return x
-    return torch.where(kept, x * (BYTE / (BYTE - dropped)), 0.0)
+    dropped = (shares * BYTE).round()[:, None, None]
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    kept = words.view(torch.uint8)[:n].view(shape) >= dropped.to(torch.uint8)
+    return torch.where(kept, BYTE / (BYTE - dropped), 0.0).to(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -128,59 +125,56 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A layer: attention and MLP, each added to its own input and fed with it normalized (pre-norm)."""
 
-    def __init__(self, config: ModelConfig, dropped: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
-        self.dropped = dropped
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kept: Tensor | None) -> Tensor:
-        """kept: (2, B, T, hidden) what dropout keeps of both, or None for all."""
-        of_attention, of_mlp = (None, None) if kept is None else kept
-        x = x + drop(self.self_attn(self.input_layernorm(x), cos, sin), self.dropped, of_attention)
-        return x + drop(self.mlp(self.post_attention_layernorm(x)), self.dropped, of_mlp)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, noise: Tensor | None) -> Tensor:
+        """noise: (2, B, T, hidden) what both outputs are multiplied with, or None."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + (attended if noise is None else attended * noise[0])
+        transformed = self.mlp(self.post_attention_layernorm(x))
+        return x + (transformed if noise is None else transformed * noise[1])
 
 
 class Transformer(nn.Module):
-    """ids (B, T) -> (B, T, hidden): embedding, blocks, the last norm."""
+    """ids (B, T) -> (B, T, hidden): embedding, blocks, the last norm.
+
+    dropout: (B,) the share of the embedding's and each branch's outputs that is left out of each row, or None.
+    """
 
     cos: Tensor  # (context, head_dim), a buffer
     sin: Tensor
 
-    def __init__(self, config: ModelConfig, dropped: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.dropped = dropped
-        self.layers = nn.ModuleList(Block(config, dropped) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         cos, sin = rope_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, dropout: Tensor | None = None) -> Tensor:
         x = self.embed_tokens(ids)  # (B, T, hidden)
-        x = drop(x, self.dropped, self._kept(x.shape, x.device))
+        if dropout is not None:
+            x = x * dropout_noise(x.shape, dropout)
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for layer in self.layers:
-            x = layer(x, cos, sin, self._kept((2, *x.shape), x.device))
+            x = layer(x, cos, sin, None if dropout is None else dropout_noise((2, *x.shape), dropout))
         return self.norm(x)
-
-    def _kept(self, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-        return draw_kept(shape, self.dropped, device) if self.training and self.dropped else None
 
 
 class GPT(nn.Module):
-    """ids (B, T) -> logits (B, T, vocab); the output shares the embedding's weight.
+    """ids (B, T) -> logits (B, T, vocab); the output shares the embedding's weight. dropout: (B,), as in the blocks."""
 
-    dropout: the share of the embedding's and each branch's outputs that training leaves out, in steps of 1 / 256.
-    """
-
-    def __init__(self, config: ModelConfig, seed: int = 0, dropout: float = 0.0) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.model = Transformer(config, round(dropout * BYTE))
+        self.model = Transformer(config)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
@@ -192,5 +186,5 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.linear(self.model(ids), self.model.embed_tokens.weight)
+    def forward(self, ids: Tensor, dropout: Tensor | None = None) -> Tensor:
+        return F.linear(self.model(ids, dropout), self.model.embed_tokens.weight)
