@@ -65,8 +65,8 @@ stay the same from model to model.
 
 def _where_the_record_begins(evaluation: dict) -> str:
     """A sentence where the curve is not of the whole run."""
-    begins = evaluation["recorded_from_tokens"] or 0
-    if begins <= 0.01 * evaluation["tokens_seen"]:
+    begins = evaluation["recorded_from_tokens"]
+    if not begins:
         return ""
     return f"\nIt begins at {begins / 1e6:.1f} million tokens: the record of what came before was not kept.\n"
 

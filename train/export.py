@@ -120,7 +120,7 @@ def export(config: TrainConfig) -> None:
         "tokens_by_collection": state["tokens_by_collection"],
         "training_wall_s": round(state["wall_s"], 1),
         "training_machine": state["machine"],
-        "recorded_from_tokens": lines[0]["tokens"] if lines else None,
+        "recorded_from_tokens": lines[0]["tokens"] if lines and lines[0]["step"] > run["log_every_steps"] else 0,
         "seed": config.seed,
         "optimizer": run["optimizer"],
         "text_sha256": state["text_sha256"],
