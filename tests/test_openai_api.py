@@ -253,7 +253,8 @@ def test_statuses_and_forms_of_errors(service: Service) -> None:
 
 
 def test_a_stream_is_server_sent_events_in_pieces_and_a_time_limit_ends_it(service: Service) -> None:
-    status, headers, body = completions(service, stream=True, max_tokens=100, temperature=0)
+    # With a stop string to look out for, pieces come every 5 ms instead of 40, which is as long as 100 tokens take.
+    status, headers, body = completions(service, stream=True, max_tokens=100, temperature=0, stop=["never said"])
     assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
     chunks = events(body)
     assert len(chunks) >= 3

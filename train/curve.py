@@ -14,7 +14,7 @@ def draw_curve(lines: Sequence[dict[str, Any]], picture: Path) -> None:
 
     losses = [line for line in lines if "loss" in line]
     validations = [line for line in lines if "val_bpb" in line]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([line["tokens"] / 1e6 for line in losses], [line["loss"] for line in losses], linewidth=0.8)
     left.set(xlabel="million tokens seen", ylabel="nats a token", title="training loss")
@@ -23,7 +23,7 @@ def draw_curve(lines: Sequence[dict[str, Any]], picture: Path) -> None:
         right.plot(*zip(*points, strict=True), marker=".", label=f"{name} {points[-1][1]:.3f}")
     right.set(xlabel="million tokens seen", ylabel="bits per byte", title="held-out text, averaged weights")
     if validations:
-        right.legend()
+        right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside: the lines leave no room
     for axes in (left, right):
         axes.grid(alpha=0.3)
     FigureCanvasAgg(figure)
