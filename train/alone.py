@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from train.config import ConfigError, TrainConfig
-from train.loop import check_continues, check_fits, train
+from train.loop import check_continues, check_fits, total_steps, train
 from train.record import followed, recorded
 from train.restore import restored_state
 from train.run import STATE_FILE, has_checkpoints
@@ -43,12 +43,13 @@ def run_alone(config: TrainConfig) -> None:
         partial.replace(path)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with recorded(config, state["step"] if state else 0, released) as log, followed(config):
+    begun_at = state["step"] if state else 0
+    with recorded(config, begun_at, released) as log, followed(config):
         try:
             train(config, data, tokenizer, log, save, state, device)
         except torch.OutOfMemoryError:
             raise ConfigError(f"run.micro_rows is {config.run.micro_rows}: too many for the GPU's memory") from None
-    print(f"{path}: step {torch.load(path, weights_only=True, map_location='cpu')['step']}")
+    print(f"{path}: step {max(begun_at, total_steps(config.run, config.model_config_))}")
 
 
 if __name__ == "__main__":

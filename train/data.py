@@ -44,9 +44,9 @@ class Documents:
 class Rows:
     """A collection as rows of one context and one token more, its documents shuffled anew every epoch.
 
-    A document is cut only where it is longer than a row: a row that ends within one that it did not begin with is
-    followed by a row that begins with it, as it will be read when the model is used (Ding et al. 2024, "Fewer
-    truncations improve language modeling"). What was read of it twice costs less than what could not be understood.
+    A document that fits stands in a row whole, as it will be read when the model is used (Ding et al. 2024, "Fewer
+    truncations improve language modeling"): after a row that ends within a document that it did not begin with comes
+    one that begins with it. A longer one is read from row to row.
     """
 
     def __init__(self, documents: Documents, context: int, seed: tuple[int, ...]) -> None:
