@@ -78,9 +78,7 @@ def run(config: TrainConfig) -> None:
 
     config = config.resolved()
     if (config.run_dir / STATE_FILE).exists():
-        raise ConfigError(
-            f"{config.run_dir} is a run of `python -m train.alone`: go on with that, or use another name"
-        )
+        raise ConfigError(f"{config.run_dir} is a run of `python -m train.alone`: go on with that, or use another name")
     config.run_dir.mkdir(parents=True, exist_ok=True)
     # Errors of the settings belong here, not in a worker that Ray would start again.
     check_fits(config, data, config.run.workers)
