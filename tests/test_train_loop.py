@@ -347,11 +347,33 @@ def test_muon_is_pytorchs_up_to_its_bfloat16(shape: tuple[int, int]):
 def test_orthogonalized_matrices_keep_their_directions(shape: tuple[int, int]):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
-    found = left.T @ orthogonalize(matrix) @ right.T
+    found = left.T @ orthogonalize(matrix[None])[0] @ right.T
     assert (found - found.diagonal().diag()).abs().max() < 1e-9
     well_inside = singular / singular.norm() > 0.02
     assert (found.diagonal()[well_inside] > 0.6).all()
     assert (found.diagonal() < 1.3).all()
+
+
+def test_muon_moves_matrices_together_as_each_alone():
+    """Of one shape they go through together, whatever the others are."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(24, 24), (48, 16), (24, 24), (16, 48), (24, 24)]
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
+
+    def moved(chosen: list[int]) -> list[torch.Tensor]:
+        matrices = [torch.nn.Parameter(starts[i].clone()) for i in chosen]
+        optimizer = Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.1)
+        for of_step in gradients:
+            for matrix, i in zip(matrices, chosen, strict=True):
+                matrix.grad = of_step[i].clone()
+            optimizer.step()
+        return [matrix.detach() for matrix in matrices]
+
+    together = moved(list(range(len(shapes))))
+    for i, matrix in enumerate(together):
+        torch.testing.assert_close(matrix, moved([i])[0], atol=1e-6, rtol=0)
+        assert not torch.equal(matrix, starts[i])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -393,7 +415,7 @@ def test_bfloat16_trains_as_float32_does(config: TrainConfig, unbroken):
 
 def test_orthogonalizing_in_bfloat16_is_the_same_but_for_its_rounding():
     matrix = torch.randn(48, 16, generator=torch.Generator().manual_seed(6))
-    exact, rounded = orthogonalize(matrix), orthogonalize(matrix, bfloat16=True)
+    exact, rounded = orthogonalize(matrix[None]), orthogonalize(matrix[None], bfloat16=True)
     assert exact.dtype == rounded.dtype == torch.float32
     assert 0 < (exact - rounded).abs().max() < 0.05
 

@@ -35,7 +35,8 @@ made up. Its older sources are books of 1840-1925 and carry the views of their t
 
 ## Training
 {done:,} tokens seen ({extent}, {evaluation["step"]:,} steps) in {evaluation["training_wall_s"] / 3600:.1f} hours
-on {evaluation["training_machine"]}. The weights are the running average that training keeps.
+on {evaluation["training_machine"]}. The weights are the running average that training keeps.\
+{_taught_by(evaluation["taught_by"])}
 
 ![loss curve](curve.png)
 {_where_the_record_begins(evaluation)}
@@ -61,6 +62,14 @@ what the model repeats.
 [samples.md](samples.md) holds what the model wrote, unedited, and [prompts.md](prompts.md) what it made of prompts that
 stay the same from model to model.
 """
+
+
+def _taught_by(names: dict) -> str:
+    """A sentence for a model that learnt from others too."""
+    if not names:
+        return ""
+    models = ", ".join(f"{name} (weights {sum_[:12]})" for sum_, name in names.items())
+    return f"\nBeside the text it learnt from what earlier models say of it, in the mean: {models}.\n"
 
 
 def _where_the_record_begins(evaluation: dict) -> str:

@@ -75,6 +75,7 @@ class Phase(_Section):
 
 
 DropoutShare = Annotated[float, Field(ge=0, le=0.9)]  # in steps of 1/256
+Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -91,6 +92,8 @@ class Run(_Section):
     adamw_betas: tuple[Beta, Beta] = (0.9, 0.98)
     weight_decay: float = Field(default=0.02, ge=0)
     dropout: DropoutShare | dict[str, DropoutShare] = 0.0  # or by collection: for text that is gone through many times
+    teachers: list[Path] = []  # released models whose mean prediction is learnt beside the text itself
+    taught: Share | dict[str, Share] = 0.5  # how much of the loss that is, or by collection
     grad_clip: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
     constant_share: float = Field(default=0.4, ge=0, le=1)  # of the steps, before the linear decay begins
@@ -112,6 +115,12 @@ class Run(_Section):
     def dropout_of(self, collection: str) -> float:
         """One that is not named has none."""
         return self.dropout.get(collection, 0.0) if isinstance(self.dropout, dict) else self.dropout
+
+    def taught_of(self, collection: str) -> float:
+        """One that is not named is learnt from its text alone, as all are without teachers."""
+        if not self.teachers:
+            return 0.0
+        return self.taught.get(collection, 0.0) if isinstance(self.taught, dict) else self.taught
 
 
 class Export(_Section):
@@ -148,7 +157,8 @@ class TrainConfig(_Section):
 
     def resolved(self) -> TrainConfig:
         """The same with absolute paths, for workers that run elsewhere."""
-        run = self.run.model_copy(update={"restore": self.run.restore.resolve()}) if self.run.restore else self.run
+        models = {"teachers": [teacher.resolve() for teacher in self.run.teachers]}
+        run = self.run.model_copy(update={**models, "restore": self.run.restore and self.run.restore.resolve()})
         paths = {"workdir": self.workdir.resolve(), "models_dir": self.models_dir.resolve()}
         return self.model_copy(update={**paths, "run": run})
 
@@ -209,10 +219,11 @@ class TrainConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _dropout_is_usable(self) -> TrainConfig:
-        named = set(self.run.dropout) if isinstance(self.run.dropout, dict) else set()
-        if unknown := sorted(named - set(self.weights)):
-            raise ValueError(f"run.dropout: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
+    def _shares_are_usable(self) -> TrainConfig:
+        for key, shares in (("dropout", self.run.dropout), ("taught", self.run.taught)):
+            named = set(shares) if isinstance(shares, dict) else set()
+            if unknown := sorted(named - set(self.weights)):
+                raise ValueError(f"run.{key}: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
         return self
 
     @model_validator(mode="after")

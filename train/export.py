@@ -123,6 +123,7 @@ def export(config: TrainConfig) -> None:
         "recorded_from_tokens": lines[0]["tokens"] if lines and lines[0]["step"] > run["log_every_steps"] else 0,
         "seed": config.seed,
         "optimizer": run["optimizer"],
+        "taught_by": state.get("taught_by", {}),
         "text_sha256": state["text_sha256"],
         "arithmetic": model.arithmetic,
         "collections": {name: summary(scores) for name, scores in served.items()},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from train.config import ConfigError, Run, TrainConfig
 from train.data import TokenData
 from train.model import GPT
 from train.muon import Muon
+from train.teachers import Teachers
 
 LN2 = 0.6931471805599453
 DRAWS = 1_000_003  # between the random numbers of one seed and the next
@@ -60,10 +61,23 @@ def make_optimizers(model: GPT, run: Run) -> list[torch.optim.Optimizer]:
     ]
 
 
-def mean_loss(model: nn.Module, rows: Tensor, dropout: Tensor | None = None) -> Tensor:
-    """Nats a token of rows (B, context + 1), each token predicted from those before it; dropout: (B,) of each row."""
+def mean_loss(
+    model: nn.Module, rows: Tensor, dropout: Tensor | None = None, targets: Tensor | None = None
+) -> Tensor:
+    """Nats a token of rows (B, context + 1), each token predicted from those before it; dropout: (B,) of each row.
+
+    targets: (B, context, vocab) probabilities to predict in place of the rows' own tokens.
+    """
     logits = model(rows[:, :-1], dropout)
-    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+    target = rows[:, 1:].flatten() if targets is None else targets.flatten(0, 1)
+    return F.cross_entropy(logits.flatten(0, 1).float(), target)
+
+
+def taught_targets(rows: Tensor, shares: Sequence[float], teachers: Teachers) -> Tensor:
+    """(B, context, vocab) probabilities: of each row a share is what the teachers say, the rest its own next tokens."""
+    share = torch.tensor(shares, device=rows.device)[:, None, None]
+    targets = teachers.probabilities(rows[:, :-1]) * share
+    return targets.scatter_add_(2, rows[:, 1:, None], (1 - share).expand(*rows[:, 1:].shape, 1))
 
 
 @torch.no_grad()
@@ -182,6 +196,8 @@ def train(
     model = GPT(shape, seed=config.seed).to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay)).eval()
     optimizers = make_optimizers(model, run)
+    teachers = Teachers(run.teachers, data.tokenizer_sha256, shape.context, device)
+    taught_by = teachers.names
     step, begun_at, wall_before, machine = 0, 0, 0.0, describe_machine(device, world)
     if state is not None:
         check_continues(state, config, data)
@@ -192,6 +208,7 @@ def train(
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         step, begun_at, wall_before = state["step"], state["begun_at"], state["wall_s"]
+        taught_by = state.get("taught_by", {}) | taught_by
         last = state["machine"].split(", then ")[-1]
         machine = state["machine"] if last == machine else f"{state['machine']}, then {machine}"
     wrapped: nn.Module = model
@@ -225,11 +242,14 @@ def train(
         for micro in range(micro_batches):
             here = (first + micro * run.micro_rows, run.micro_rows)
             rows = torch.from_numpy(data.mixture.rows(*here)).to(device)
-            shares = torch.tensor([run.dropout_of(name) for name in data.mixture.collections(*here)], device=device)
+            names = data.mixture.collections(*here)
+            dropout = torch.tensor([run.dropout_of(name) for name in names], device=device)
+            taught = [run.taught_of(name) for name in names]
             last = micro == micro_batches - 1
             with nullcontext() if last else no_sync():
                 with autocast:
-                    loss = mean_loss(wrapped, rows, shares if run.dropout else None) / micro_batches
+                    targets = taught_targets(rows, taught, teachers) if any(taught) else None
+                    loss = mean_loss(wrapped, rows, dropout if run.dropout else None, targets) / micro_batches
                 loss.backward()
             loss_sum += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
@@ -289,6 +309,7 @@ def train(
                     "averaged": averaged.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "machine": machine,
+                    "taught_by": taught_by,
                     "tokenizer_sha256": data.tokenizer_sha256,
                     "text_sha256": data.text_sha256,
                     "tokens_by_collection": data.mixture.tokens(step * run.batch_rows),

@@ -6,12 +6,14 @@ Weight names are those of Hugging Face's Llama family, so that exported tensors 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.config import ModelConfig
+from tinylm.weights import as_float32, load_model
 
 QUERY_BLOCK = 64  # queries that attend together
 BYTE = 256  # dropout goes in steps of 1 / BYTE
@@ -188,3 +190,11 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, dropout: Tensor | None = None) -> Tensor:
         return F.linear(self.model(ids, dropout), self.model.embed_tokens.weight)
+
+
+def released_model(directory: Path) -> GPT:
+    """A model that was exported to a directory, with the weights that it was released with; raises ModelError."""
+    config, tensors = load_model(directory)
+    model = GPT(config)
+    model.load_state_dict({name: torch.from_numpy(as_float32(tensor).copy()) for name, tensor in tensors.items()})
+    return model

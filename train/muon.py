@@ -6,7 +6,7 @@ of float32 on a CPU that has no instructions for it, and two thirds on one that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,23 +17,25 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steep at 0: singular values come nea
 NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalize(matrix: Tensor, bfloat16: bool = False) -> Tensor:
-    """(M, N) -> (M, N) with the same singular vectors and singular values near 1, by Newton-Schulz iteration."""
+def orthogonalize(matrices: Tensor, bfloat16: bool = False) -> Tensor:
+    """(B, M, N) -> the same singular vectors, and singular values near 1, by Newton-Schulz iteration."""
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = (x.bfloat16() if bfloat16 else x) / (matrix.norm() + 1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.bfloat16() if bfloat16 else x
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class Muon(Optimizer):
     """For matrices alone; weight decay is decoupled (Loshchilov & Hutter 2019), the momentum Nesterov's.
 
-    A step has the size lr * sqrt(max(1, rows / columns)), so that one rate suits all shapes. In a process group, whose
-    ranks must have the same gradients, each orthogonalizes its share of the matrices and has the others' sent.
+    A step has the size lr * sqrt(max(1, rows / columns)), so that one rate suits all shapes. Those of one shape go
+    through together: on a GPU, one of them takes as long as many. In a process group, whose ranks must have the same
+    gradients, each orthogonalizes its share of the matrices and has the others' sent.
     """
 
     def __init__(
@@ -47,22 +49,39 @@ class Muon(Optimizer):
         distributed = dist.is_available() and dist.is_initialized()
         rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
             updates = []
-            for number, matrix in enumerate(group["params"]):
-                state = self.state[matrix]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
-                owner = number % world
+            for owner, share in _shares(group["params"], world):
+                gradients = [matrix.grad for matrix in share]
+                averages = [self._average(matrix) for matrix in share]
+                torch._foreach_lerp_(averages, gradients, 1 - momentum)
                 if rank == owner:
-                    nesterov = matrix.grad.lerp(momentum, group["momentum"])
-                    update = orthogonalize(nesterov, self._bfloat16 or matrix.is_cuda).contiguous()
+                    nesterov = torch.stack(torch._foreach_lerp(gradients, averages, momentum))
+                    update = orthogonalize(nesterov, self._bfloat16 or nesterov.is_cuda).contiguous()
                 else:
-                    update = torch.empty_like(matrix)
+                    update = torch.empty((len(share), *share[0].shape), device=share[0].device)
                 # Sent while the next ones are computed.
-                updates.append((update, dist.broadcast(update, owner, async_op=True) if world > 1 else None))
-            for matrix, (update, sent) in zip(group["params"], updates, strict=True):
+                updates.append((share, update, dist.broadcast(update, owner, async_op=True) if world > 1 else None))
+            for share, update, sent in updates:
                 if sent is not None:
                     sent.wait()
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(update, alpha=-group["lr"] * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5)
+                rows, columns = share[0].shape
+                torch._foreach_mul_(share, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(share, update.unbind(), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+    def _average(self, matrix: Tensor) -> Tensor:
+        """Of its gradients, kept from step to step."""
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        return state["momentum_buffer"]
+
+
+def _shares(matrices: Sequence[Tensor], world: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Matrices of one shape each, with the rank that orthogonalizes them."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
+    for alike in by_shape.values():
+        for owner in range(min(world, len(alike))):
+            yield owner, alike[owner::world]

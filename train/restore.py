@@ -13,11 +13,11 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch.optim.swa_utils import AveragedModel
 
-from tinylm.weights import as_float32, load_model
+from tinylm.weights import TOKENIZER
 from train.config import ConfigError, TrainConfig
 from train.data import TokenData
 from train.loop import make_optimizers, total_steps
-from train.model import GPT
+from train.model import released_model
 from train.stage import file_sha256
 
 
@@ -32,6 +32,7 @@ class Record(BaseModel):
     seed: int
     optimizer: str
     text_sha256: str
+    taught_by: dict[str, str] = {}  # names of models by the sha256 of their weights
 
 
 def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dict[str, Any]:
@@ -40,10 +41,10 @@ def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dic
     Raises ModelError when it is damaged, and ConfigError when it has another tokenizer, another shape, no record of its
     run, or has come to the run's end.
     """
-    shape, tensors = load_model(directory)
-    if shape != config.model_config_:
+    model = released_model(directory)
+    if (shape := model.config) != config.model_config_:
         raise ConfigError(f"run.restore: {directory} is a model of another shape than the config's")
-    if file_sha256(directory / "tokenizer.model") != data.tokenizer_sha256:
+    if file_sha256(directory / TOKENIZER) != data.tokenizer_sha256:
         raise ConfigError(
             f"run.restore: the tokens were not made with {directory / 'tokenizer.model'}: "
             f"copy it to {config.tokenizer_path} and run `python -m train.encode` again"
@@ -68,8 +69,6 @@ def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dic
         )
     settings = config.model_dump(mode="json")
     settings["seed"], settings["run"]["optimizer"] = record.seed, record.optimizer
-    model = GPT(shape)
-    model.load_state_dict({name: torch.from_numpy(as_float32(tensor).copy()) for name, tensor in tensors.items()})
     averaged = AveragedModel(model)
     averaged.n_averaged.fill_(step)
     return {
@@ -80,6 +79,7 @@ def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dic
         "averaged": averaged.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in make_optimizers(model, config.run)],
         "machine": record.training_machine,
+        "taught_by": record.taught_by,
         "tokenizer_sha256": data.tokenizer_sha256,
         "text_sha256": record.text_sha256,
         "tokens_by_collection": {name: record.tokens_by_collection.get(name, 0) for name in data.mixture.names},

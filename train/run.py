@@ -20,6 +20,7 @@ from train.loop import check_continues, check_fits
 from train.record import followed, recorded
 from train.restore import restored_state
 from train.stage import load_tokenizer, load_tokens, run_stage, start_ray
+from train.teachers import Teachers
 
 STATE_FILE = "state.pt"  # in one of Ray Train's checkpoints, or in the directory of a run without Ray
 RAY_RECORD = "checkpoint_manager_snapshot.json"  # where Ray Train keeps which checkpoints there are
@@ -82,6 +83,7 @@ def run(config: TrainConfig) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     # Errors of the settings belong here, not in a worker that Ray would start again.
     check_fits(config, data, config.run.workers)
+    Teachers(config.run.teachers, data.tokenizer_sha256, config.model_config_.context)
     saved = has_checkpoints(config)
     if not saved and (config.run_dir / RAY_RECORD).exists():
         raise ConfigError(f"the checkpoints of {config.run_dir} are gone: remove that directory to begin anew")
