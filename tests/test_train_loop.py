@@ -18,11 +18,11 @@ from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, Run, TrainConfig
 from train.data import TokenData
 from train.evaluate import make_runner, score_document, windows
-from train.export import averaged_tensors
 from train.loop import bits_per_byte, lr_factor, total_steps, train
 from train.model import GPT, attention_in_blocks, dropout_noise, gelu_by_sigmoid
 from train.muon import Muon, orthogonalize
 from train.stage import load_tokens
+from train.state import averaged_weights
 
 STEPS = 24
 RUN = {
@@ -315,7 +315,8 @@ def test_evaluation_windows_score_every_token_once_with_context(context: int):
 def test_the_engine_scores_as_training_does(config: TrainConfig):
     """Two programs and one number: PyTorch's bits per byte, and TinyLM's engine on the exported weights."""
     tokenizer, model, shape = Tokenizer(config.tokenizer_path), random_model(config), config.model_config_
-    tensors = averaged_tensors({"averaged": {f"module.{n}": tensor for n, tensor in model.state_dict().items()}})
+    weights = averaged_weights({"averaged": {f"module.{n}": tensor for n, tensor in model.state_dict().items()}})
+    tensors = {name: tensor.numpy() for name, tensor in weights.items()}
     runner = make_runner(Model(shape, tensors))
     piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes])
     for text in ("Anna had a kite.", "Otto the bear lived on a hill. "):

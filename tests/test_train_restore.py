@@ -13,10 +13,10 @@ from train_fixtures import encode_plainly, prepared_stories
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError, save_model
 from train.config import ConfigError, TrainConfig
-from train.export import averaged_tensors
-from train.loop import check_continues, lr_factor, train
+from train.loop import lr_factor, train
 from train.restore import restored_state
 from train.stage import load_tokens
+from train.state import averaged_weights, check_continues
 
 STEPS = 40
 ROW_TOKENS = 8 * 32
@@ -37,6 +37,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     config = prepared_stories(tmp_path_factory.mktemp("restore"), n_stories=150, run=RUN)
     encode_plainly(config, config.tokens_dir)
     return config
+
+
+def arrays(state: dict) -> dict:
+    return {name: tensor.numpy() for name, tensor in averaged_weights(state).items()}
 
 
 def run_on(config: TrainConfig, state: dict | None, **run: object) -> tuple[dict, list[dict]]:
@@ -70,7 +74,7 @@ def released(config: TrainConfig, first: tuple[dict, list[dict]], tmp_path: Path
     save_model(
         tmp_path / "model",
         config.model_config_,
-        averaged_tensors(state),
+        arrays(state),
         config.tokenizer_path.read_bytes(),
         extra_files={"evaluation.json": json.dumps(record).encode()},
     )
@@ -85,7 +89,7 @@ def test_a_run_goes_on_where_its_released_model_ended(config: TrainConfig, first
     state, lines = first
     config = longer(config)
     restored = restored_state(released, config, load_tokens(config))
-    ours, theirs = (averaged_tensors(of) for of in (restored, state))
+    ours, theirs = (averaged_weights(of) for of in (restored, state))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         step = abs(tensor).max() / 127 / 2  # half of the coarsest row's step of int8
@@ -141,9 +145,7 @@ def test_another_tokenizer_is_refused(config: TrainConfig, first, released: Path
     tokenizer = (Path(__file__).parents[1] / "models/stories-8m/tokenizer.model").read_bytes()
     record = (released / "evaluation.json").read_bytes()
     shutil.rmtree(released)
-    save_model(
-        released, config.model_config_, averaged_tensors(first[0]), tokenizer, extra_files={"evaluation.json": record}
-    )
+    save_model(released, config.model_config_, arrays(first[0]), tokenizer, extra_files={"evaluation.json": record})
     with pytest.raises(ConfigError, match="the tokens were not made with"):
         restored_state(released, longer(config), load_tokens(config))
 

@@ -1,7 +1,6 @@
-"""Learning from released models beside the text: what they say together, what a row's target is, what is refused."""
+"""Learning from trained models beside the text: what they say together, what a row's target is, what is refused."""
 
 from __future__ import annotations
-
 
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from train.config import ConfigError, TrainConfig
 from train.loop import mean_loss, taught_targets, train
 from train.model import GPT, released_model
 from train.stage import file_sha256, load_tokens
+from train.state import STATE_FILE
 from train.teachers import Teachers
 
 STEPS = 12
@@ -129,12 +129,20 @@ def taught(config: TrainConfig, **run: object) -> tuple[dict, dict, list[dict]]:
     return model.state_dict(), states[-1], lines
 
 
-def test_a_run_comes_nearer_to_its_teacher_and_says_who_it_was(config: TrainConfig, models: list[Path]):
+def test_a_run_comes_nearer_to_its_teacher_and_says_who_it_was(config: TrainConfig, models: list[Path], tmp_path: Path):
     plain, state, lines = taught(config)
     assert state["taught_by"] == {}
     weights, state, _ = taught(config, teachers=models[:1], taught={"stories": 0.9})
     assert distance(config, weights, models[0]) < distance(config, plain, models[0]) - 0.1
     assert state["taught_by"] == {file_sha256(models[0] / TENSORS): "t0"}
+    # A run teaches as what it releases does.
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run" / STATE_FILE)
+    ids = torch.from_numpy(load_tokens(config).mixture.rows(0, 2)[:, :-1])
+    student = GPT(config.model_config_)
+    student.load_state_dict(weights)
+    said = loaded(config, [tmp_path / "run"]).probabilities(ids)
+    torch.testing.assert_close(said, student(ids).softmax(-1).detach())
     # Where no collection is taught, teachers change nothing.
     _, _, same = taught(config, teachers=models, taught={"stories": 0.0})
     assert [line.get("loss") for line in same] == [line.get("loss") for line in lines]
@@ -146,7 +154,7 @@ def test_what_cannot_teach_is_named(config: TrainConfig, models: list[Path], tmp
     short = release(config, tmp_path / "short", 3, context=16)
     with pytest.raises(ConfigError, match=r"run.teachers: .*short reads 16 tokens: too few for rows of 32"):
         loaded(config, [short])
-    with pytest.raises(ConfigError, match=r"run.teachers: the tokens were not made with .*t0/tokenizer.model"):
+    with pytest.raises(ConfigError, match=r"run.teachers: .*t0 has another tokenizer"):
         Teachers(models, "0" * 64, 32)
     damaged = Path(shutil.copytree(models[0], tmp_path / "damaged"))
     (damaged / TENSORS).write_bytes((models[0] / TENSORS).read_bytes()[:-1])

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from train.config import ConfigError, TrainConfig
-from train.loop import check_continues, check_fits, total_steps, train
+from train.loop import check_fits, total_steps, train
 from train.record import followed, recorded
 from train.restore import restored_state
-from train.run import STATE_FILE, has_checkpoints
+from train.run import has_checkpoints
 from train.stage import load_tokenizer, load_tokens, run_stage
+from train.state import STATE_FILE, check_continues
 
 
 def run_alone(config: TrainConfig) -> None:

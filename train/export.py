@@ -32,11 +32,11 @@ from train.config import ConfigError, TrainConfig
 from train.curve import draw_curve
 from train.evaluate import Document, evaluate, per_byte, read_documents, summary
 from train.generated import judge, training_words, write_stories
-from train.loop import check_state
 from train.metrics import METRICS_FILE, metrics_text, read_metrics
 from train.prompts import answer, load_prompts
-from train.run import STATE_FILE, has_checkpoints
+from train.run import has_checkpoints
 from train.stage import load_tokenizer, load_tokens, require, run_stage
+from train.state import STATE_FILE, averaged_weights, check_state
 
 Exporter = Callable[[Path, Path], None]  # a model directory, where to write
 
@@ -61,16 +61,6 @@ def last_state(config: TrainConfig) -> dict[str, Any]:
         return torch.load(Path(directory) / STATE_FILE, weights_only=True, map_location="cpu")
 
 
-def averaged_tensors(state: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The running average of the weights, float32 by name."""
-    prefix = "module."
-    return {
-        name.removeprefix(prefix): tensor.float().numpy()
-        for name, tensor in state["averaged"].items()
-        if name.startswith(prefix)
-    }
-
-
 class TrainedModel(NamedTuple):
     """The end of a run, and the held-out text of the work directory that it is to be judged on."""
 
@@ -88,7 +78,7 @@ def load_trained(config: TrainConfig) -> TrainedModel:
     tokenizer, data = load_tokenizer(config), load_tokens(config)
     state = last_state(config)
     check_state(state, config, data)
-    tensors = averaged_tensors(state)
+    tensors = {name: tensor.numpy() for name, tensor in averaged_weights(state).items()}
     manifest = json.loads(config.manifest_path.read_text(encoding="utf-8"))
     held_out = [config.text_dir / f"{name}.validation.parquet" for name in manifest]
     return TrainedModel(

@@ -25,6 +25,7 @@ from train.config import ConfigError, Run, TrainConfig
 from train.data import TokenData
 from train.model import GPT
 from train.muon import Muon
+from train.state import check_continues
 from train.teachers import Teachers
 
 LN2 = 0.6931471805599453
@@ -61,9 +62,7 @@ def make_optimizers(model: GPT, run: Run) -> list[torch.optim.Optimizer]:
     ]
 
 
-def mean_loss(
-    model: nn.Module, rows: Tensor, dropout: Tensor | None = None, targets: Tensor | None = None
-) -> Tensor:
+def mean_loss(model: nn.Module, rows: Tensor, dropout: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
     """Nats a token of rows (B, context + 1), each token predicted from those before it; dropout: (B,) of each row.
 
     targets: (B, context, vocab) probabilities to predict in place of the rows' own tokens.
@@ -138,41 +137,6 @@ def check_fits(config: TrainConfig, data: TokenData, world: int) -> None:
     for key, of_tokens in (("vocab_size", data.vocab_size), ("boundary_id", data.boundary_id)):
         if (value := getattr(shape, key)) != of_tokens:
             raise ConfigError(f"model.{key} is {value}, but the tokens were made with {of_tokens}")
-
-
-def check_state(state: dict[str, Any], config: TrainConfig, data: TokenData) -> None:
-    """Raise ConfigError when a checkpoint is of another tokenizer, other text or another shape of the model."""
-    for what, same in (
-        ("with another tokenizer", state["tokenizer_sha256"] == data.tokenizer_sha256),
-        ("on other text", state["text_sha256"] == data.text_sha256),
-        ("with another model", ModelConfig(**state["config"]["model"]) == config.model_config_),
-    ):
-        if not same:
-            raise ConfigError(f"the checkpoint was trained {what}: remove the run's directory to begin anew")
-
-
-def check_continues(state: dict[str, Any], config: TrainConfig, data: TokenData) -> None:
-    """Raise ConfigError when a run can't go on from a checkpoint: its next rows and steps would not be those after it.
-
-    The learning rates, the schedule, dropout and the mixture from here on may change.
-    """
-    check_state(state, config, data)
-    if "begun_at" not in state:
-        raise ConfigError("the checkpoint is of an earlier TinyLM, with other rows: remove the run's directory")
-    before = state["config"]
-    for key, saved, value in (
-        ("run.optimizer", before["run"]["optimizer"], config.run.optimizer),
-        ("run.batch_rows", before["run"]["batch_rows"], config.run.batch_rows),
-        ("seed", before["seed"], config.seed),
-    ):
-        if value != saved:
-            raise ConfigError(f"{key} is {value!r}, but the checkpoint was trained with {saved!r}")
-    rows = state["step"] * config.run.batch_rows
-    if state["tokens_by_collection"] != data.mixture.tokens(rows):
-        raise ConfigError(
-            f"run.phases and the collections' weights are not the mixture that the checkpoint saw in its "
-            f"{rows * config.model_config_.context:,} tokens: change it from there on, by one more phase"
-        )
 
 
 def train(

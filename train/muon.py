@@ -52,7 +52,7 @@ class Muon(Optimizer):
             lr, momentum = group["lr"], group["momentum"]
             updates = []
             for owner, share in _shares(group["params"], world):
-                gradients = [matrix.grad for matrix in share]
+                gradients = [grad for matrix in share if (grad := matrix.grad) is not None]
                 averages = [self._average(matrix) for matrix in share]
                 torch._foreach_lerp_(averages, gradients, 1 - momentum)
                 if rank == owner:

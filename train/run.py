@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from train.config import ConfigError, TrainConfig
-from train.loop import check_continues, check_fits
+from train.loop import check_fits
 from train.record import followed, recorded
 from train.restore import restored_state
 from train.stage import load_tokenizer, load_tokens, run_stage, start_ray
+from train.state import STATE_FILE, check_continues
 from train.teachers import Teachers
 
-STATE_FILE = "state.pt"  # in one of Ray Train's checkpoints, or in the directory of a run without Ray
 RAY_RECORD = "checkpoint_manager_snapshot.json"  # where Ray Train keeps which checkpoints there are
 # glibc gives freed memory back to the kernel and takes it anew at every step, unless told otherwise: on machines where
 # fresh pages are slow to come, that takes longer than the arithmetic.

@@ -1,4 +1,4 @@
-"""What released models say of rows, as a target to learn from beside the text itself: distillation (Hinton et al. 2015).
+"""What trained models say of rows, as a target to learn from beside the text itself: distillation (Hinton et al. 2015).
 
 Models that were trained on the same text err apart, and together say better what comes next than any of them alone;
 one model can learn much of that from them. How much of its loss it is, and of which rows, `train.loop` is told.
@@ -13,23 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylm.config import ModelConfig
 from tinylm.weights import TENSORS, TOKENIZER
 from train.config import ConfigError
 from train.model import GPT, released_model
 from train.stage import file_sha256
+from train.state import STATE_FILE, averaged_weights
 
 
 class Teachers:
-    """Released models that answer together: the mean of their probabilities. There may be none.
+    """Models that answer together: the mean of their probabilities. There may be none.
 
-    Raises ModelError when one is damaged, and ConfigError when it has another tokenizer or a shorter context.
+    directories: of released models, or of runs without Ray, whose averaged weights are taken. Raises ModelError when a
+    model is damaged, and ConfigError when one has another tokenizer or a shorter context.
     """
 
     def __init__(
         self, directories: Sequence[Path], tokenizer_sha256: str, context: int, device: torch.device | str = "cpu"
     ) -> None:
         self._models = [_load(directory, tokenizer_sha256, context).to(device) for directory in directories]
-        self.names = {file_sha256(directory / TENSORS): directory.name for directory in directories}  # by weights
+        self.names = {file_sha256(_weights_file(d)): d.resolve().name for d in directories}  # by their weights' file
 
     @torch.no_grad()
     def probabilities(self, ids: Tensor) -> Tensor:
@@ -41,10 +44,22 @@ class Teachers:
         return total / len(self._models)
 
 
+def _weights_file(directory: Path) -> Path:
+    return path if (path := directory / STATE_FILE).exists() else directory / TENSORS
+
+
 def _load(directory: Path, tokenizer_sha256: str, context: int) -> GPT:
-    model = released_model(directory)
-    if file_sha256(directory / TOKENIZER) != tokenizer_sha256:
-        raise ConfigError(f"run.teachers: the tokens were not made with {directory / TOKENIZER}")
+    path = _weights_file(directory)
+    if path.name == STATE_FILE:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        model = GPT(ModelConfig(**state["config"]["model"]))
+        model.load_state_dict(averaged_weights(state))
+        made_with = state["tokenizer_sha256"]
+    else:
+        model = released_model(directory)
+        made_with = file_sha256(directory / TOKENIZER)
+    if made_with != tokenizer_sha256:
+        raise ConfigError(f"run.teachers: {directory} has another tokenizer than the tokens were made with")
     if model.config.context < context:
         raise ConfigError(
             f"run.teachers: {directory} reads {model.config.context} tokens: too few for rows of {context}"
