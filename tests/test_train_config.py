@@ -102,6 +102,8 @@ def test_overrides_leave_the_rest_alone(path: Path):
         ("run.muon_lr=inf", "run.muon_lr"),
         ("run.dropout=0.95", "run.dropout"),
         ("run.dropout={nothing: 0.1}", "run.dropout: 'nothing' is not among the collections"),
+        ("run.taught={nothing: 0.1}", "run.taught: 'nothing' is not among the collections"),
+        ("run.taught=1.5", "run.taught"),
         ("prepare.collections.0.weight=inf", "prepare.collections.0.weight"),
         ("model.vocab_size=100000", "model.vocab_size is 100000"),
         ("model.context=1", "model.context is 1"),
@@ -150,6 +152,8 @@ def test_a_missing_key_is_named(path: Path, key: str):
         ("[{from_tokens: 0, weights: {a: 0}}]", "{'a': 0"),
         ("[{from_tokens: 0, weights: {a: -1}}]", "{'a': -1"),
         ("[{from_tokens: -1, weights: {a: 1}}]", "greater than or equal to 0"),
+        ("[{from_tokens: 0, weights: {a: 1}, lengths: {b: {most: 9}}}]", "'b' is not among the collections"),
+        ("[{from_tokens: 0, weights: {a: 1}, lengths: {a: {least: 9, most: 8}}}]", "least is 9, above most, 8"),
     ],
 )
 def test_phases_that_can_not_be_are_named(path: Path, phases: str, named: str):

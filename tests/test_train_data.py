@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_fixtures import write_tokens
 
-from train.config import ConfigError, Phase
+from train.config import ConfigError, Lengths, Phase
 from train.data import MIXTURE_BLOCK, Documents, Rows, TokenData
 from train.encode import _ShardWriter
 
@@ -48,6 +48,17 @@ def documents_on_disk(directory: Path, shards: list[list[list[int]]]) -> Documen
 
 DOCUMENT = st.lists(st.integers(2, 500), max_size=9).map(lambda tokens: [BOUNDARY, *tokens])
 SHARDS = st.lists(st.lists(DOCUMENT, min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+@settings(deadline=None)
+@given(shards=SHARDS, least=st.integers(1, 10), more=st.integers(0, 9))
+def test_documents_of_some_lengths_are_those(shards: list[list[list[int]]], least: int, more: int):
+    with tempfile.TemporaryDirectory() as directory:
+        documents = documents_on_disk(Path(directory), shards)
+        part = documents.of(Lengths(least=least, most=least + more))
+        found = [part.tokens(i).tolist() for i in range(len(part))]
+        assert found == [document for document in flat(shards) if least <= len(document) <= least + more]
+        assert len(documents) == len(flat(shards))  # the whole is as it was
 
 
 def laid_out(documents: list[list[int]], context: int) -> list[int]:
@@ -186,6 +197,23 @@ def test_phases_change_the_weights_and_leave_nothing_out(tokens_dir: Path):
         assert (again.rows(number, 1)[0] == rows[number]).all()
 
 
+def test_a_phase_can_read_documents_of_some_lengths_only(tokens_dir: Path):
+    """What came before is as without, and such rows are their collection's where rows are counted."""
+    only = Lengths(least=5, most=6)
+    phases = [PHASES[0], Phase(from_tokens=1300 * CONTEXT, weights={"much": 1, "little": 1}, lengths={"much": only})]
+    mixture = data_in(tokens_dir, phases=phases).mixture
+    rows = mixture.rows(0, 2300)
+    assert (rows[:1300] == data_in(tokens_dir, phases=phases[:1]).mixture.rows(0, 1300)).all()
+    part = Rows(Documents([tokens_dir / "much.train-00000.npy"], BOUNDARY).of(only), CONTEXT, (1, 0, 5, 6))
+    ours = [row.tolist() for row in rows[1300:] if collection_of(row) == "much"]
+    assert ours == [part.row(number).tolist() for number in range(500)]
+    assert mixture.names == list(MARKS)
+    assert mixture.collections(0, 2300) == [collection_of(row) for row in rows]
+    counts = Counter(map(collection_of, rows))
+    assert mixture.tokens(2300) == {name: counts[name] * CONTEXT for name in MARKS}
+    assert mixture.epochs(2300)["much of 5 to 6 tokens"] == part.epochs(500)
+
+
 @settings(max_examples=30, deadline=None)
 @given(numbers=st.lists(st.integers(0, 5000), min_size=1, max_size=20))
 def test_a_row_is_the_same_whatever_was_read_before(numbers: list[int]):
@@ -240,6 +268,11 @@ def test_too_little_text_is_named(tmp_path: Path):
         ({"much": 1, "never": 0.1}, (), "'never' is to be trained on, but .* has no tokens of it to train on"),
         ({"much": 1, "other": 0.1}, (), "'other' is to be trained on"),
         ({"much": 1}, [Phase(from_tokens=0, weights={"never": 1})], "'never' is to be trained on"),
+        (
+            {"much": 1},
+            [Phase(from_tokens=8, weights={"much": 1}, lengths={"much": Lengths(least=8, most=9)})],
+            "'much of 8 to 9 tokens' has fewer tokens than one row of 9",
+        ),
         ({"much": 1, "some": 4e-4}, (), "'some' has a weight of 0.0004 of 1.0004: too little for a row in 1000"),
     ],
 )

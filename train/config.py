@@ -67,11 +67,25 @@ class Encode(_Section):
     batch_documents: int = Field(default=256, ge=1)
 
 
+class Lengths(_Section):
+    """Which documents of a collection are read: of at least and at most so many tokens, the boundary among them."""
+
+    least: int = Field(default=1, ge=1)
+    most: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _least_is_not_above(self) -> Lengths:
+        if self.least > self.most:
+            raise ValueError(f"least is {self.least}, above most, {self.most}")
+        return self
+
+
 class Phase(_Section):
     """A stretch of the run that has a mixture of its own."""
 
     from_tokens: int = Field(ge=0)  # of the run, up to the next phase
     weights: dict[str, float]  # by collection, in place of theirs; one that is not named has none
+    lengths: dict[str, Lengths] = {}  # by collection: what is read of it; of one that is not named, everything
 
 
 DropoutShare = Annotated[float, Field(ge=0, le=0.9)]  # in steps of 1/256
@@ -209,7 +223,7 @@ class TrainConfig(_Section):
             raise ValueError(f"run.phases begin at {starts}: each must begin after the one before")
         trained_on = {name for name, weight in self.weights.items() if weight}
         for phase in self.run.phases:
-            if unknown := sorted(set(phase.weights) - trained_on):
+            if unknown := sorted({*phase.weights, *phase.lengths} - trained_on):
                 raise ValueError(
                     f"run.phases: {unknown[0]!r} is not among the collections with a weight above 0, "
                     f"{', '.join(sorted(trained_on))}"

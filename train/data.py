@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
-from train.config import ConfigError, Phase
+from train.config import ConfigError, Lengths, Phase
 
 MIXTURE_BLOCK = 1000  # rows over which the mixture's weights hold exactly (to a row)
 
@@ -34,6 +36,13 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def of(self, lengths: Lengths) -> Documents:
+        """Those of such lengths, in the same order."""
+        chosen = (self.lengths >= lengths.least) & (self.lengths <= lengths.most)
+        part = copy(self)
+        part._shard, part._start, part.lengths = (a[chosen] for a in (self._shard, self._start, self.lengths))
+        return part
 
     def tokens(self, i: int) -> np.ndarray:
         """The i-th document, (lengths[i],) uint16."""
@@ -132,7 +141,8 @@ class _Pattern:
 class Mixture:
     """Rows of one context and one token more, drawn from several collections by weights that may change on the way.
 
-    phases: (the first row for which they hold, weights by name), in order, in place of `weights`.
+    phases: (the first row for which they hold, weights by name), in order, in place of `weights`. parts: of which
+    collection one that is drawn from is a part, under whose name it then counts.
     """
 
     def __init__(
@@ -142,15 +152,18 @@ class Mixture:
         context: int,
         seed: int,
         phases: Sequence[tuple[int, dict[str, float]]] = (),
+        parts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.names = list(collections)
+        self.names = [name for name in collections if name not in parts]
+        self._drawn = collections
+        self._whole = [parts.get(name, name) for name in collections]
         self._collections = list(collections.values())
         self._context = context
         self._first_rows: list[int] = []
         self._phases: list[tuple[_Pattern, np.ndarray]] = []  # and the rows of each collection before it
         for first, shares in ([] if phases and phases[0][0] == 0 else [(0, weights)]) + list(phases):
             before = self._counts(first)
-            pattern = _Pattern({name: shares.get(name, 0.0) for name in self.names}, seed)
+            pattern = _Pattern({name: shares.get(name, 0.0) for name in collections}, seed)
             self._first_rows.append(first)
             self._phases.append((pattern, before))
 
@@ -160,7 +173,7 @@ class Mixture:
 
     def collections(self, first: int, count: int) -> list[str]:
         """Which collection each of the same rows is from."""
-        return [self.names[self._collection(number)] for number in range(first, first + count)]
+        return [self._whole[self._collection(number)] for number in range(first, first + count)]
 
     def _row(self, number: int) -> np.ndarray:
         collection = self._collection(number)
@@ -173,19 +186,22 @@ class Mixture:
     def _counts(self, rows: int) -> np.ndarray:
         """(C,) rows of each collection among the first so many of the run."""
         if not self._phases:
-            return np.zeros(len(self.names), int)
+            return np.zeros(len(self._drawn), int)
         phase = bisect_right(self._first_rows, rows) - 1
         pattern, before = self._phases[phase]
         return before + pattern.counts(rows - self._first_rows[phase])
 
     def tokens(self, rows: int) -> dict[str, int]:
         """Tokens of each collection among so many rows, also those that it read again as a row began."""
-        return {name: int(n) * self._context for name, n in zip(self.names, self._counts(rows), strict=True)}
+        tokens = dict.fromkeys(self.names, 0)
+        for name, n in zip(self._whole, self._counts(rows), strict=True):
+            tokens[name] += int(n) * self._context
+        return tokens
 
     def epochs(self, rows: int) -> dict[str, float]:
-        """How often each collection has been gone through after so many rows."""
-        counts = zip(self.names, self._collections, self._counts(rows), strict=True)
-        return {name: collection.epochs(int(n)) for name, collection, n in counts}
+        """How often each collection, and each part that is drawn from, has been gone through after so many rows."""
+        counts = zip(self._drawn.items(), self._counts(rows), strict=True)
+        return {name: collection.epochs(int(n)) for (name, collection), n in counts}
 
 
 class TokenData:
@@ -210,10 +226,19 @@ class TokenData:
                 if split in entry:
                     paths = [directory / shard for shard in entry[split]["shards"]]
                     self._documents[split][name] = Documents(paths, self.boundary_id)
-        collections = {
-            name: Rows(documents, context, (seed, number))
-            for number, (name, documents) in enumerate(self._documents["train"].items())
-        }
+        trained = self._documents["train"]
+        collections = {name: Rows(documents, context, (seed, i)) for i, (name, documents) in enumerate(trained.items())}
+        by_row: list[tuple[int, dict[str, float]]] = []
+        parts: dict[str, str] = {}
+        for phase in phases:
+            shares = dict(phase.weights)
+            for name in sorted(set(phase.lengths) & set(trained)):
+                least, most = phase.lengths[name].least, phase.lengths[name].most
+                part = f"{name} of {least} to {most} tokens"
+                place = (seed, list(trained).index(name), least, most)
+                collections[part] = Rows(trained[name].of(phase.lengths[name]), context, place)
+                parts[part], shares[part] = name, shares.pop(name, 0.0)
+            by_row.append((phase.from_tokens // context, shares))
         if short := [name for name, rows in collections.items() if rows.epoch_tokens <= context]:
             raise ConfigError(
                 f"collection {short[0]!r} has fewer tokens than one row of {context + 1}: too little text"
@@ -224,8 +249,7 @@ class TokenData:
                 f"collection {missing[0]!r} is to be trained on, but {directory} has no tokens of it to train on: "
                 f"run `python -m train.prepare` and what follows it again"
             )
-        by_row = [(phase.from_tokens // context, phase.weights) for phase in phases]
-        self.mixture = Mixture(collections, weights, context, seed, by_row)
+        self.mixture = Mixture(collections, weights, context, seed, by_row, parts)
 
     @property
     def validation_collections(self) -> list[str]:
