@@ -104,6 +104,8 @@ def test_overrides_leave_the_rest_alone(path: Path):
         ("run.dropout={nothing: 0.1}", "run.dropout: 'nothing' is not among the collections"),
         ("run.taught={nothing: 0.1}", "run.taught: 'nothing' is not among the collections"),
         ("run.taught=1.5", "run.taught"),
+        ("run.taught={a: 2}", "run.taught.a: Input should be less than or equal to 1 (given: 2)"),
+        ("run.dropout={a: 2}", "run.dropout.a: Input should be less than or equal to 0.9 (given: 2)"),
         ("prepare.collections.0.weight=inf", "prepare.collections.0.weight"),
         ("model.vocab_size=100000", "model.vocab_size is 100000"),
         ("model.context=1", "model.context is 1"),
@@ -152,7 +154,7 @@ def test_a_missing_key_is_named(path: Path, key: str):
         ("[{from_tokens: 0, weights: {a: 0}}]", "{'a': 0"),
         ("[{from_tokens: 0, weights: {a: -1}}]", "{'a': -1"),
         ("[{from_tokens: -1, weights: {a: 1}}]", "greater than or equal to 0"),
-        ("[{from_tokens: 0, weights: {a: 1}, lengths: {b: {most: 9}}}]", "'b' is not among the collections"),
+        ("[{from_tokens: 0, weights: {a: 1}, lengths: {b: {most: 9}}}]", "lengths are given of 'b'"),
         ("[{from_tokens: 0, weights: {a: 1}, lengths: {a: {least: 9, most: 8}}}]", "least is 9, above most, 8"),
     ],
 )
@@ -161,3 +163,11 @@ def test_phases_that_can_not_be_are_named(path: Path, phases: str, named: str):
         load_config(path, [f"run.phases={phases}"])
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("taught", ["0", "{}", "{a: 0}"])
+def test_teachers_of_nothing_are_named(path: Path, taught: str):
+    with pytest.raises(ConfigError, match=r"run.taught is .*: nothing would be learnt from run.teachers"):
+        load_config(path, ["run.teachers=[models/stories-8m]", f"run.taught={taught}"])
+    assert load_config(path, [f"run.taught={taught}"]).run.taught_of("a") == 0
+    assert load_config(path, ["run.teachers=[models/stories-8m]"]).run.taught_of("a") == 0.5

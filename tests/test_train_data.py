@@ -271,7 +271,7 @@ def test_too_little_text_is_named(tmp_path: Path):
         (
             {"much": 1},
             [Phase(from_tokens=8, weights={"much": 1}, lengths={"much": Lengths(least=8, most=9)})],
-            "'much of 8 to 9 tokens' has fewer tokens than one row of 9",
+            "run.phases, lengths: collection 'much of 8 to 9 tokens' has fewer tokens than one row of 9",
         ),
         ({"much": 1, "some": 4e-4}, (), "'some' has a weight of 0.0004 of 1.0004: too little for a row in 1000"),
     ],

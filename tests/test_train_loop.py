@@ -15,7 +15,7 @@ from train_fixtures import encode_plainly, prepared_stories, train_rank, write_t
 from tinylm.config import ModelConfig
 from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer
-from train.config import ConfigError, Run, TrainConfig
+from train.config import ConfigError, Lengths, Phase, Run, TrainConfig
 from train.data import TokenData
 from train.evaluate import make_runner, score_document, windows
 from train.loop import bits_per_byte, lr_factor, total_steps, train
@@ -241,6 +241,22 @@ def test_a_run_goes_on_by_the_settings_it_was_begun_with(config: TrainConfig):
     seen = {"stories": 8 * 8 * 32 - 32}  # as if a phase before this step had been another
     with pytest.raises(ConfigError, match="not the mixture that the checkpoint saw in its 2,048 tokens"):
         trained(config, {**states[-1], "tokens_by_collection": seen})
+
+
+def test_a_run_goes_on_with_the_lengths_it_was_begun_with(config: TrainConfig):
+    """As many tokens of each collection as before, and other rows."""
+
+    def phases(first: int, second: int) -> list[Phase]:
+        return [
+            Phase(from_tokens=start, weights={"stories": 1}, lengths={"stories": Lengths(most=most)})
+            for start, most in ((2 * 8 * 32, first), (6 * 8 * 32, second))
+        ]
+
+    states: list[dict] = []
+    trained(config, save=states.append, tokens=4 * 8 * 32, phases=phases(270, 260))
+    with pytest.raises(ConfigError, match="not the mixture that the checkpoint saw in its 1,024 tokens"):
+        trained(config, states[-1], tokens=8 * 8 * 32, phases=phases(280, 260))
+    trained(config, states[-1], tokens=8 * 8 * 32, phases=phases(270, 250))  # what is yet to come may change
 
 
 def test_plain_adamw_trains_too_and_its_state_is_no_other_s(config: TrainConfig):

@@ -15,7 +15,7 @@ from tinylm.weights import ModelError, save_model
 from train.config import ConfigError, TrainConfig
 from train.loop import lr_factor, train
 from train.restore import restored_state
-from train.stage import load_tokens
+from train.stage import file_sha256, load_tokens
 from train.state import averaged_weights, check_continues
 
 STEPS = 40
@@ -70,6 +70,7 @@ def released(config: TrainConfig, first: tuple[dict, list[dict]], tmp_path: Path
         "seed": config.seed,
         "optimizer": "muon",
         "text_sha256": state["text_sha256"],
+        "taught_by": {"0" * 64: "an older model"},
     }
     save_model(
         tmp_path / "model",
@@ -103,6 +104,13 @@ def test_a_run_goes_on_where_its_released_model_ended(config: TrainConfig, first
     assert re.match(r"an abacus, then \d+ threads? of ", last["machine"])
     again, _ = run_on(longer(config, tokens=3 * STEPS * ROW_TOKENS), last)
     assert again["machine"] == last["machine"]  # and not named once more
+
+
+def test_who_taught_a_model_stays_known(config: TrainConfig, released: Path):
+    """Also where others teach it from there on."""
+    config = longer(config)
+    last, _ = run_on(config, restored_state(released, config, load_tokens(config)), teachers=[released])
+    assert last["taught_by"] == {"0" * 64: "an older model", file_sha256(released / "model.safetensors"): "model"}
 
 
 @pytest.mark.parametrize(

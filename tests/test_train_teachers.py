@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tinylm.llm import load
 from tinylm.model import Chunk, ModelRunner
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import TENSORS, ModelError, save_model
+from train.card import _taught_by as model_card_sentence
 from train.config import ConfigError, TrainConfig
 from train.loop import mean_loss, taught_targets, train
 from train.model import GPT, released_model
@@ -144,7 +146,7 @@ def test_a_run_comes_nearer_to_its_teacher_and_says_who_it_was(config: TrainConf
     said = loaded(config, [tmp_path / "run"]).probabilities(ids)
     torch.testing.assert_close(said, student(ids).softmax(-1).detach())
     # Where no collection is taught, teachers change nothing.
-    _, _, same = taught(config, teachers=models, taught={"stories": 0.0})
+    _, _, same = taught(config, teachers=models, taught={"stories": 0.0})  # refused in a config
     assert [line.get("loss") for line in same] == [line.get("loss") for line in lines]
 
 
@@ -160,3 +162,16 @@ def test_what_cannot_teach_is_named(config: TrainConfig, models: list[Path], tmp
     (damaged / TENSORS).write_bytes((models[0] / TENSORS).read_bytes()[:-1])
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         loaded(config, [models[1], damaged])
+    (tmp_path / "cut").mkdir()
+    whole = io.BytesIO()
+    torch.save({"step": 3}, whole)
+    for content in (whole.getvalue(), whole.getvalue()[:-100], b"no state", b""):
+        (tmp_path / "cut" / STATE_FILE).write_bytes(content)
+        with pytest.raises(ConfigError, match=r"run.teachers: .*cut/state.pt is not what a run saved: \w+: "):
+            loaded(config, [tmp_path / "cut"])
+
+
+def test_a_card_says_who_taught():
+    assert model_card_sentence({}) == ""
+    sentence = model_card_sentence({"0123456789abcdef": "older", "f" * 64: "another"})
+    assert "what other models say of it: older (sha256 0123456789ab), another (sha256 ffffffffffff)." in sentence

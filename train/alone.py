@@ -20,6 +20,7 @@ from train.restore import restored_state
 from train.run import has_checkpoints
 from train.stage import load_tokenizer, load_tokens, run_stage
 from train.state import STATE_FILE, check_continues
+from train.teachers import Teachers
 
 
 def run_alone(config: TrainConfig) -> None:
@@ -34,6 +35,7 @@ def run_alone(config: TrainConfig) -> None:
     elif released := config.run.restore:
         state = restored_state(released, config, data)
     check_fits(config, data, 1)
+    Teachers(config.run.teachers, data.tokenizer_sha256, config.model_config_.context)
     if state is not None:
         check_continues(state, config, data)
     config.run_dir.mkdir(parents=True, exist_ok=True)

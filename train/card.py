@@ -68,8 +68,8 @@ def _taught_by(names: dict) -> str:
     """A sentence for a model that learnt from others too."""
     if not names:
         return ""
-    models = ", ".join(f"{name} (weights {sum_[:12]})" for sum_, name in names.items())
-    return f"\nBeside the text it learnt from what earlier models say of it, in the mean: {models}.\n"
+    models = ", ".join(f"{name} (sha256 {sum_[:12]})" for sum_, name in names.items())
+    return f"\nBeside the text, it learnt from what other models say of it: {models}."
 
 
 def _where_the_record_begins(evaluation: dict) -> str:

@@ -106,7 +106,7 @@ class Run(_Section):
     adamw_betas: tuple[Beta, Beta] = (0.9, 0.98)
     weight_decay: float = Field(default=0.02, ge=0)
     dropout: DropoutShare | dict[str, DropoutShare] = 0.0  # or by collection: for text that is gone through many times
-    teachers: list[Path] = []  # released models whose mean prediction is learnt beside the text itself
+    teachers: list[Path] = []  # trained models whose mean prediction is learnt beside the text itself
     taught: Share | dict[str, Share] = 0.5  # how much of the loss that is, or by collection
     grad_clip: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
@@ -128,13 +128,15 @@ class Run(_Section):
 
     def dropout_of(self, collection: str) -> float:
         """One that is not named has none."""
-        return self.dropout.get(collection, 0.0) if isinstance(self.dropout, dict) else self.dropout
+        return _of(self.dropout, collection)
 
     def taught_of(self, collection: str) -> float:
         """One that is not named is learnt from its text alone, as all are without teachers."""
-        if not self.teachers:
-            return 0.0
-        return self.taught.get(collection, 0.0) if isinstance(self.taught, dict) else self.taught
+        return _of(self.taught, collection) if self.teachers else 0.0
+
+
+def _of(shares: float | dict[str, float], collection: str) -> float:
+    return shares.get(collection, 0.0) if isinstance(shares, dict) else shares
 
 
 class Export(_Section):
@@ -223,13 +225,15 @@ class TrainConfig(_Section):
             raise ValueError(f"run.phases begin at {starts}: each must begin after the one before")
         trained_on = {name for name, weight in self.weights.items() if weight}
         for phase in self.run.phases:
-            if unknown := sorted({*phase.weights, *phase.lengths} - trained_on):
+            if unknown := sorted(set(phase.weights) - trained_on):
                 raise ValueError(
                     f"run.phases: {unknown[0]!r} is not among the collections with a weight above 0, "
                     f"{', '.join(sorted(trained_on))}"
                 )
             if min(phase.weights.values(), default=0.0) < 0 or not any(phase.weights.values()):
                 raise ValueError(f"run.phases: weights are {phase.weights}: none below 0, and one above")
+            if unread := sorted(name for name in phase.lengths if not phase.weights.get(name)):
+                raise ValueError(f"run.phases: lengths are given of {unread[0]!r}, which has no weight there")
         return self
 
     @model_validator(mode="after")
@@ -238,6 +242,8 @@ class TrainConfig(_Section):
             named = set(shares) if isinstance(shares, dict) else set()
             if unknown := sorted(named - set(self.weights)):
                 raise ValueError(f"run.{key}: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
+        if self.run.teachers and not any(self.run.taught_of(name) for name, weight in self.weights.items() if weight):
+            raise ValueError(f"run.taught is {self.run.taught}: nothing would be learnt from run.teachers")
         return self
 
     @model_validator(mode="after")
@@ -282,8 +288,9 @@ def load_config(path: Path, overrides: list[str] = []) -> TrainConfig:
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "settings"
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union's, that of the form that was written
+        keys = [str(key) for key in first["loc"]]
+        where = ".".join(key for key in keys if not key.startswith(("dict[", "constrained-"))) or "settings"
         given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
         raise ConfigError(f"{path}: {where}: {first['msg']}{given}") from None
 

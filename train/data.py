@@ -1,6 +1,6 @@
 """Token shards into training rows and validation windows, in an order that the step number alone decides.
 
-Nothing is kept between steps: row number j of a run is a pure function of (shards, weights, seed, j), so a run that
+Nothing is kept between steps: row number j of a run is a pure function of (shards, mixture, seed, j), so a run that
 is killed and resumed, or continued with another number of workers, sees exactly the rows it would have seen.
 """
 
@@ -199,7 +199,7 @@ class Mixture:
         return tokens
 
     def epochs(self, rows: int) -> dict[str, float]:
-        """How often each collection, and each part that is drawn from, has been gone through after so many rows."""
+        """How often each collection was gone through after so many rows, and each part, which counts for itself."""
         counts = zip(self._drawn.items(), self._counts(rows), strict=True)
         return {name: collection.epochs(int(n)) for (name, collection), n in counts}
 
@@ -240,8 +240,9 @@ class TokenData:
                 parts[part], shares[part] = name, shares.pop(name, 0.0)
             by_row.append((phase.from_tokens // context, shares))
         if short := [name for name, rows in collections.items() if rows.epoch_tokens <= context]:
+            where = "run.phases, lengths: " if short[0] in parts else ""
             raise ConfigError(
-                f"collection {short[0]!r} has fewer tokens than one row of {context + 1}: too little text"
+                f"{where}collection {short[0]!r} has fewer tokens than one row of {context + 1}: too little text"
             )
         trained_on = {name for shares in (weights, *(p.weights for p in phases)) for name in shares if shares[name]}
         if missing := sorted(trained_on - set(collections)):

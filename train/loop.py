@@ -74,8 +74,11 @@ def mean_loss(model: nn.Module, rows: Tensor, dropout: Tensor | None = None, tar
 
 def taught_targets(rows: Tensor, shares: Sequence[float], teachers: Teachers) -> Tensor:
     """(B, context, vocab) probabilities: of each row a share is what the teachers say, the rest its own next tokens."""
-    share = torch.tensor(shares, device=rows.device)[:, None, None]
-    targets = teachers.probabilities(rows[:, :-1]) * share
+    share = torch.tensor(shares, dtype=torch.float32, device=rows.device)[:, None, None]
+    chosen = [i for i, of_row in enumerate(shares) if of_row]  # the teachers read no others
+    said = teachers.probabilities(rows[chosen, :-1]) * share[chosen]
+    targets = said.new_zeros(*rows[:, 1:].shape, said.shape[-1])
+    targets[chosen] = said
     return targets.scatter_add_(2, rows[:, 1:, None], (1 - share).expand(*rows[:, 1:].shape, 1))
 
 
@@ -151,7 +154,8 @@ def train(
     """Train from `state` (None: from the beginning) to the last step; returns the averaged model.
 
     `log` gets a dictionary each `log_every_steps` and each validation, on rank 0 only; `save` gets the whole state on
-    every rank, equally often. Raises ConfigError when settings, data and state don't fit together.
+    every rank, equally often. Raises ConfigError when settings, data, state and teachers don't fit together, and
+    ModelError for a teacher that is damaged.
     """
     run, shape, device = config.run, config.model_config_, torch.device(device)
     distributed = dist.is_available() and dist.is_initialized()

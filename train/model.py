@@ -1,4 +1,5 @@
-"""The transformer in PyTorch, for training; `tinylm.model` is the same arithmetic for inference.
+"""The transformer in PyTorch, for training, also with a released model's weights; `tinylm.model` is the same arithmetic
+for inference.
 
 Weight names are those of Hugging Face's Llama family, so that exported tensors need no table of names.
 """

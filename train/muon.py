@@ -51,7 +51,8 @@ class Muon(Optimizer):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             updates = []
-            for owner, share in _shares(group["params"], world):
+            moved = [matrix for matrix in group["params"] if matrix.grad is not None]
+            for owner, share in _shares(moved, world):
                 gradients = [grad for matrix in share if (grad := matrix.grad) is not None]
                 averages = [self._average(matrix) for matrix in share]
                 torch._foreach_lerp_(averages, gradients, 1 - momentum)
@@ -59,7 +60,7 @@ class Muon(Optimizer):
                     nesterov = torch.stack(torch._foreach_lerp(gradients, averages, momentum))
                     update = orthogonalize(nesterov, self._bfloat16 or nesterov.is_cuda).contiguous()
                 else:
-                    update = torch.empty((len(share), *share[0].shape), device=share[0].device)
+                    update = share[0].new_empty((len(share), *share[0].shape))
                 # Sent while the next ones are computed.
                 updates.append((share, update, dist.broadcast(update, owner, async_op=True) if world > 1 else None))
             for share, update, sent in updates:

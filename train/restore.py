@@ -1,7 +1,7 @@
 """A released model as a checkpoint of its run, for going on when the run's own checkpoints are gone.
 
 Steps, tokens, time, seed, optimizer and text are those of its `evaluation.json`, the weights those that it was released
-with, so in int8. The optimizers begin anew. Everything that a checkpoint is held against, `train.loop` checks.
+with, so in int8. The optimizers begin anew. Everything that a checkpoint is held against, `train.state` checks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Record(BaseModel):
     seed: int
     optimizer: str
     text_sha256: str
-    taught_by: dict[str, str] = {}  # names of models by the sha256 of their weights
+    taught_by: dict[str, str] = {}  # names of models by the sha256 of the file with their weights
 
 
 def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dic
         raise ConfigError(f"run.restore: {directory} is a model of another shape than the config's")
     if file_sha256(directory / TOKENIZER) != data.tokenizer_sha256:
         raise ConfigError(
-            f"run.restore: the tokens were not made with {directory / 'tokenizer.model'}: "
+            f"run.restore: the tokens were not made with {directory / TOKENIZER}: "
             f"copy it to {config.tokenizer_path} and run `python -m train.encode` again"
         )
     path = directory / "evaluation.json"

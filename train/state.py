@@ -40,7 +40,7 @@ def check_state(state: dict[str, Any], config: TrainConfig, data: TokenData) -> 
 def check_continues(state: dict[str, Any], config: TrainConfig, data: TokenData) -> None:
     """Raise ConfigError when a run can't go on from a checkpoint: its next rows and steps would not be those after it.
 
-    The learning rates, the schedule, dropout and the mixture from here on may change.
+    The learning rates, the schedule, dropout, the teachers and the mixture from here on may change.
     """
     check_state(state, config, data)
     if "begun_at" not in state:
@@ -54,8 +54,17 @@ def check_continues(state: dict[str, Any], config: TrainConfig, data: TokenData)
         if value != saved:
             raise ConfigError(f"{key} is {value!r}, but the checkpoint was trained with {saved!r}")
     rows = state["step"] * config.run.batch_rows
-    if state["tokens_by_collection"] != data.mixture.tokens(rows):
+    tokens = rows * config.model_config_.context
+    if state["tokens_by_collection"] != data.mixture.tokens(rows) or _lengths(before, tokens) != _lengths(
+        config.model_dump(mode="json"), tokens
+    ):
         raise ConfigError(
             f"run.phases and the collections' weights are not the mixture that the checkpoint saw in its "
-            f"{rows * config.model_config_.context:,} tokens: change it from there on, by one more phase"
+            f"{tokens:,} tokens: change it from there on, by one more phase"
         )
+
+
+def _lengths(config: dict[str, Any], tokens: int) -> dict[int, dict]:
+    """What the phases that begin within so many tokens say of documents' lengths, by where they begin."""
+    begun = [phase for phase in config["run"].get("phases", []) if phase["from_tokens"] < tokens]
+    return {phase["from_tokens"]: lengths for phase in begun if (lengths := phase.get("lengths"))}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +26,15 @@ class Teachers:
     """Models that answer together: the mean of their probabilities. There may be none.
 
     directories: of released models, or of runs without Ray, whose averaged weights are taken. Raises ModelError when a
-    model is damaged, and ConfigError when one has another tokenizer or a shorter context.
+    released model is damaged, and ConfigError when what a run saved is, or one has another tokenizer or too short a
+    context.
     """
 
     def __init__(
         self, directories: Sequence[Path], tokenizer_sha256: str, context: int, device: torch.device | str = "cpu"
     ) -> None:
         self._models = [_load(directory, tokenizer_sha256, context).to(device) for directory in directories]
-        self.names = {file_sha256(_weights_file(d)): d.resolve().name for d in directories}  # by their weights' file
+        self.names = {file_sha256(_weights_file(d)): d.resolve().name for d in directories}  # by that file's sum
 
     @torch.no_grad()
     def probabilities(self, ids: Tensor) -> Tensor:
@@ -51,10 +53,14 @@ def _weights_file(directory: Path) -> Path:
 def _load(directory: Path, tokenizer_sha256: str, context: int) -> GPT:
     path = _weights_file(directory)
     if path.name == STATE_FILE:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        model = GPT(ModelConfig(**state["config"]["model"]))
-        model.load_state_dict(averaged_weights(state))
-        made_with = state["tokenizer_sha256"]
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            model = GPT(ModelConfig(**state["config"]["model"]))
+            model.load_state_dict(averaged_weights(state))
+            made_with = state["tokenizer_sha256"]
+        except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:
+            said = str(error).split("\n")[0]
+            raise ConfigError(f"run.teachers: {path} is not what a run saved: {type(error).__name__}: {said}") from None
     else:
         model = released_model(directory)
         made_with = file_sha256(directory / TOKENIZER)
