@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_fixtures import encode_plainly, prepared_stories, train_rank, write_tokens
+from train_fixtures import encoded_stories, train_rank, write_tokens
 
 from tinylm.config import ModelConfig
 from tinylm.model import Model
@@ -49,9 +49,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    config = prepared_stories(tmp_path_factory.mktemp("loop"), n_stories=150, run=RUN)
-    encode_plainly(config, config.tokens_dir)
-    return config
+    return encoded_stories(tmp_path_factory.mktemp("loop"), RUN)
 
 
 def trained(config: TrainConfig, state: dict | None = None, save=lambda values: None, **run: object):

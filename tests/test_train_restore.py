@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from train_fixtures import encode_plainly, prepared_stories
+from train_fixtures import encoded_stories
 
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError, save_model
@@ -34,9 +34,7 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    config = prepared_stories(tmp_path_factory.mktemp("restore"), n_stories=150, run=RUN)
-    encode_plainly(config, config.tokens_dir)
-    return config
+    return encoded_stories(tmp_path_factory.mktemp("restore"), RUN)
 
 
 def arrays(state: dict) -> dict:

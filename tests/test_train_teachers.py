@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_fixtures import TINY_MODEL, encode_plainly, prepared_stories
+from train_fixtures import TINY_MODEL, encoded_stories
 
 from tinylm.config import ModelConfig
 from tinylm.llm import load
@@ -40,9 +40,7 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    config = prepared_stories(tmp_path_factory.mktemp("taught"), n_stories=150, run=RUN)
-    encode_plainly(config, config.tokens_dir)
-    return config
+    return encoded_stories(tmp_path_factory.mktemp("taught"), RUN)
 
 
 def release(config: TrainConfig, directory: Path, seed: int, **shape: int) -> Path:

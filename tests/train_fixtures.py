@@ -119,6 +119,13 @@ def encode_plainly(config: TrainConfig, directory: Path, shard_tokens: int = 1_0
     )
 
 
+def encoded_stories(workdir: Path, run: dict) -> TrainConfig:
+    """A small set of demo stories in `workdir`, ready to be trained on without Ray."""
+    config = prepared_stories(workdir, n_stories=150, run=run)
+    encode_plainly(config, config.tokens_dir)
+    return config
+
+
 def command_env(ray_tmpdir: Path) -> dict[str, str]:
     """The environment of our commands in tests: a Ray of their own, never one that runs already."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -35,7 +35,7 @@ def run_alone(config: TrainConfig) -> None:
     elif released := config.run.restore:
         state = restored_state(released, config, data)
     check_fits(config, data, 1)
-    Teachers(config.run.teachers, data.tokenizer_sha256, config.model_config_.context)
+    Teachers(config.run.teachers, data.tokenizer_sha256, config.model_config_.context)  # built for its checks
     if state is not None:
         check_continues(state, config, data)
     config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -155,9 +155,8 @@ class Mixture:
         parts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.names = [name for name in collections if name not in parts]
-        self._drawn = collections
+        self._drawn = list(collections.items())
         self._whole = [parts.get(name, name) for name in collections]
-        self._collections = list(collections.values())
         self._context = context
         self._first_rows: list[int] = []
         self._phases: list[tuple[_Pattern, np.ndarray]] = []  # and the rows of each collection before it
@@ -177,7 +176,7 @@ class Mixture:
 
     def _row(self, number: int) -> np.ndarray:
         collection = self._collection(number)
-        return self._collections[collection].row(int(self._counts(number)[collection]))
+        return self._drawn[collection][1].row(int(self._counts(number)[collection]))
 
     def _collection(self, number: int) -> int:
         phase = bisect_right(self._first_rows, number) - 1
@@ -200,7 +199,7 @@ class Mixture:
 
     def epochs(self, rows: int) -> dict[str, float]:
         """How often each collection was gone through after so many rows, and each part, which counts for itself."""
-        counts = zip(self._drawn.items(), self._counts(rows), strict=True)
+        counts = zip(self._drawn, self._counts(rows), strict=True)
         return {name: collection.epochs(int(n)) for (name, collection), n in counts}
 
 

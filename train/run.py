@@ -83,7 +83,7 @@ def run(config: TrainConfig) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     # Errors of the settings belong here, not in a worker that Ray would start again.
     check_fits(config, data, config.run.workers)
-    Teachers(config.run.teachers, data.tokenizer_sha256, config.model_config_.context)
+    Teachers(config.run.teachers, data.tokenizer_sha256, config.model_config_.context)  # built for its checks
     saved = has_checkpoints(config)
     if not saved and (config.run_dir / RAY_RECORD).exists():
         raise ConfigError(f"the checkpoints of {config.run_dir} are gone: remove that directory to begin anew")
