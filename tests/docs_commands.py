@@ -150,7 +150,7 @@ TABLE: dict[str, str | Walk] = {
     # Training.
     r"make train-demo": Walk(Until.END, asked="test -s data/demo/models/demo/model.safetensors", limit_s=900),
     r"python -m train.demo_text": Walk(Until.END),
-    r"python -m train.(prepare|tokenizer|encode|run|export) --config configs/train-demo.yaml.*": Walk(
+    r"python -m train.(prepare|tokenizer|encode|tell|run|export) --config configs/train-demo.yaml.*": Walk(
         Until.END, filled=PLACE
     ),
     r"python -m train.evaluate .*": Walk(Until.END, '"bits_per_byte"', filled=HELD_OUT),

@@ -171,3 +171,26 @@ def test_teachers_of_nothing_are_named(path: Path, taught: str):
         load_config(path, ["run.teachers=[models/stories-8m]", f"run.taught={taught}"])
     assert load_config(path, [f"run.taught={taught}"]).run.taught_of("a") == 0
     assert load_config(path, ["run.teachers=[models/stories-8m]"]).run.taught_of("a") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["run.phases=[{from_tokens: 0, weights: {told: 1}}]"], "above 0, a, and nothing is told without `tell`"),
+        (["tell={model: m, like: b}"], "tell.like: 'b' is not among the collections with a weight above 0"),
+        (["tell={model: m, like: a}", "prepare.collections.0.name=told"], "'told' is what `tell` makes"),
+        (["tell={model: m, like: a, top_p: 0}"], "tell.top_p: Input should be greater than 0"),
+        (["tell={model: m, like: a, temperature: 11}"], "temperature is 11"),
+    ],
+)
+def test_stories_that_can_not_be_told_are_named(path: Path, overrides: list[str], named: str):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_told_stories_may_be_read_taught_and_dropped(path: Path):
+    told = ["tell={model: m, like: a}", "run.phases=[{from_tokens: 9, weights: {told: 1}}]", "run.dropout={told: 0.1}"]
+    run = load_config(path, [*told, "run.teachers=[m]", "run.taught={told: 1}"]).run
+    assert (run.taught_of("told"), run.taught_of("a"), run.dropout_of("told")) == (1, 0, 0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -265,11 +266,34 @@ def test_attribution_names_every_author_of_text_trained_on():
 
 @pytest.mark.parametrize(
     ("stage", "made_by"),
-    [("tokenizer", "prepare"), ("encode", "prepare"), ("run", "encode"), ("export", "prepare")],
+    [("tokenizer", "prepare"), ("encode", "prepare"), ("tell", "encode"), ("run", "encode"), ("export", "prepare")],
 )
 def test_a_stage_too_early_names_the_command_to_run_first(tmp_path: Path, stage: str, made_by: str):
     early = Demo(tmp_path, tmp_path)
-    assert f"run `python -m train.{made_by}` first" in only_line_of_failure(early, stage)
+    told = {"tell.model": "models/stories-8m", "tell.like": "demo"} if stage == "tell" else {}
+    assert f"run `python -m train.{made_by}` first" in only_line_of_failure(early, stage, **told)
+
+
+def test_a_model_tells_stories_that_a_run_goes_on_with(demo: Demo, tmp_path: Path):
+    """By their commands, up to the card."""
+    later = Demo(tmp_path, demo.ray_tmpdir)
+    for name in ("tokens", "text"):
+        shutil.copytree(demo.directory / name, tmp_path / name)
+    shutil.copy(demo.directory / "tokenizer.model", tmp_path)
+    told = {"tell.model": demo.model_dir, "tell.like": "demo", "tell.tokens": 3000}
+    told |= {"run.restore": demo.model_dir, "run.teachers": f"[{demo.model_dir}]"}
+    told["run.phases"] = f"[{{from_tokens: {STEPS * 8 * 128}, weights: {{demo: 0.5, told: 0.5}}}}]"
+    told |= {"run.taught": "{told: 1}", "run.tokens": (STEPS + 10) * 8 * 128}
+    assert "run `python -m train.tell` first" in only_line_of_failure(later, "run", **told)
+    assert re.search(r"told: 3,\d{3} tokens in \d+ stories, begun as those of demo", later.run("tell", **told).stdout)
+    later.run("run", **told)
+    later.run("export", **told, **{"export.formats": []})
+    evaluation = json.loads((later.model_dir / "evaluation.json").read_text())
+    n_told = evaluation["tokens_by_collection"]["told"]
+    assert 0 < n_told < 10 * 8 * 128
+    assert list(evaluation["collections"]) == ["demo"]
+    card = (later.model_dir / "README.md").read_text()
+    assert re.search(rf"\| told \| {n_told:,} \| 0\.\d% \| \| none \| made up by demo \(sha256 \w{{12}}\) \|", card)
 
 
 def test_exporting_a_run_that_never_was_names_the_command_to_run_first(demo: Demo):

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_fixtures import TINY_MODEL, encoded_stories
+from train_fixtures import encoded_stories, release
 
-from tinylm.config import ModelConfig
 from tinylm.llm import load
 from tinylm.model import Chunk, ModelRunner
 from tinylm.tokenizer import Tokenizer
-from tinylm.weights import TENSORS, ModelError, save_model
+from tinylm.weights import TENSORS, ModelError
 from train.card import _taught_by as model_card_sentence
 from train.config import ConfigError, TrainConfig
 from train.loop import mean_loss, taught_targets, train
@@ -41,18 +40,6 @@ RUN = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return encoded_stories(tmp_path_factory.mktemp("taught"), RUN)
-
-
-def release(config: TrainConfig, directory: Path, seed: int, **shape: int) -> Path:
-    """A model with random weights, of which each row of logits is far from even."""
-    model_config = ModelConfig(**{**TINY_MODEL, **shape})
-    generator = np.random.default_rng(seed)
-    tensors = {
-        name: generator.normal(0, 0.2, tensor.shape).astype(np.float32) if tensor.ndim == 2 else tensor.numpy()
-        for name, tensor in GPT(model_config).state_dict().items()
-    }
-    save_model(directory, model_config, tensors, config.tokenizer_path.read_bytes())
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tinylm.completion import Completion
 from tinylm.sampling import SamplingParams
-from train.config import TrainConfig
+from train.config import TOLD, TrainConfig
 from train.prompts import Prompt
 
 
@@ -22,6 +22,9 @@ def model_card(config: TrainConfig, evaluation: dict, manifest: dict) -> str:
             else "none: held-out text only | | "
         )
         data.append(f"| {name} | {seen} | {licences} | {entry['attribution']} |")
+    if told := evaluation["tokens_by_collection"].get(TOLD, 0):
+        share = f"{told / evaluation['tokens_seen']:.1%}"
+        data.append(f"| {TOLD} | {told:,} | {share} | | none | made up by {_models(evaluation['told_by'])} |")
     done, planned = evaluation["tokens_seen"], evaluation["planned_tokens"]
     extent = "the whole of the planned run" if done >= planned * 0.999 else f"{done / planned:.0%} of the planned run"
     return f"""# {config.name}
@@ -68,8 +71,11 @@ def _taught_by(names: dict) -> str:
     """A sentence for a model that learnt from others too."""
     if not names:
         return ""
-    models = ", ".join(f"{name} (sha256 {sum_[:12]})" for sum_, name in names.items())
-    return f"\nBeside the text, it learnt from what other models say of it: {models}."
+    return f"\nBeside the text, it learnt from what other models say of it: {_models(names)}."
+
+
+def _models(names: dict) -> str:
+    return ", ".join(f"{name} (sha256 {sum_[:12]})" for sum_, name in names.items())
 
 
 def _where_the_record_begins(evaluation: dict) -> str:

@@ -17,6 +17,8 @@ from tinylm.sampling import SamplingParams
 from train.metrics import METRICS_FILE
 
 MAX_VOCAB = 2**16  # token shards are uint16
+INDEX_FILE = "index.json"  # beside shards
+TOLD = "told"  # the collection that `train.tell` makes
 
 
 class ConfigError(ValueError):
@@ -65,6 +67,25 @@ class TokenizerSettings(_Section):
 class Encode(_Section):
     shard_tokens: int = Field(default=16_000_000, ge=1)
     batch_documents: int = Field(default=256, ge=1)
+
+
+class Tell(_Section):
+    """Stories that a trained model makes up, to be trained on as the collection `told` by the phases that name it."""
+
+    model: Path  # a released model, with the tokenizer of the tokens
+    like: str  # the collection whose documents' beginnings they go on from
+    begin_tokens: int = Field(default=5, ge=1)  # of such a beginning, the boundary among them
+    tokens: int = Field(default=1_000_000, ge=1)  # at least so many, in whole stories
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _sampling_is_usable(self) -> Tell:
+        self.sampling(max_tokens=1, seed=0)  # built for its checks
+        return self
+
+    def sampling(self, max_tokens: int, seed: int) -> SamplingParams:
+        return SamplingParams(max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p, seed=seed)
 
 
 class Lengths(_Section):
@@ -168,6 +189,7 @@ class TrainConfig(_Section):
     prepare: Prepare
     tokenizer: TokenizerSettings = TokenizerSettings()
     encode: Encode = Encode()
+    tell: Tell | None = None
     run: Run = Run()
     export: Export = Export()
 
@@ -196,7 +218,11 @@ class TrainConfig(_Section):
 
     @property
     def index_path(self) -> Path:
-        return self.tokens_dir / "index.json"
+        return self.tokens_dir / INDEX_FILE
+
+    @property
+    def told_dir(self) -> Path:
+        return self.workdir / "told"
 
     @property
     def runs_dir(self) -> Path:
@@ -218,17 +244,30 @@ class TrainConfig(_Section):
     def weights(self) -> dict[str, float]:
         return {collection.name: collection.weight for collection in self.prepare.collections}
 
+    @property
+    def _read(self) -> set[str]:
+        """The collections that are trained on, or may be."""
+        return {name for name, weight in self.weights.items() if weight} | ({TOLD} if self.tell else set())
+
+    @model_validator(mode="after")
+    def _tell_is_usable(self) -> TrainConfig:
+        if self.tell and TOLD in self.weights:
+            raise ValueError(f"prepare.collections: {TOLD!r} is what `tell` makes: give the collection another name")
+        if self.tell and not self.weights.get(self.tell.like):
+            raise ValueError(f"tell.like: {self.tell.like!r} is not among the collections with a weight above 0")
+        return self
+
     @model_validator(mode="after")
     def _phases_are_usable(self) -> TrainConfig:
         starts = [phase.from_tokens for phase in self.run.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"run.phases begin at {starts}: each must begin after the one before")
-        trained_on = {name for name, weight in self.weights.items() if weight}
         for phase in self.run.phases:
-            if unknown := sorted(set(phase.weights) - trained_on):
+            if unknown := sorted(set(phase.weights) - self._read):
+                without = ", and nothing is told without `tell`" if unknown[0] == TOLD else ""
                 raise ValueError(
                     f"run.phases: {unknown[0]!r} is not among the collections with a weight above 0, "
-                    f"{', '.join(sorted(trained_on))}"
+                    f"{', '.join(sorted(self._read))}{without}"
                 )
             if min(phase.weights.values(), default=0.0) < 0 or not any(phase.weights.values()):
                 raise ValueError(f"run.phases: weights are {phase.weights}: none below 0, and one above")
@@ -240,9 +279,9 @@ class TrainConfig(_Section):
     def _shares_are_usable(self) -> TrainConfig:
         for key, shares in (("dropout", self.run.dropout), ("taught", self.run.taught)):
             named = set(shares) if isinstance(shares, dict) else set()
-            if unknown := sorted(named - set(self.weights)):
+            if unknown := sorted(named - set(self.weights) - self._read):
                 raise ValueError(f"run.{key}: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
-        if self.run.teachers and not any(self.run.taught_of(name) for name, weight in self.weights.items() if weight):
+        if self.run.teachers and not any(map(self.run.taught_of, self._read)):
             raise ValueError(f"run.taught is {self.run.taught}: nothing would be learnt from run.teachers")
         return self
 

@@ -16,8 +16,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from train.config import ConfigError, Lengths, Phase
+from train.config import INDEX_FILE, ConfigError, Lengths, Phase
 
+OF_TOKENS = ("text_sha256", "tokenizer_sha256", "vocab_size", "boundary_id")  # what an index says of them all
 MIXTURE_BLOCK = 1000  # rows over which the mixture's weights hold exactly (to a row)
 
 
@@ -203,28 +204,47 @@ class Mixture:
         return {name: collection.epochs(int(n)) for (name, collection), n in counts}
 
 
+def read_tokens(directory: Path) -> tuple[dict, dict[str, dict[str, Documents]]]:
+    """What `train.encode` or `train.tell` wrote: its index, and by split ("train", "validation") and collection."""
+    index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+    documents: dict[str, dict[str, Documents]] = {"train": {}, "validation": {}}
+    for name, entry in index["collections"].items():
+        for split, part in entry.items():
+            shards = [directory / shard for shard in part["shards"]]
+            documents[split][name] = Documents(shards, index["boundary_id"])
+    return index, documents
+
+
 class TokenData:
     """What `python -m train.encode` wrote: the mixture to train on and the windows to validate on.
 
-    weights: by collection, in any unit; one of 0 is validated on only. Raises ConfigError where one that is to be
-    trained on has no tokens, or too few.
+    weights: by collection, in any unit; one of 0 is validated on only. told: where `train.tell` wrote, one collection
+    more to train on. Raises ConfigError where one that is to be trained on has no tokens, or too few, and where what
+    was told was begun from other tokens.
     """
 
     def __init__(
-        self, directory: Path, context: int, seed: int, weights: dict[str, float], phases: Sequence[Phase] = ()
+        self,
+        directory: Path,
+        context: int,
+        seed: int,
+        weights: dict[str, float],
+        phases: Sequence[Phase] = (),
+        told: Path | None = None,
     ) -> None:
-        index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+        index, self._documents = read_tokens(directory)
         self.vocab_size: int = index["vocab_size"]
         self.boundary_id: int = index["boundary_id"]
         self.tokenizer_sha256: str = index["tokenizer_sha256"]
         self.text_sha256: str = index["text_sha256"]  # of the text's manifest, which holds the sums of all text
         self._context = context
-        self._documents: dict[str, dict[str, Documents]] = {"train": {}, "validation": {}}
-        for name, entry in index["collections"].items():
-            for split in ("train", "validation"):
-                if split in entry:
-                    paths = [directory / shard for shard in entry[split]["shards"]]
-                    self._documents[split][name] = Documents(paths, self.boundary_id)
+        self.told_by: dict[str, str] = {}  # names of models by the sha256 of the file with their weights
+        if told:
+            told_index, documents = read_tokens(told)
+            if any(told_index[key] != index[key] for key in OF_TOKENS):
+                raise ConfigError(f"{told} was begun from other tokens: run `python -m train.tell` again")
+            self._documents["train"] |= documents["train"]
+            self.told_by = told_index["told_by"]
         trained = self._documents["train"]
         collections = {name: Rows(documents, context, (seed, i)) for i, (name, documents) in enumerate(trained.items())}
         by_row: list[tuple[int, dict[str, float]]] = []

@@ -114,6 +114,7 @@ def export(config: TrainConfig) -> None:
         "seed": config.seed,
         "optimizer": run["optimizer"],
         "taught_by": state.get("taught_by", {}),
+        "told_by": state.get("told_by", {}),
         "text_sha256": state["text_sha256"],
         "arithmetic": model.arithmetic,
         "collections": {name: summary(scores) for name, scores in served.items()},

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tinylm.config import ModelConfig
 from tinylm.tokenizer import Tokenizer
-from train.config import ConfigError, Run, TrainConfig
+from train.config import TOLD, ConfigError, Run, TrainConfig
 from train.data import TokenData
 from train.model import GPT
 from train.muon import Muon
@@ -165,7 +165,7 @@ def train(
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay)).eval()
     optimizers = make_optimizers(model, run)
     teachers = Teachers(run.teachers, data.tokenizer_sha256, shape.context, device)
-    taught_by = teachers.names
+    taught_by, told_by = teachers.names, data.told_by
     step, begun_at, wall_before, machine = 0, 0, 0.0, describe_machine(device, world)
     if state is not None:
         check_continues(state, config, data)
@@ -177,6 +177,7 @@ def train(
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         step, begun_at, wall_before = state["step"], state["begun_at"], state["wall_s"]
         taught_by = state.get("taught_by", {}) | taught_by
+        told_by = state.get("told_by", {}) | told_by
         last = state["machine"].split(", then ")[-1]
         machine = state["machine"] if last == machine else f"{state['machine']}, then {machine}"
     wrapped: nn.Module = model
@@ -268,6 +269,7 @@ def train(
                 }
             )
         if is_last or (step % run.checkpoint_every_steps == 0 and _agreed(_due(saved_at, run), world, device)):
+            seen = data.mixture.tokens(step * run.batch_rows)
             save(
                 {
                     "step": step,
@@ -278,9 +280,10 @@ def train(
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "machine": machine,
                     "taught_by": taught_by,
+                    "told_by": told_by if seen.get(TOLD) else {},
                     "tokenizer_sha256": data.tokenizer_sha256,
                     "text_sha256": data.text_sha256,
-                    "tokens_by_collection": data.mixture.tokens(step * run.batch_rows),
+                    "tokens_by_collection": seen,
                     "config": config.model_dump(mode="json"),
                 }
             )

@@ -32,6 +32,7 @@ class Record(BaseModel):
     optimizer: str
     text_sha256: str
     taught_by: dict[str, str] = {}  # names of models by the sha256 of the file with their weights
+    told_by: dict[str, str] = {}
 
 
 def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dic
         "optimizers": [optimizer.state_dict() for optimizer in make_optimizers(model, config.run)],
         "machine": record.training_machine,
         "taught_by": record.taught_by,
+        "told_by": record.told_by,
         "tokenizer_sha256": data.tokenizer_sha256,
         "text_sha256": record.text_sha256,
         "tokens_by_collection": {name: record.tokens_by_collection.get(name, 0) for name in data.mixture.names},

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
-from train.config import ConfigError, TrainConfig, command_line, load_config
+from train.config import INDEX_FILE, ConfigError, TrainConfig, command_line, load_config
 from train.data import TokenData
 
 
@@ -73,7 +73,12 @@ def load_tokens(config: TrainConfig) -> TokenData:
     Where only the tokens and the tokenizer have been brought along, there is no text to compare them with.
     """
     require(config.index_path, "train.encode")
-    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed, config.weights, config.run.phases)
+    told = None
+    if config.tell:
+        told = config.told_dir
+        require(told / INDEX_FILE, "train.tell")
+    shape, run = config.model_config_, config.run
+    data = TokenData(config.tokens_dir, shape.context, config.seed, config.weights, run.phases, told)
     for what, of_tokens, path in (
         ("with another tokenizer", data.tokenizer_sha256, config.tokenizer_path),
         ("from other text", data.text_sha256, config.manifest_path),

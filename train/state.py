@@ -55,13 +55,18 @@ def check_continues(state: dict[str, Any], config: TrainConfig, data: TokenData)
             raise ConfigError(f"{key} is {value!r}, but the checkpoint was trained with {saved!r}")
     rows = state["step"] * config.run.batch_rows
     tokens = rows * config.model_config_.context
-    if state["tokens_by_collection"] != data.mixture.tokens(rows) or _lengths(before, tokens) != _lengths(
+    if _seen(state["tokens_by_collection"]) != _seen(data.mixture.tokens(rows)) or _lengths(before, tokens) != _lengths(
         config.model_dump(mode="json"), tokens
     ):
         raise ConfigError(
             f"run.phases and the collections' weights are not the mixture that the checkpoint saw in its "
             f"{tokens:,} tokens: change it from there on, by one more phase"
         )
+
+
+def _seen(tokens: dict[str, int]) -> dict[str, int]:
+    """Without the collections of which nothing was seen: one more may have come since."""
+    return {name: n for name, n in tokens.items() if n}
 
 
 def _lengths(config: dict[str, Any], tokens: int) -> dict[int, dict]:
