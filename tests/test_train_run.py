@@ -293,7 +293,7 @@ def test_a_model_tells_stories_that_a_run_goes_on_with(demo: Demo, tmp_path: Pat
     assert 0 < n_told < 10 * 8 * 128
     assert list(evaluation["collections"]) == ["demo"]
     card = (later.model_dir / "README.md").read_text()
-    assert re.search(rf"\| told \| {n_told:,} \| 0\.\d% \| \| none \| made up by demo \(sha256 \w{{12}}\) \|", card)
+    assert re.search(rf"\| told \| {n_told:,} \| \d\.\d% \| \| none \| made up by demo \(sha256 \w{{12}}\) \|", card)
 
 
 def test_exporting_a_run_that_never_was_names_the_command_to_run_first(demo: Demo):
