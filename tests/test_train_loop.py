@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_fixtures import encoded_stories, train_rank, write_tokens
+from train_fixtures import encoded_stories, short_run, train_rank, write_tokens
 
 from tinylm.config import ModelConfig
 from tinylm.model import Model
@@ -25,18 +25,7 @@ from train.stage import load_tokens
 from train.state import averaged_weights
 
 STEPS = 24
-RUN = {
-    "tokens": STEPS * 8 * 32,
-    "batch_rows": 8,
-    "micro_rows": 8,
-    "warmup_steps": 2,
-    "log_every_steps": 1,
-    "validate_every_steps": 1000,
-    "validate_rows": 8,
-    "checkpoint_every_steps": 5,
-    "checkpoint_every_s": 0,
-    "threads": 1,
-}
+RUN = short_run(STEPS, validate_every_steps=1000, validate_rows=8, checkpoint_every_steps=5, checkpoint_every_s=0)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from train_fixtures import encoded_stories
+from train_fixtures import ROW_TOKENS, encoded_stories, short_run
 
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError, save_model
@@ -19,17 +19,7 @@ from train.stage import file_sha256, load_tokens
 from train.state import averaged_weights, check_continues
 
 STEPS = 40
-ROW_TOKENS = 8 * 32
-RUN = {
-    "tokens": STEPS * ROW_TOKENS,
-    "batch_rows": 8,
-    "micro_rows": 8,
-    "warmup_steps": 2,
-    "log_every_steps": 1,
-    "validate_every_steps": STEPS,
-    "checkpoint_every_steps": STEPS,
-    "threads": 1,
-}
+RUN = short_run(STEPS)
 
 
 @pytest.fixture(scope="module")

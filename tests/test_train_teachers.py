@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_fixtures import encoded_stories, release
+from train_fixtures import encoded_stories, release, short_run
 
 from tinylm.llm import load
 from tinylm.model import Chunk, ModelRunner
@@ -24,17 +24,7 @@ from train.state import STATE_FILE
 from train.teachers import Teachers
 
 STEPS = 12
-RUN = {
-    "tokens": STEPS * 8 * 32,
-    "batch_rows": 8,
-    "micro_rows": 4,
-    "warmup_steps": 2,
-    "average_decay": 0,
-    "log_every_steps": 1,
-    "validate_every_steps": STEPS,
-    "checkpoint_every_steps": STEPS,
-    "threads": 1,
-}
+RUN = short_run(STEPS, micro_rows=4, average_decay=0)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from train_fixtures import encoded_stories, release
+from train_fixtures import ROW_TOKENS, encoded_stories, release, short_run
 
 from tinylm.config import ModelConfig
 from tinylm.llm import load
@@ -26,19 +26,8 @@ from train.state import check_continues
 from train.tell import tell, told_stories
 
 STEPS = 6
-ROW_TOKENS = 8 * 32
 TOLD_FROM = 4 * ROW_TOKENS
-RUN = {
-    "tokens": STEPS * ROW_TOKENS,
-    "batch_rows": 8,
-    "micro_rows": 8,
-    "warmup_steps": 2,
-    "log_every_steps": 1,
-    "validate_every_steps": STEPS,
-    "checkpoint_every_steps": 1,
-    "checkpoint_every_s": 0,
-    "threads": 1,
-}
+RUN = short_run(STEPS, checkpoint_every_steps=1, checkpoint_every_s=0)
 TOLD_PHASE = {"from_tokens": TOLD_FROM, "weights": {"stories": 0.5, "told": 0.5}}
 
 

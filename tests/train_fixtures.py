@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = {"vocab_size": 400, "hidden_size": 32, "n_layers": 2, "n_heads": 2, "mlp_size": 64, "context": 32}
 DEMO_STEPS = 240
 SHARD_TOKENS = 20_000
+ROW_TOKENS = 8 * TINY_MODEL["context"]  # of one step of a short run
 
 
 def make_config(workdir: Path, collections: list[dict], **sections: object) -> TrainConfig:
@@ -119,6 +120,21 @@ def encode_plainly(config: TrainConfig, directory: Path, shard_tokens: int = 1_0
         tokenizer_sha256=of_tokenizer,
         vocab_size=tokenizer.vocab_size,
     )
+
+
+def short_run(steps: int, **more: object) -> dict:
+    """Settings of a run of a few steps, validated and saved at its end unless told otherwise."""
+    return {
+        "tokens": steps * ROW_TOKENS,
+        "batch_rows": 8,
+        "micro_rows": 8,
+        "warmup_steps": 2,
+        "log_every_steps": 1,
+        "validate_every_steps": steps,
+        "checkpoint_every_steps": steps,
+        "threads": 1,
+        **more,
+    }
 
 
 def encoded_stories(workdir: Path, run: dict) -> TrainConfig:

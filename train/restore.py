@@ -32,7 +32,7 @@ class Record(BaseModel):
     optimizer: str
     text_sha256: str
     taught_by: dict[str, str] = {}  # names of models by the sha256 of the file with their weights
-    told_by: dict[str, str] = {}
+    told_by: dict[str, str] = {}  # the same of those that told stories
 
 
 def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dict[str, Any]:
