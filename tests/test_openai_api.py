@@ -257,7 +257,8 @@ def test_a_stream_is_server_sent_events_in_pieces_and_a_time_limit_ends_it(servi
     status, headers, body = completions(service, stream=True, max_tokens=100, temperature=0, stop=["never said"])
     assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
     chunks = events(body)
-    assert len(chunks) >= 3
+    text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    assert 0 < len(chunks[0]["choices"][0]["text"]) < len(text)  # how much shorter is a matter of how busy the machine is
     assert {chunk["id"] for chunk in chunks} == {f"cmpl-{headers['x-request-id']}"}
     status, _, body = completions(service, stream=True, max_tokens=250, temperature=0, timeout_ms=5)
     assert status == 200
