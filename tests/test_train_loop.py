@@ -439,7 +439,6 @@ def test_compiled_blocks_give_the_same_where_a_row_is_several_blocks_of_queries(
         return [logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()))]
 
     plain = logits_and_gradients()
-    for block in model.model.layers:
-        block.compile()
+    model.compile_blocks()
     for ours, theirs in zip(logits_and_gradients(), plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

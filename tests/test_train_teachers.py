@@ -42,8 +42,8 @@ def rows(config: TrainConfig) -> torch.Tensor:
     return torch.from_numpy(load_tokens(config).mixture.rows(0, 3))
 
 
-def loaded(config: TrainConfig, directories: list[Path], context: int = 32) -> Teachers:
-    return Teachers(directories, file_sha256(config.tokenizer_path), context)
+def loaded(config: TrainConfig, directories: list[Path], context: int = 32, compiled: bool = False) -> Teachers:
+    return Teachers(directories, file_sha256(config.tokenizer_path), context, compiled=compiled)
 
 
 def engine_probabilities(directory: Path, ids: torch.Tensor) -> np.ndarray:
@@ -62,6 +62,14 @@ def test_together_they_say_the_mean_of_what_the_engine_says_of_each(config, mode
     assert np.abs(each[0] - each[1]).max() > 0.05
     np.testing.assert_allclose(loaded(config, models).probabilities(ids), np.mean(each, axis=0), atol=1e-4)
     np.testing.assert_allclose(loaded(config, models[:1]).probabilities(ids), each[0], atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_they_say_the_same_of_however_many_rows(config, models, rows):
+    plain, compiled = loaded(config, models), loaded(config, models, compiled=True)
+    for n in (3, 2, 1):
+        said = compiled.probabilities(rows[:n, :-1])
+        torch.testing.assert_close(said, plain.probabilities(rows[:n, :-1]), atol=1e-5, rtol=1e-4)
 
 
 def test_a_target_is_what_teachers_say_by_its_share_and_the_text_else(config, models, rows):

@@ -164,7 +164,7 @@ def train(
     model = GPT(shape, seed=config.seed).to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay)).eval()
     optimizers = make_optimizers(model, run)
-    teachers = Teachers(run.teachers, data.tokenizer_sha256, shape.context, device)
+    teachers = Teachers(run.teachers, data.tokenizer_sha256, shape.context, device, compiled=run.compile)
     taught_by, told_by = teachers.names, data.told_by
     step, begun_at, wall_before, machine = 0, 0, 0.0, describe_machine(device, world)
     if state is not None:
@@ -185,9 +185,8 @@ def train(
     if world > 1:
         wrapped = parallel = nn.parallel.DistributedDataParallel(model)
         no_sync = parallel.no_sync  # gradients are averaged once a step, at its last micro-batch
-    if run.compile:  # block by block, which are alike: a quarter of a minute, where the whole takes two
-        for block in model.model.layers:
-            block.compile()
+    if run.compile:
+        model.compile_blocks()
     peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes], device=device)
     steps = total_steps(run, shape)
