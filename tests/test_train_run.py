@@ -22,10 +22,12 @@ from train_fixtures import ROOT, SHARD_TOKENS, Demo, command_env, encode_plainly
 
 from tinylm import LLM, SamplingParams
 from tinylm.tokenizer import Tokenizer
+from tinylm.weights import TENSORS
 from train.card import attribution_page
 from train.config import load_config
 from train.metrics import read_metrics, write_metrics
 from train.prompts import load_prompts
+from train.stage import file_sha256
 
 SECONDS_TO_WAIT = 400
 
@@ -275,7 +277,7 @@ def test_a_stage_too_early_names_the_command_to_run_first(tmp_path: Path, stage:
 
 
 def test_a_model_tells_stories_that_a_run_goes_on_with(demo: Demo, tmp_path: Path):
-    """By their commands, up to the card."""
+    """By their commands, up to the card, averaged with the model that it went on from."""
     later = Demo(tmp_path, demo.ray_tmpdir)
     for name in ("tokens", "text"):
         shutil.copytree(demo.directory / name, tmp_path / name)
@@ -287,13 +289,15 @@ def test_a_model_tells_stories_that_a_run_goes_on_with(demo: Demo, tmp_path: Pat
     assert "run `python -m train.tell` first" in only_line_of_failure(later, "run", **told)
     assert re.search(r"told: 3,\d{3} tokens in \d+ stories, begun as those of demo", later.run("tell", **told).stdout)
     later.run("run", **told)
-    later.run("export", **told, **{"export.formats": []})
+    later.run("export", **told, **{"export.formats": [], "export.average_with": f"[{demo.model_dir}]"})
     evaluation = json.loads((later.model_dir / "evaluation.json").read_text())
     n_told = evaluation["tokens_by_collection"]["told"]
     assert 0 < n_told < 10 * 8 * 128
     assert list(evaluation["collections"]) == ["demo"]
     card = (later.model_dir / "README.md").read_text()
     assert re.search(rf"\| told \| {n_told:,} \| \d\.\d% \| \| none \| made up by demo \(sha256 \w{{12}}\) \|", card)
+    assert evaluation["averaged_with"] == evaluation["told_by"] == {file_sha256(demo.model_dir / TENSORS): "demo"}
+    assert re.search(r"keeps,\naveraged with those of demo \(sha256 \w{12}\)\.\n", card)
 
 
 def test_exporting_a_run_that_never_was_names_the_command_to_run_first(demo: Demo):

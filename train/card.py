@@ -38,7 +38,8 @@ made up. Its older sources are books of 1840-1925 and carry the views of their t
 
 ## Training
 {done:,} tokens seen ({extent}, {evaluation["step"]:,} steps) in {evaluation["training_wall_s"] / 3600:.1f} hours
-on {evaluation["training_machine"]}. The weights are the running average that training keeps.\
+on {evaluation["training_machine"]}. The weights are the running average that \
+training keeps{_averaged_with(evaluation["averaged_with"])}.\
 {_taught_by(evaluation["taught_by"])}
 
 ![loss curve](curve.png)
@@ -72,6 +73,10 @@ def _taught_by(names: dict) -> str:
     if not names:
         return ""
     return f"\nBeside the text, it learnt from what other models say of it: {_models(names)}."
+
+
+def _averaged_with(names: dict) -> str:
+    return f",\naveraged with those of {_models(names)}" if names else ""
 
 
 def _models(names: dict) -> str:

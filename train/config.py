@@ -161,6 +161,7 @@ def _of(shares: float | dict[str, float], collection: str) -> float:
 
 
 class Export(_Section):
+    average_with: list[Path] = []  # released models that the run went on from: the mean of theirs and its weights
     evaluate_bytes: int = Field(default=200_000, ge=1)  # of held-out text of each collection, for the model card
     n_samples: int = Field(default=10, ge=0)
     n_stories: int = Field(default=200, ge=1)  # to be judged: how varied they are, how much is copied

@@ -166,6 +166,7 @@ def train(
     optimizers = make_optimizers(model, run)
     teachers = Teachers(run.teachers, data.tokenizer_sha256, shape.context, device, compiled=run.compile)
     taught_by, told_by = teachers.names, data.told_by
+    averaged_with: dict[str, str] = {}
     step, begun_at, wall_before, machine = 0, 0, 0.0, describe_machine(device, world)
     if state is not None:
         check_continues(state, config, data)
@@ -178,6 +179,7 @@ def train(
         step, begun_at, wall_before = state["step"], state["begun_at"], state["wall_s"]
         taught_by = state.get("taught_by", {}) | taught_by
         told_by = state.get("told_by", {}) | told_by
+        averaged_with = state.get("averaged_with", {})
         last = state["machine"].split(", then ")[-1]
         machine = state["machine"] if last == machine else f"{state['machine']}, then {machine}"
     wrapped: nn.Module = model
@@ -280,6 +282,7 @@ def train(
                     "machine": machine,
                     "taught_by": taught_by,
                     "told_by": told_by if seen.get(TOLD) else {},
+                    "averaged_with": averaged_with,
                     "tokenizer_sha256": data.tokenizer_sha256,
                     "text_sha256": data.text_sha256,
                     "tokens_by_collection": seen,

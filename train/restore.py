@@ -33,6 +33,20 @@ class Record(BaseModel):
     text_sha256: str
     taught_by: dict[str, str] = {}  # names of models by the sha256 of the file with their weights
     told_by: dict[str, str] = {}  # the same of those that told stories
+    averaged_with: dict[str, str] = {}  # and of those whose weights are in these
+
+
+def read_record(directory: Path, key: str) -> Record:
+    """Raises ConfigError, naming the setting `key`, when a model has none."""
+    path = directory / "evaluation.json"
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} is not the record of a run: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its text"
+        raise ConfigError(f"{key}: {path} is not the record of a run: {where}: {first['msg']}") from None
 
 
 def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dict[str, Any]:
@@ -49,15 +63,7 @@ def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dic
             f"run.restore: the tokens were not made with {directory / TOKENIZER}: "
             f"copy it to {config.tokenizer_path} and run `python -m train.encode` again"
         )
-    path = directory / "evaluation.json"
-    try:
-        record = Record.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"run.restore: {path} is not the record of a run: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its text"
-        raise ConfigError(f"run.restore: {path} is not the record of a run: {where}: {first['msg']}") from None
+    record = read_record(directory, "run.restore")
     step, tokens = record.step, record.tokens_seen
     if tokens != step * config.run.batch_rows * shape.context:
         raise ConfigError(
@@ -81,6 +87,7 @@ def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dic
         "machine": record.training_machine,
         "taught_by": record.taught_by,
         "told_by": record.told_by,
+        "averaged_with": record.averaged_with,
         "tokenizer_sha256": data.tokenizer_sha256,
         "text_sha256": record.text_sha256,
         "tokens_by_collection": {name: record.tokens_by_collection.get(name, 0) for name in data.mixture.names},
