@@ -1,7 +1,7 @@
 """A run's weights averaged with those of released models that it went on from ("model soups", Wortsman et al. 2022).
 
-Models that one came of the other lie in one valley of the loss: the mean of their weights is often better than each on
-what the other forgot. Between models that were trained apart it is worthless, which the bits per byte at export show.
+Models of which one came of the other lie in one valley of the loss, where the mean of their weights may have the best
+of both; between models that were trained apart there is none. The bits per byte at export tell what came of it.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ def _taught_by(names: dict) -> str:
 
 
 def _averaged_with(names: dict) -> str:
+    """What is added to the sentence on the weights, of a model that has others' too."""
     return f",\naveraged with those of {_models(names)}" if names else ""
 
 
