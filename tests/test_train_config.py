@@ -102,6 +102,8 @@ def test_overrides_leave_the_rest_alone(path: Path):
         ("run.muon_lr=inf", "run.muon_lr"),
         ("run.dropout=0.95", "run.dropout"),
         ("run.dropout={nothing: 0.1}", "run.dropout: 'nothing' is not among the collections"),
+        ("run.noising=1", "run.noising"),
+        ("run.noising={nothing: 0.1}", "run.noising: 'nothing' is not among the collections"),
         ("run.taught={nothing: 0.1}", "run.taught: 'nothing' is not among the collections"),
         ("run.taught=1.5", "run.taught"),
         ("run.taught={a: 2}", "run.taught.a: Input should be less than or equal to 1 (given: 2)"),

@@ -75,22 +75,25 @@ def test_compiled_they_say_the_same_of_however_many_rows(config, models, rows):
 def test_a_target_is_what_teachers_say_by_its_share_and_the_text_else(config, models, rows):
     teachers = loaded(config, models)
     shares = [0.0, 0.25, 1.0]
-    targets = taught_targets(rows, shares, teachers)
+    targets = taught_targets(rows[:, :-1], rows[:, 1:], shares, teachers)
     said = teachers.probabilities(rows[:, :-1])
     text = torch.nn.functional.one_hot(rows[:, 1:], 400).float()
     for i, share in enumerate(shares):
         torch.testing.assert_close(targets[i], share * said[i] + (1 - share) * text[i])
     # Of a row that is not taught, the loss is that of its tokens.
     model = GPT(config.model_config_)
-    torch.testing.assert_close(mean_loss(model, rows[:1], targets=targets[:1]), mean_loss(model, rows[:1]))
+    inputs, tokens = rows[:1, :-1], rows[:1, 1:]
+    torch.testing.assert_close(mean_loss(model, inputs, targets[:1]), mean_loss(model, inputs, tokens))
 
 
 def test_one_that_says_what_its_teacher_says_has_nothing_to_learn(config, models, rows):
     model = released_model(models[0])
+    inputs = rows[:, :-1]
     gradients = {}
     for share in (0.0, 1.0):
         model.zero_grad()
-        mean_loss(model, rows, targets=taught_targets(rows, [share] * len(rows), loaded(config, models[:1]))).backward()
+        teachers = loaded(config, models[:1])
+        mean_loss(model, inputs, taught_targets(inputs, rows[:, 1:], [share] * len(rows), teachers)).backward()
         gradients[share] = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert gradients[1.0] < 1e-4 * gradients[0.0]
 

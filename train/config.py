@@ -110,6 +110,7 @@ class Phase(_Section):
 
 
 DropoutShare = Annotated[float, Field(ge=0, le=0.9)]  # in steps of 1/256
+NoisingShare = Annotated[float, Field(ge=0, le=0.9)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -127,6 +128,7 @@ class Run(_Section):
     adamw_betas: tuple[Beta, Beta] = (0.9, 0.98)
     weight_decay: float = Field(default=0.02, ge=0)
     dropout: DropoutShare | dict[str, DropoutShare] = 0.0  # or by collection: for text that is gone through many times
+    noising: NoisingShare | dict[str, NoisingShare] = 0.0  # of what is read: replaced by other tokens
     teachers: list[Path] = []  # trained models whose mean prediction is learnt beside the text itself
     taught: Share | dict[str, Share] = 0.5  # how much of the loss that is, or by collection
     grad_clip: float = Field(default=1.0, gt=0)
@@ -150,6 +152,10 @@ class Run(_Section):
     def dropout_of(self, collection: str) -> float:
         """One that is not named has none."""
         return _of(self.dropout, collection)
+
+    def noising_of(self, collection: str) -> float:
+        """One that is not named has none."""
+        return _of(self.noising, collection)
 
     def taught_of(self, collection: str) -> float:
         """One that is not named is learnt from its text alone, as all are without teachers."""
@@ -278,7 +284,7 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _shares_are_usable(self) -> TrainConfig:
-        for key, shares in (("dropout", self.run.dropout), ("taught", self.run.taught)):
+        for key, shares in (("dropout", self.run.dropout), ("noising", self.run.noising), ("taught", self.run.taught)):
             named = set(shares) if isinstance(shares, dict) else set()
             if unknown := sorted(named - set(self.weights) - self._read):
                 raise ValueError(f"run.{key}: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")

@@ -62,24 +62,37 @@ def make_optimizers(model: GPT, run: Run) -> list[torch.optim.Optimizer]:
     ]
 
 
-def mean_loss(model: nn.Module, rows: Tensor, dropout: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
-    """Nats a token of rows (B, context + 1), each token predicted from those before it; dropout: (B,) of each row.
+def noised(inputs: Tensor, shares: Sequence[float], boundary_id: int) -> Tensor:
+    """Inputs (B, T) with a share of each row's tokens replaced by any of the batch: unigram noising (Xie et al. 2017).
 
-    targets: (B, context, vocab) probabilities to predict in place of the rows' own tokens.
+    Boundaries stay where they are, and nowhere else. A text that is gone through often is never quite the same, neither
+    for the model nor for its teachers, which say of a context that they do not know by heart what they say of any.
     """
-    logits = model(rows[:, :-1], dropout)
-    target = rows[:, 1:].flatten() if targets is None else targets.flatten(0, 1)
-    return F.cross_entropy(logits.flatten(0, 1).float(), target)
+    share = torch.tensor(shares, dtype=torch.float32, device=inputs.device)[:, None]
+    drawn = inputs.flatten()[torch.randint(inputs.numel(), inputs.shape, device=inputs.device)]
+    replaced = torch.rand(inputs.shape, device=inputs.device) < share
+    return torch.where(replaced & (inputs != boundary_id) & (drawn != boundary_id), drawn, inputs)
 
 
-def taught_targets(rows: Tensor, shares: Sequence[float], teachers: Teachers) -> Tensor:
-    """(B, context, vocab) probabilities: of each row a share is what the teachers say, the rest its own next tokens."""
-    share = torch.tensor(shares, dtype=torch.float32, device=rows.device)[:, None, None]
+def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, dropout: Tensor | None = None) -> Tensor:
+    """Nats a token of targets, (B, T) tokens or (B, T, vocab) probabilities, predicted from inputs (B, T).
+
+    dropout: (B,) of each row.
+    """
+    return F.cross_entropy(model(inputs, dropout).flatten(0, 1).float(), targets.flatten(0, 1))
+
+
+def taught_targets(inputs: Tensor, tokens: Tensor, shares: Sequence[float], teachers: Teachers) -> Tensor:
+    """(B, T, vocab) probabilities: of each row a share is what the teachers say of inputs (B, T), the rest its tokens.
+
+    tokens: (B, T) the next of each input.
+    """
+    share = torch.tensor(shares, dtype=torch.float32, device=inputs.device)[:, None, None]
     chosen = [i for i, of_row in enumerate(shares) if of_row]  # the teachers read no others
-    said = teachers.probabilities(rows[chosen, :-1]) * share[chosen]
-    targets = said.new_zeros(*rows[:, 1:].shape, said.shape[-1])
+    said = teachers.probabilities(inputs[chosen]) * share[chosen]
+    targets = said.new_zeros(*tokens.shape, said.shape[-1])
     targets[chosen] = said
-    return targets.scatter_add_(2, rows[:, 1:, None], (1 - share).expand(*rows[:, 1:].shape, 1))
+    return targets.scatter_add_(2, tokens[..., None], (1 - share).expand(*tokens.shape, 1))
 
 
 @torch.no_grad()
@@ -207,7 +220,7 @@ def train(
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
         first = step * run.batch_rows + rank * micro_batches * run.micro_rows
-        torch.manual_seed(config.seed * DRAWS + first)  # what is dropped follows from the step, as the rows do
+        torch.manual_seed(config.seed * DRAWS + first)  # all that is random follows from the step, as rows do
         loss_sum = torch.zeros((), device=device)
         for micro in range(micro_batches):
             here = (first + micro * run.micro_rows, run.micro_rows)
@@ -215,11 +228,16 @@ def train(
             names = data.mixture.collections(*here)
             dropout = torch.tensor([run.dropout_of(name) for name in names], device=device)
             taught = [run.taught_of(name) for name in names]
+            noise = [run.noising_of(name) for name in names]
+            inputs, targets = rows[:, :-1], rows[:, 1:]
+            if any(noise):
+                inputs = noised(inputs, noise, data.boundary_id)
             last = micro == micro_batches - 1
             with nullcontext() if last else no_sync():
                 with autocast:
-                    targets = taught_targets(rows, taught, teachers) if any(taught) else None
-                    loss = mean_loss(wrapped, rows, dropout if run.dropout else None, targets) / micro_batches
+                    if any(taught):
+                        targets = taught_targets(inputs, targets, taught, teachers)
+                    loss = mean_loss(wrapped, inputs, targets, dropout if run.dropout else None) / micro_batches
                 loss.backward()
             loss_sum += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
