@@ -48,6 +48,7 @@ def test_a_copied_passage_is_found_whole_and_no_further():
     ("text", "expected"),
     [
         ('"Don\u2019t," said the Fox.', ["don't", "said", "the", "fox"]),
+        ("_very_ _much so_", ["very", "much", "so"]),
         ("old-fashioned\nÉté 'twas", ["old", "fashioned", "été", "twas"]),
         ("... --- !", []),
     ],

@@ -17,7 +17,7 @@ from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, Lengths, Phase, Run, TrainConfig
 from train.data import TokenData
-from train.evaluate import make_runner, score_document, windows
+from train.evaluate import WINDOWS_A_BATCH, make_runner, score_document, windows
 from train.loop import bits_per_byte, lr_factor, noised, total_steps, train
 from train.model import GPT, attention_in_blocks, dropout_noise, gelu_by_sigmoid
 from train.muon import Muon, orthogonalize
@@ -339,6 +339,25 @@ def test_evaluation_windows_score_every_token_once_with_context(context: int):
             assert start == 0 or first - start >= context // 2
             scored += range(first, end + 1)
         assert scored == list(range(1, n_tokens))
+
+
+def test_a_long_document_is_scored_window_by_window(config: TrainConfig):
+    """Each token as in a sequence of its window's tokens alone; more windows than go through the engine at once."""
+    tokenizer, model, shape = Tokenizer(config.tokenizer_path), random_model(config), config.model_config_
+    text = " ".join(f"Otto the bear had {n} kites." for n in range(30))
+    ids = tokenizer.encode_document(text)
+    spans = list(windows(len(ids), shape.context))
+    assert len(spans) > WINDOWS_A_BATCH
+    bits = 0.0
+    with torch.no_grad():
+        for start, end, first in spans:
+            logits = model(torch.tensor([ids[start:end]]))[0].double()
+            says = torch.log_softmax(logits, dim=1)
+            bits -= sum(float(says[i - 1 - start, ids[i]]) for i in range(first, end + 1)) / math.log(2)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    score = score_document(make_runner(Model(shape, tensors)), tokenizer, text)
+    assert (score.tokens, score.bytes) == (len(ids) - 1, len(text))
+    assert score.bits == pytest.approx(bits, rel=1e-4)
 
 
 def test_the_engine_scores_as_training_does(config: TrainConfig):

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 import unicodedata
 from pathlib import Path
 
@@ -214,9 +215,11 @@ def test_a_duplicate_is_known_after_cleaning(tmp_path: Path):
 
 
 def test_minimum_filters_rows(tmp_path: Path):
-    path = write_parquet(tmp_path / "t.parquet", {"text": STORIES, "ease": [n / 80 for n in range(79)] + [None]})
+    path = write_parquet(
+        tmp_path / "t.parquet", {"text": STORIES, "ease": [n / 80 for n in range(78)] + [None, math.nan]}
+    )
     rows = prepared(tmp_path / "w", path, minimum={"ease": 0.5})
-    assert sorted(row["text"] for row in rows) == sorted(STORIES[40:79])
+    assert sorted(row["text"] for row in rows) == sorted(STORIES[40:78])
 
 
 def test_max_documents_takes_the_first(tmp_path: Path):

@@ -20,6 +20,7 @@ from train.state import averaged_weights, check_continues
 
 STEPS = 40
 RUN = short_run(STEPS)
+OTHER_LENGTHS = {"from_tokens": 0, "weights": {"stories": 1}, "lengths": {"stories": {"least": 2, "most": 30}}}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,7 @@ def test_a_run_that_it_is_not_of_is_named(config: TrainConfig, released: Path, r
         ({"text_sha256": "0" * 64}, "was trained on other text"),
         ({"seed": 2}, "seed is 1, but the checkpoint was trained with 2"),
         ({"optimizer": "adamw"}, "run.optimizer is 'muon', but the checkpoint was trained with 'adamw'"),
+        ({"phases": [OTHER_LENGTHS]}, "not the mixture that the checkpoint saw"),
         ({"tokens_by_collection": {"stories": 7}}, "not the mixture that the checkpoint saw"),
     ],
 )

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from train_fixtures import DEMO_STEPS as STEPS
 from train_fixtures import ROOT, SHARD_TOKENS, Demo, command_env, encode_plainly, python, texts_of, tree_bytes
 
@@ -24,10 +25,15 @@ from tinylm import LLM, SamplingParams
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import TENSORS
 from train.card import attribution_page
-from train.config import load_config
+from train.config import ConfigError, load_config
+from train.encode import encode
+from train.export import export
 from train.metrics import read_metrics, write_metrics
 from train.prompts import load_prompts
+from train.run import run
 from train.stage import file_sha256
+from train.tell import tell
+from train.tokenizer import train_tokenizer
 
 SECONDS_TO_WAIT = 400
 
@@ -142,8 +148,9 @@ def test_a_run_without_ray_is_the_same_run(demo: Demo, tmp_path: Path):
     of_both = [[line["loss"] for line in lines if "loss" in line][:4] for lines in (metrics, demo.metrics())]
     assert of_both[0] == pytest.approx(of_both[1], abs=1e-3)
     assert is_png(alone.run_dir / "curve.png")
-    alone.run("export", **{"export.formats": "[]"})
-    assert json.loads((alone.model_dir / "evaluation.json").read_text())["step"] == 40
+    alone.run("export", **{"export.formats": "[]", "seed": 2})
+    evaluation = json.loads((alone.model_dir / "evaluation.json").read_text())
+    assert (evaluation["step"], evaluation["seed"]) == (40, 1)  # the run's own
     assert "is a run of `python -m train.alone`: go on with that" in only_line_of_failure(alone, "run")
     assert "is a run of `python -m train.run`: go on with that" in only_line_of_failure(demo, "alone")
 
@@ -271,9 +278,11 @@ def test_attribution_names_every_author_of_text_trained_on():
     [("tokenizer", "prepare"), ("encode", "prepare"), ("tell", "encode"), ("run", "encode"), ("export", "prepare")],
 )
 def test_a_stage_too_early_names_the_command_to_run_first(tmp_path: Path, stage: str, made_by: str):
-    early = Demo(tmp_path, tmp_path)
     told = {"tell.model": "models/stories-8m", "tell.like": "demo"} if stage == "tell" else {}
-    assert f"run `python -m train.{made_by}` first" in only_line_of_failure(early, stage, **told)
+    config = load_config(ROOT / "configs/train-demo.yaml", Demo(tmp_path, tmp_path).overrides(**told))
+    main = {"tokenizer": train_tokenizer, "encode": encode, "tell": tell, "run": run, "export": export}[stage]
+    with pytest.raises(ConfigError, match=re.escape(f"run `python -m train.{made_by}` first")):
+        main(config)
 
 
 def test_a_model_tells_stories_that_a_run_goes_on_with(demo: Demo, tmp_path: Path):
@@ -291,6 +300,7 @@ def test_a_model_tells_stories_that_a_run_goes_on_with(demo: Demo, tmp_path: Pat
     later.run("run", **told)
     later.run("export", **told, **{"export.formats": [], "export.average_with": f"[{demo.model_dir}]"})
     evaluation = json.loads((later.model_dir / "evaluation.json").read_text())
+    assert evaluation["phases"][0]["from_tokens"] == STEPS * 8 * 128
     n_told = evaluation["tokens_by_collection"]["told"]
     assert 0 < n_told < 10 * 8 * 128
     assert list(evaluation["collections"]) == ["demo"]
@@ -316,11 +326,19 @@ def only_line_of_failure(demo: Demo, stage: str, **more: object) -> str:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("run.batch_rows", 10), ("run.workers", 3), ("model.vocab_size", 600), ("model.context", 500_000)],
+    [
+        ("run.batch_rows", 10),
+        ("run.batch_rows", 16),  # not the checkpoint's
+        ("run.workers", 3),
+        ("model.vocab_size", 600),
+        ("model.context", 500_000),
+    ],
 )
-def test_settings_that_do_not_fit_are_one_line_before_any_worker_starts(demo: Demo, key: str, value: int):
+def test_settings_that_do_not_fit_are_named_before_any_worker_starts(demo: Demo, key: str, value: int):
     shown = {"run.workers": "x 3)", "model.context": "one row of 500001"}.get(key, f"is {value}")
-    assert shown in only_line_of_failure(demo, "run", **{key: value})
+    with pytest.raises(ConfigError, match=re.escape(shown)):
+        run(load_config(ROOT / "configs/train-demo.yaml", demo.overrides(**{key: value})))
+    assert not ray.is_initialized()
 
 
 def processes() -> dict[int, tuple[int, str]]:

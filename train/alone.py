@@ -17,9 +17,8 @@ from train.config import ConfigError, TrainConfig
 from train.loop import check_fits, total_steps, train
 from train.record import followed, recorded
 from train.restore import restored_state
-from train.run import has_checkpoints
 from train.stage import load_tokenizer, load_tokens, run_stage
-from train.state import STATE_FILE, check_continues
+from train.state import STATE_FILE, check_continues, has_checkpoints, load_state
 from train.teachers import Teachers
 
 
@@ -31,7 +30,7 @@ def run_alone(config: TrainConfig) -> None:
     path = config.run_dir / STATE_FILE
     state = released = None
     if path.exists():
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = load_state(path)
     elif released := config.run.restore:
         state = restored_state(released, config, data)
     check_fits(config, data, 1)

@@ -13,7 +13,7 @@ import numpy as np
 
 WORDS_AT_ONCE = 2_000_000  # of the corpus: some 100 MB of arrays
 
-_WORD = re.compile(r"\w+(?:'\w+)*")
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")  # an underscore is the mark of italics
 
 
 def words(text: str) -> list[str]:

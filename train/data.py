@@ -205,13 +205,19 @@ class Mixture:
 
 
 def read_tokens(directory: Path) -> tuple[dict, dict[str, dict[str, Documents]]]:
-    """What `train.encode` or `train.tell` wrote: its index, and by split ("train", "validation") and collection."""
-    index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+    """What `train.encode` or `train.tell` wrote: its index, and by split ("train", "validation") and collection.
+
+    Raises ConfigError when a file of it is damaged.
+    """
     documents: dict[str, dict[str, Documents]] = {"train": {}, "validation": {}}
-    for name, entry in index["collections"].items():
-        for split, part in entry.items():
-            shards = [directory / shard for shard in part["shards"]]
-            documents[split][name] = Documents(shards, index["boundary_id"])
+    try:
+        index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+        for name, entry in index["collections"].items():
+            for split, part in entry.items():
+                shards = [directory / shard for shard in part["shards"]]
+                documents[split][name] = Documents(shards, index["boundary_id"])
+    except (EOFError, ValueError) as error:  # NumPy's and JSON's of files that were cut off
+        raise ConfigError(f"{directory} is damaged, make it again: {error}") from None
     return index, documents
 
 

@@ -63,6 +63,8 @@ class _ShardWriter:
 def encode(config: TrainConfig) -> dict:
     """Run the stage; returns the index that it wrote."""
     require(config.manifest_path, "train.prepare")
+    for collection in config.prepare.collections:  # one may be new in the config
+        require(config.text_dir / f"{collection.name}.train.parquet", "train.prepare")
     tokenizer = load_tokenizer(config)
     import ray.data  # slow to import, and only the running of the stage needs it
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from tinylm.llm import LLM
 from tinylm.model import Model
@@ -35,31 +33,10 @@ from train.evaluate import Document, evaluate, per_byte, read_documents, summary
 from train.generated import judge, training_words, write_stories
 from train.metrics import METRICS_FILE, metrics_text, read_metrics
 from train.prompts import answer, load_prompts
-from train.run import has_checkpoints
 from train.stage import load_tokenizer, load_tokens, require, run_stage
-from train.state import STATE_FILE, averaged_weights, check_state
+from train.state import averaged_weights, check_state, last_state
 
 Exporter = Callable[[Path, Path], None]  # a model directory, where to write
-
-
-def last_state(config: TrainConfig) -> dict[str, Any]:
-    """What the run saved last; raises ConfigError when there is nothing."""
-    require(config.run_dir, "train.run")
-    if (alone := config.run_dir / STATE_FILE).exists():
-        return torch.load(alone, weights_only=True, map_location="cpu")
-    if not has_checkpoints(config):
-        raise ConfigError(f"{config.run_dir} holds no checkpoint: run `python -m train.run` first")
-    from ray.train import Result
-
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells those who resume what a reader needn't know
-    try:
-        checkpoint = Result.from_path(str(config.run_dir.resolve())).checkpoint
-    except RuntimeError:  # Ray's word for a directory without a run in it
-        checkpoint = None
-    if checkpoint is None:
-        raise ConfigError(f"{config.run_dir} holds no checkpoint: run `python -m train.run` first")
-    with checkpoint.as_directory() as directory:
-        return torch.load(Path(directory) / STATE_FILE, weights_only=True, map_location="cpu")
 
 
 class TrainedModel(NamedTuple):
@@ -114,8 +91,9 @@ def export(config: TrainConfig) -> None:
         "training_wall_s": round(state["wall_s"], 1),
         "training_machine": state["machine"],
         "recorded_from_tokens": lines[0]["tokens"] if lines and lines[0]["step"] > run["log_every_steps"] else 0,
-        "seed": config.seed,
+        "seed": state["config"]["seed"],
         "optimizer": run["optimizer"],
+        "phases": run.get("phases", []),
         "taught_by": state.get("taught_by", {}),
         "told_by": state.get("told_by", {}),
         "averaged_with": state["averaged_with"],

@@ -149,7 +149,7 @@ def documents(collection: Collection, config: TrainConfig) -> Iterator[dict[str,
     seen: set[bytes] = set()
     for row in read_rows(collection):
         try:
-            if any(row[column] is None or row[column] < least for column, least in collection.minimum.items()):
+            if any(row[column] is None or not row[column] >= least for column, least in collection.minimum.items()):
                 continue
             text = clean(row[collection.text_column] or "")
         except KeyError as error:

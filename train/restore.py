@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from torch.optim.swa_utils import AveragedModel
 
 from tinylm.weights import TOKENIZER
-from train.config import ConfigError, TrainConfig
+from train.config import ConfigError, Phase, TrainConfig
 from train.data import TokenData
 from train.loop import make_optimizers, total_steps
 from train.model import released_model
@@ -30,6 +30,7 @@ class Record(BaseModel):
     training_machine: str
     seed: int
     optimizer: str
+    phases: list[Phase] | None = None  # a model of an earlier TinyLM doesn't say
     text_sha256: str
     taught_by: dict[str, str] = {}  # names of models by the sha256 of the file with their weights
     told_by: dict[str, str] = {}  # the same of those that told stories
@@ -75,6 +76,8 @@ def restored_state(directory: Path, config: TrainConfig, data: TokenData) -> dic
         )
     settings = config.model_dump(mode="json")
     settings["seed"], settings["run"]["optimizer"] = record.seed, record.optimizer
+    if record.phases is not None:
+        settings["run"]["phases"] = [phase.model_dump(mode="json") for phase in record.phases]
     averaged = AveragedModel(model)
     averaged.n_averaged.fill_(step)
     return {

@@ -20,7 +20,7 @@ from train.loop import check_fits
 from train.record import followed, recorded
 from train.restore import restored_state
 from train.stage import load_tokenizer, load_tokens, run_stage, start_ray
-from train.state import STATE_FILE, check_continues
+from train.state import STATE_FILE, check_continues, has_checkpoints, last_state, load_state
 from train.teachers import Teachers
 
 RAY_RECORD = "checkpoint_manager_snapshot.json"  # where Ray Train keeps which checkpoints there are
@@ -46,7 +46,7 @@ def _worker(settings: dict[str, Any]) -> None:
     state = released = None
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as directory:
-            state = torch.load(Path(directory) / STATE_FILE, weights_only=True)
+            state = load_state(Path(directory) / STATE_FILE)
     elif released := config.run.restore:
         state = restored_state(released, config, data)
     leader = ray.train.get_context().get_world_rank() == 0
@@ -64,11 +64,6 @@ def _worker(settings: dict[str, Any]) -> None:
         train(config, data, tokenizer, log, save, state)
 
 
-def has_checkpoints(config: TrainConfig) -> bool:
-    """Whether Ray Train has saved states of the run, and they are still there."""
-    return any(config.run_dir.glob(f"checkpoint_*/{STATE_FILE}"))
-
-
 def run(config: TrainConfig) -> None:
     """Run the stage to its end, or go on with it."""
     data = load_tokens(config)
@@ -84,10 +79,11 @@ def run(config: TrainConfig) -> None:
     # Errors of the settings belong here, not in a worker that Ray would start again.
     check_fits(config, data, config.run.workers)
     Teachers(config.run.teachers, data.tokenizer_sha256, config.model_config_.context)  # built for its checks
-    saved = has_checkpoints(config)
-    if not saved and (config.run_dir / RAY_RECORD).exists():
-        raise ConfigError(f"the checkpoints of {config.run_dir} are gone: remove that directory to begin anew")
-    if config.run.restore and not saved:
+    if (config.run_dir / RAY_RECORD).exists():
+        if not has_checkpoints(config):
+            raise ConfigError(f"the checkpoints of {config.run_dir} are gone: remove that directory to begin anew")
+        check_continues(last_state(config), config, data)
+    elif config.run.restore:
         check_continues(restored_state(config.run.restore, config, data), config, data)
     start_ray(env_vars=KEEP_FREED_MEMORY)
     trainer = TorchTrainer(

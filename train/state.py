@@ -1,19 +1,61 @@
-"""What a run saves to go on from: its file, the weights in it, whether it is of the config and data of today.
+"""What a run saves to go on from: where the last of it is, the weights in it, whether it is of today's config and data.
 
 `train.loop` makes it, `train.run` and `train.alone` keep it, `train.restore` makes up one from a released model.
 """
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tinylm.config import ModelConfig
 from train.config import ConfigError, TrainConfig
 from train.data import TokenData
+from train.stage import require
 
 STATE_FILE = "state.pt"  # in one of Ray Train's checkpoints, or in the directory of a run without Ray
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What a run saved in a file, on the CPU; raises ConfigError when it is damaged or something else."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (EOFError, RuntimeError, ValueError, UnpicklingError) as error:
+        said = str(error).split("\n")[0]
+        raise ConfigError(f"{path} is not what a run saved: {type(error).__name__}: {said}") from None
+    if not isinstance(state, dict):
+        raise ConfigError(f"{path} is not what a run saved: it holds {type(state).__name__}")
+    return state
+
+
+def has_checkpoints(config: TrainConfig) -> bool:
+    """Whether Ray Train has saved states of the run, and they are still there."""
+    return any(config.run_dir.glob(f"checkpoint_*/{STATE_FILE}"))
+
+
+def last_state(config: TrainConfig) -> dict[str, Any]:
+    """What the run saved last, with Ray or without; raises ConfigError when there is nothing."""
+    require(config.run_dir, "train.run")
+    if (alone := config.run_dir / STATE_FILE).exists():
+        return load_state(alone)
+    if not has_checkpoints(config):
+        raise ConfigError(f"{config.run_dir} holds no checkpoint: run `python -m train.run` first")
+    from ray.train import Result
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells those who resume what a reader needn't know
+    try:
+        checkpoint = Result.from_path(str(config.run_dir.resolve())).checkpoint
+    except RuntimeError:  # Ray's word for a directory without a run in it
+        checkpoint = None
+    if checkpoint is None:
+        raise ConfigError(f"{config.run_dir} holds no checkpoint: run `python -m train.run` first")
+    with checkpoint.as_directory() as directory:
+        return load_state(Path(directory) / STATE_FILE)
 
 
 def averaged_weights(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from tinylm.weights import TENSORS, TOKENIZER
 from train.config import ConfigError
 from train.model import GPT, released_model
 from train.stage import file_sha256
-from train.state import STATE_FILE, averaged_weights
+from train.state import STATE_FILE, averaged_weights, load_state
 
 
 class Teachers:
@@ -62,11 +61,13 @@ def _load(directory: Path, tokenizer_sha256: str, context: int) -> GPT:
     path = _weights_file(directory)
     if path.name == STATE_FILE:
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
+            state = load_state(path)
             model = GPT(ModelConfig(**state["config"]["model"]))
             model.load_state_dict(averaged_weights(state))
             made_with = state["tokenizer_sha256"]
-        except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:
+        except ConfigError as error:
+            raise ConfigError(f"run.teachers: {error}") from None
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             said = str(error).split("\n")[0]
             raise ConfigError(f"run.teachers: {path} is not what a run saved: {type(error).__name__}: {said}") from None
     else:
