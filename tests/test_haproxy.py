@@ -233,3 +233,15 @@ def test_only_backends_of_applications_are_changed_and_http_s_refuse_nothing() -
     assert haproxy.with_rules("frontend http_frontend\nbackend default_backend\n") == (
         "frontend http_frontend\nbackend default_backend\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("host", "is_closed"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("", False)]
+)
+def test_metrics_and_statistics_are_on_loopback_where_the_service_is(host: str, is_closed: bool) -> None:
+    service = f"frontend http_frontend\n    bind {host}:8000\n"
+    config = (
+        f"frontend prometheus\n    bind :9101\n    mode http\n{service}listen stats\n  bind *:8404\n  stats enable\n"
+    )
+    closed = config.replace("bind :9101", "bind 127.0.0.1:9101").replace("bind *:8404", "bind 127.0.0.1:8404")
+    assert haproxy.with_rules(config) == (closed if is_closed else config)

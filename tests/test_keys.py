@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tinylm.serving import keys
-from tinylm.serving.access import Access, is_local, is_loopback
+from tinylm.serving.access import Access, is_local, is_loopback, is_own_name
 from tinylm.serving.calls import Refused
 from tinylm.serving.grpc_methods import address_of
 from tinylm.serving.keys import KeyFile, KeyFileError, add_key, hash_key, make_key, read_keys
@@ -105,6 +105,31 @@ def test_addresses_of_this_machine_are_local_and_no_others():
     assert all(is_local(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
     # 0.0.0.0 lets others in; the rest belongs to others, or is no address.
     assert not any(is_local(host) for host in ("0.0.0.0", "::", "192.0.2.77", "198.51.100.1", "example.org", ""))
+
+
+@pytest.mark.parametrize(
+    ("host", "is_own"),
+    [
+        *(
+            (name + port, True)
+            for name in ("localhost", "Localhost", "tinylm.localhost")
+            for port in ("", ":8000", ":")
+        ),
+        *((name + port, True) for name in ("127.0.0.1", "[::1]", "192.0.2.77") for port in ("", ":8000")),
+        (socket.gethostname(), True),
+        *((name, False) for name in ("example.org", "example.org:8000", "localhost.example.org", "notlocalhost", "")),
+        ("127.0.0.1.example.org:8000", False),
+    ],
+)
+def test_without_keys_http_is_answered_under_names_of_this_machine_alone(host: str, is_own: bool):
+    assert is_own_name(host) == is_own
+    access = Access(None, allow_anonymous=False)
+    if is_own:
+        assert access.check("127.0.0.1", None, host) is None
+    else:
+        with pytest.raises(Refused, match="without API keys"):
+            access.check("127.0.0.1", None, host)
+    assert Access(None, allow_anonymous=True).check("192.0.2.77", None, host) is None
 
 
 def test_a_service_is_for_this_machine_alone_where_it_listens_on_loopback():

@@ -266,6 +266,17 @@ def test_a_stream_is_server_sent_events_in_pieces_and_a_time_limit_ends_it(servi
     assert events(body)[-1]["choices"][0]["finish_reason"] == "timeout"
 
 
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/live")])
+def test_without_keys_a_page_from_elsewhere_can_not_ask_by_its_own_name(
+    service: Service, method: str, path: str
+) -> None:
+    """As a browser asks for a page whose name has been made to lead to this machine."""
+    body = b'{"prompt": "a", "max_tokens": 1}' if method == "POST" else b""
+    for host, expected in (("elsewhere.example:8000", 401), (f"127.0.0.1:{service.http_port}", 200)):
+        status, _, answer = ask(service, method, path, body, host=host)
+        assert (status, "'elsewhere.example:8000'" in answer.decode()) == (expected, expected == 401)
+
+
 def test_health_needs_nothing(service: Service) -> None:
     status, _, body = ask(service, "GET", "/health")
     assert (status, json.loads(body)) == (200, {"status": "ok"})

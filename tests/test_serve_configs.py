@@ -1,6 +1,7 @@
 """The Serve YAMLs say what they mean: Serve itself takes unknown keys in silence, so they are checked here."""
 
 import importlib.util
+import socket
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,26 @@ def test_the_launcher_takes_the_slots_that_haproxy_is_told_and_the_addresses_fro
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="is no Serve config"):
             launch.read_config(path)
+
+
+@pytest.mark.parametrize("named_by", ["RAY_ADDRESS", "ray_current_cluster"])
+def test_a_head_that_is_gone_is_named_before_ray_waits_for_it(tmp_path: Path, monkeypatch, named_by: str) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    launch.check_cluster()  # none is named
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        if named_by == "RAY_ADDRESS":
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        else:
+            (tmp_path / "ray").mkdir()
+            (tmp_path / "ray" / named_by).write_text(f"{address}\n", encoding="utf-8")
+        launch.check_cluster()
+    with pytest.raises(ValueError, match=rf"Ray's head at {address}, which .*{named_by} names, does not answer"):
+        launch.check_cluster()
+    for other in ("local", "ray://127.0.0.1:1"):
+        monkeypatch.setenv("RAY_ADDRESS", other)
+        launch.check_cluster()
 
 
 def test_the_two_configs_differ_in_the_proxy_alone() -> None:

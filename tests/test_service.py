@@ -336,6 +336,14 @@ def test_haproxy_is_told_how_many_slots_replicas_have(haproxy_service: Service) 
     assert len(re.findall(rf"use-server .* lt {slots} }}", rules)) == (2 * cores if cores < 4 else 0)  # gRPC and HTTP
 
 
+def test_haproxy_listens_on_loopback_alone(haproxy_service: Service) -> None:
+    """With gRPC, HTTP, its metrics and its statistics."""
+    (pid, *_) = haproxy_service.mark.processes("haproxy")
+    found = [of.laddr for of in psutil.Process(pid).net_connections("tcp") if of.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in found} == {"127.0.0.1"}
+    assert len({address.port for address in found}) == 4
+
+
 def test_no_request_breaks_the_service(haproxy_service: Service) -> None:
     before = haproxy_service.replicas()
     statuses = fault_actions.fuzz(haproxy_service.address)

@@ -38,6 +38,7 @@ PYTHON_PROXY_CONFIG = Path("configs/serve-python-proxy.yaml")
 ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 HEAD_PROCESSES = {"gcs_server", "raylet"}
 LOOK_AGAIN_S = 0.3
+CLUSTER_LIMIT_S = 5.0  # for a head to take a connection
 DRAIN_LIMIT_S = 20.0  # above Serve's own limit, graceful_shutdown_timeout_s
 STOP_LIMIT_S = 60.0
 MAX_RESTARTS, RESTARTS_WITHIN_S = 3, 600.0
@@ -63,6 +64,7 @@ def launch(config: Path | None, wait_s: float) -> int:
     for port in (grpc_port, http_port):
         with suppress(OSError), socket.create_connection((host.strip("[]"), port), timeout=1):
             raise ValueError(f"port {port} is in use: stop what serves there, or change the port in {config}")
+    check_cluster()
     serve = shutil.which("serve", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if serve is None:
         raise ValueError("Ray Serve's command `serve` is not installed: pip install 'ray[serve]'")
@@ -97,6 +99,28 @@ def launch(config: Path | None, wait_s: float) -> int:
         if len(restarts) > MAX_RESTARTS:
             raise ValueError(f"Ray ended {len(restarts)} times within {RESTARTS_WITHIN_S / 60:.0f} minutes: giving up")
         print("Ray has ended under the service: starting it again", file=sys.stderr, flush=True)
+
+
+def check_cluster() -> None:
+    """Raise ValueError when the cluster that Ray would join is gone: Ray itself waits for it for minutes.
+
+    It joins the one that RAY_ADDRESS names, or of which an earlier `ray start` has left a note.
+    """
+    named_by, address = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "auto"):
+        temporary = os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
+        note = Path(temporary, "ray", "ray_current_cluster")
+        named_by, address = str(note), note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or "://" in address:  # none, "local", or Ray Client's
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_LIMIT_S).close()
+    except OSError as error:
+        mend = "unset it" if named_by == "RAY_ADDRESS" else "run `ray stop`, which forgets it"
+        raise ValueError(
+            f"Ray's head at {address}, which {named_by} names, does not answer ({error}): {mend}"
+        ) from None
 
 
 def read_config(config: Path) -> tuple[str, int, int, int]:

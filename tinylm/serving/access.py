@@ -7,6 +7,7 @@ Knows callers by their address and by the key that they send, over whatever prot
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from functools import lru_cache
 from pathlib import Path
@@ -36,18 +37,22 @@ class Access:
                     "set api_keys in the application's args, or allow_anonymous: true"
                 )
 
-    def check(self, address: str | None, authorization: str | None) -> str | None:
+    def check(self, address: str | None, authorization: str | None, host: str | None = None) -> str | None:
         """The name of the caller's key, None without keys; raises Refused.
 
         address: the caller's IP address, None for one that has none and so is on this machine.
-        authorization: what it sent under that name, "Bearer KEY".
+        authorization: what it sent under that name, "Bearer KEY". host: the same of HTTP's, None over gRPC.
         """
         if self._open:
             return None
         if self._keys is None:
-            if address is None or is_local(address):
+            if address is not None and not is_local(address):
+                why = "only callers on this machine are served"
+            elif host is not None and not is_own_name(host):
+                why = f"only what is asked of localhost or an address is answered, not of {host[:256]!r}"
+            else:
                 return None
-            raise Refused(grpc.StatusCode.UNAUTHENTICATED, "without API keys, only callers on this machine are served")
+            raise Refused(grpc.StatusCode.UNAUTHENTICATED, f"without API keys, {why}")
         if authorization is None:
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, "no API key: send 'authorization: Bearer KEY'")
         scheme, _, key = authorization.partition(" ")
@@ -63,6 +68,22 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_own_name(host: str) -> bool:
+    """Whether a Host header is localhost, this machine's name, or an address, with a port or without.
+
+    Browsers send the name that a page was loaded from. One from elsewhere, whose name is made to lead to this machine
+    (DNS rebinding), would be of the page's own origin otherwise, and could read what is answered.
+    """
+    name = re.sub(r":\d*$", "", host).lower()
+    if name == "localhost" or name.endswith(".localhost") or name == socket.gethostname().lower():
+        return True
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1024)

@@ -7,6 +7,7 @@
   of the processor that its engine wants, HAProxy a tenth of that. A replica that is full says so in its answer
   (`FULL`), and where there is a call for every slot, thereby how many at once are too many: for a second HAProxy lets
   fewer than that in, then it asks again. How many may wait only engines know.
+- Where the service listens on loopback alone, so do HAProxy's metrics and statistics, which Ray opens on all addresses.
 
 Ray starts whatever RAY_SERVE_HAPROXY_BINARY_PATH names, which `tinylm serve` sets to this, and writes HAProxy's config
 anew at each start and reload; this adds its rules and becomes HAProxy. Without it the service is the same, only slower.
@@ -26,6 +27,8 @@ FULL = "tinylm-full"  # the header of a refusal for want of room
 REMEMBERED_MS = 1000
 _BACKEND = re.compile(r"^backend (grpc|http)-.*\n((?:[ \t].*\n|\n)*)", re.MULTILINE)  # one an application
 _SERVER = re.compile(r"^ +server (\S+) (\S+):\d+(?!.* backup\b)", re.MULTILINE)  # a replica, and its machine
+_LISTENS_ON_LOOPBACK = re.compile(r"^frontend http_frontend\n +bind (127\.[\d.]+|localhost|::1):\d+$", re.MULTILINE)
+_ON_ALL_ADDRESSES = re.compile(r"^( +bind )\*?(:\d+)$", re.MULTILINE)
 _GENERATES = """\
     # Added by tinylm-haproxy
     acl tinylm_generates path_beg /tinylm.v1.TinyLM/Generate /v1/completions
@@ -71,6 +74,8 @@ def with_rules(config: str, slots: int = 0, cores: int = 1) -> str:
             rules += _REFUSALS.format(**values)
         return f"{backend[0].removesuffix(body)}{rules}{_filling(servers, slots, cores)}{body}"
 
+    if _LISTENS_ON_LOOPBACK.search(config):
+        config = _ON_ALL_ADDRESSES.sub(r"\g<1>127.0.0.1\2", config)
     return _BACKEND.sub(with_ours, config)
 
 

@@ -71,7 +71,7 @@ def routes(service: Service) -> APIRouter:
 def let_in(call: Call, request: Request, service: Service) -> None:
     """Raises Refused for a caller who may not ask."""
     address = request.client.host if request.client else None
-    call.key = service.access.check(address, request.headers.get("authorization"))
+    call.key = service.access.check(address, request.headers.get("authorization"), request.headers.get("host"))
 
 
 def check_model(name: str | None, service: Service) -> None:
