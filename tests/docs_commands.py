@@ -265,6 +265,7 @@ def run(command: str | list[str], directory: Path) -> str:
 
 def make_workplace(directory: Path) -> Path:
     """A directory that looks like the repository's, in which commands may leave files."""
+    directory.mkdir(exist_ok=True)
     for path in ROOT.iterdir():
         if path.name not in {".git", ".venv"}:
             (directory / path.name).symlink_to(path)

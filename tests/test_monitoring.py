@@ -89,6 +89,10 @@ class Monitored:
     haproxy: str
     prometheus: str | None
 
+    def is_whole(self) -> bool:
+        """Whether HAProxy has both replicas and the fallback proxy: with another config it would count anew."""
+        return f'{{proxy="grpc-tinylm",state="UP"}} {N_REPLICAS + 1}\n' in get(self.haproxy)
+
     def denied(self) -> int:
         """Calls that HAProxy refused by itself, after a replica had been full."""
         counts = re.findall(r'haproxy_backend_requests_denied_total\{proxy="grpc-tinylm"\} (\d+)', get(self.haproxy))
@@ -152,6 +156,7 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
             haproxy = f"http://127.0.0.1:{haproxy_port}/metrics"
             service = Monitored(f"localhost:{port}", Path(ray_directory) / "ray" / DISCOVERY_FILE, haproxy, prometheus)
             wait_until(lambda: len(service.snapshot().series.get("requests_total", [])) == N_REPLICAS, "two replicas")
+            wait_until(service.is_whole, "HAProxy's config of both")
             if prometheus:  # of what was there at its first look, `rate` says nothing
 
                 def scraped() -> bool:

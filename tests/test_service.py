@@ -98,21 +98,30 @@ def test_what_the_docs_say_to_ask_a_service_is_answered(service: Service, tmp_pa
     """Commands and examples of README.md and docs/*.md that ask localhost; load tests with less time."""
     if service.config.name != "serve.yaml":
         pytest.skip("once is enough: clients can't tell the proxies apart")
-    directory = docs_commands.make_workplace(tmp_path)
 
     def here(text: str) -> str:
         text = text.replace("localhost:9000", service.address)
         return text.replace("localhost:8000", f"localhost:{service.http_port}")
 
-    for command in docs_commands.commands():
-        if docs_commands.is_for_a_service(command):
-            text = here(docs_commands.filled(command.text, docs_commands.executed_by(command)))
-            if re.fullmatch(r"python -m loadtest( -.*)?", text):
-                text += " --duration 0.5 --warmup 0" + ("" if "--server" in text else f" --server {service.address}")
-            docs_commands.run(text, directory)
-    for _, source in docs_commands.programs():
-        if docs_commands.needs_service(source):
-            assert docs_commands.run([sys.executable, "-c", here(source)], directory).strip()
+    def follow(page: str) -> None:
+        """One after the other: a page's commands may read what those before have written."""
+        directory = docs_commands.make_workplace(tmp_path / page.replace("/", "-"))
+        for command in docs_commands.commands():
+            if command.page == page and docs_commands.is_for_a_service(command):
+                text = here(docs_commands.filled(command.text, docs_commands.executed_by(command)))
+                if re.fullmatch(r"python -m loadtest( -.*)?", text):
+                    text += " --duration 0.5 --warmup 0"
+                    text += "" if "--server" in text else f" --server {service.address}"
+                docs_commands.run(text, directory)
+        for of_page, source in docs_commands.programs():
+            if of_page == page and docs_commands.needs_service(source):
+                assert docs_commands.run([sys.executable, "-c", here(source)], directory).strip()
+
+    asking = [command.page for command in docs_commands.commands() if docs_commands.is_for_a_service(command)]
+    asking += [page for page, source in docs_commands.programs() if docs_commands.needs_service(source)]
+    assert len(asking) > 10
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(follow, dict.fromkeys(asking)))
 
 
 def test_sampled_text_follows_its_seed_and_settings(client: Client, stories: LLM) -> None:

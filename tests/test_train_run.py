@@ -109,27 +109,46 @@ def test_a_model_is_not_judged_on_other_text_than_it_was_kept_from(demo: Demo, t
 
 
 def test_a_run_whose_checkpoints_are_gone_goes_on_from_its_model(demo: Demo, tmp_path: Path):
-    """By its command, with two workers, up to the whole record of the run."""
+    """By its command, with two workers, up to the whole record; then from its own checkpoint, with told stories."""
     later = Demo(tmp_path, demo.ray_tmpdir)
     for name in ("tokens", "text"):
         shutil.copytree(demo.directory / name, tmp_path / name)
     shutil.copy(demo.directory / "tokenizer.model", tmp_path)
     settings = {"run.workers": 2, "run.micro_rows": 4, "run.bfloat16": "true", "run.dropout": 0.1}
-    settings["run.tokens"] = (STEPS + 20) * 8 * 128
-    later.run("run", **{"run.restore": demo.model_dir, **settings})
+    settings |= {"run.restore": demo.model_dir, "run.tokens": (STEPS + 20) * 8 * 128}
+    later.run("run", **settings)
     metrics = later.metrics()
     assert metrics[: len(demo.metrics())] == demo.metrics()
     assert [line["step"] for line in metrics if "loss" in line][-3:] == [STEPS, STEPS + 10, STEPS + 20]
     assert metrics[-1]["wall_s"] > demo.metrics()[-1]["wall_s"]
-    # The same again goes on from the checkpoint, though the model is gone; and nothing does without the checkpoints.
-    more = {**settings, "run.tokens": (STEPS + 30) * 8 * 128, "run.restore": tmp_path / "gone"}
-    later.run("run", **more)
+
+    told = {"tell.model": demo.model_dir, "tell.like": "demo", "tell.tokens": 3000}
+    told |= {"run.teachers": f"[{demo.model_dir}]", "run.taught": "{told: 1}"}
+    told["run.phases"] = f"[{{from_tokens: {(STEPS + 20) * 8 * 128}, weights: {{demo: 0.5, told: 0.5}}}}]"
+    told |= {"run.restore": tmp_path / "gone", "run.tokens": (STEPS + 30) * 8 * 128}
+    with pytest.raises(ConfigError, match=re.escape("run `python -m train.tell` first")):
+        run(later.config_with(**told))
+    assert re.search(r"told: 3,\d{3} tokens in \d+ stories, begun as those of demo", later.run("tell", **told).stdout)
+    later.run("run", **told)
     assert later.metrics()[: len(metrics)] == metrics
     assert later.metrics()[-1]["step"] == STEPS + 30
+
+    later.run("export", **told, **{"export.formats": [], "export.average_with": f"[{demo.model_dir}]"})
+    evaluation = json.loads((later.model_dir / "evaluation.json").read_text())
+    assert evaluation["phases"][0]["from_tokens"] == (STEPS + 20) * 8 * 128
+    n_told = evaluation["tokens_by_collection"]["told"]
+    assert 0 < n_told < 10 * 8 * 128
+    assert list(evaluation["collections"]) == ["demo"]
+    card = (later.model_dir / "README.md").read_text()
+    assert re.search(rf"\| told \| {n_told:,} \| \d\.\d% \| \| none \| made up by demo \(sha256 \w{{12}}\) \|", card)
+    assert evaluation["averaged_with"] == evaluation["told_by"] == {file_sha256(demo.model_dir / TENSORS): "demo"}
+    assert re.search(r"keeps,\naveraged with those of demo \(sha256 \w{12}\)\.\n", card)
+
     for checkpoint in later.run_dir.glob("checkpoint_*/state.pt"):
         checkpoint.unlink()
-    for stage, message in (("run", "are gone: remove that directory"), ("export", "holds no checkpoint")):
-        assert message in only_line_of_failure(later, stage, **more)
+    for stage, message in ((run, "are gone: remove that directory"), (export, "holds no checkpoint")):
+        with pytest.raises(ConfigError, match=message):
+            stage(later.config_with(**told))
 
 
 def test_a_run_without_ray_is_the_same_run(demo: Demo, tmp_path: Path):
@@ -279,35 +298,9 @@ def test_attribution_names_every_author_of_text_trained_on():
 )
 def test_a_stage_too_early_names_the_command_to_run_first(tmp_path: Path, stage: str, made_by: str):
     told = {"tell.model": "models/stories-8m", "tell.like": "demo"} if stage == "tell" else {}
-    config = load_config(ROOT / "configs/train-demo.yaml", Demo(tmp_path, tmp_path).overrides(**told))
     main = {"tokenizer": train_tokenizer, "encode": encode, "tell": tell, "run": run, "export": export}[stage]
     with pytest.raises(ConfigError, match=re.escape(f"run `python -m train.{made_by}` first")):
-        main(config)
-
-
-def test_a_model_tells_stories_that_a_run_goes_on_with(demo: Demo, tmp_path: Path):
-    """By their commands, up to the card, averaged with the model that it went on from."""
-    later = Demo(tmp_path, demo.ray_tmpdir)
-    for name in ("tokens", "text"):
-        shutil.copytree(demo.directory / name, tmp_path / name)
-    shutil.copy(demo.directory / "tokenizer.model", tmp_path)
-    told = {"tell.model": demo.model_dir, "tell.like": "demo", "tell.tokens": 3000}
-    told |= {"run.restore": demo.model_dir, "run.teachers": f"[{demo.model_dir}]"}
-    told["run.phases"] = f"[{{from_tokens: {STEPS * 8 * 128}, weights: {{demo: 0.5, told: 0.5}}}}]"
-    told |= {"run.taught": "{told: 1}", "run.tokens": (STEPS + 10) * 8 * 128}
-    assert "run `python -m train.tell` first" in only_line_of_failure(later, "run", **told)
-    assert re.search(r"told: 3,\d{3} tokens in \d+ stories, begun as those of demo", later.run("tell", **told).stdout)
-    later.run("run", **told)
-    later.run("export", **told, **{"export.formats": [], "export.average_with": f"[{demo.model_dir}]"})
-    evaluation = json.loads((later.model_dir / "evaluation.json").read_text())
-    assert evaluation["phases"][0]["from_tokens"] == STEPS * 8 * 128
-    n_told = evaluation["tokens_by_collection"]["told"]
-    assert 0 < n_told < 10 * 8 * 128
-    assert list(evaluation["collections"]) == ["demo"]
-    card = (later.model_dir / "README.md").read_text()
-    assert re.search(rf"\| told \| {n_told:,} \| \d\.\d% \| \| none \| made up by demo \(sha256 \w{{12}}\) \|", card)
-    assert evaluation["averaged_with"] == evaluation["told_by"] == {file_sha256(demo.model_dir / TENSORS): "demo"}
-    assert re.search(r"keeps,\naveraged with those of demo \(sha256 \w{12}\)\.\n", card)
+        main(Demo(tmp_path, tmp_path).config_with(**told))
 
 
 def test_exporting_a_run_that_never_was_names_the_command_to_run_first(demo: Demo):
@@ -337,7 +330,7 @@ def only_line_of_failure(demo: Demo, stage: str, **more: object) -> str:
 def test_settings_that_do_not_fit_are_named_before_any_worker_starts(demo: Demo, key: str, value: int):
     shown = {"run.workers": "x 3)", "model.context": "one row of 500001"}.get(key, f"is {value}")
     with pytest.raises(ConfigError, match=re.escape(shown)):
-        run(load_config(ROOT / "configs/train-demo.yaml", demo.overrides(**{key: value})))
+        run(demo.config_with(**{key: value}))
     assert not ray.is_initialized()
 
 

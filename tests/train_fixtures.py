@@ -258,7 +258,10 @@ class Demo:
 
     @property
     def config(self) -> TrainConfig:
-        return load_config(ROOT / "configs/train-demo.yaml", self.overrides())
+        return self.config_with()
+
+    def config_with(self, **more: object) -> TrainConfig:
+        return load_config(ROOT / "configs/train-demo.yaml", self.overrides(**more))
 
     def metrics(self) -> list[dict]:
         return [json.loads(line) for line in self.metrics_lines()]
