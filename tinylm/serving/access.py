@@ -41,7 +41,7 @@ class Access:
         """The name of the caller's key, None without keys; raises Refused.
 
         address: the caller's IP address, None for one that has none and so is on this machine.
-        authorization: what it sent under that name, "Bearer KEY". host: the same of HTTP's, None over gRPC.
+        authorization: what it sent under that name, "Bearer KEY". host: HTTP's header of that name, None over gRPC.
         """
         if self._open:
             return None
@@ -49,7 +49,7 @@ class Access:
             if address is not None and not is_local(address):
                 why = "only callers on this machine are served"
             elif host is not None and not is_own_name(host):
-                why = f"only what is asked of localhost or an address is answered, not of {host[:256]!r}"
+                why = f"HTTP is answered under localhost, this machine's name and addresses, not {host[:256]!r}"
             else:
                 return None
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, f"without API keys, {why}")

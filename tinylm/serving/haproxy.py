@@ -10,7 +10,8 @@
 - Where the service listens on loopback alone, so do HAProxy's metrics and statistics, which Ray opens on all addresses.
 
 Ray starts whatever RAY_SERVE_HAPROXY_BINARY_PATH names, which `tinylm serve` sets to this, and writes HAProxy's config
-anew at each start and reload; this adds its rules and becomes HAProxy. Without it the service is the same, only slower.
+anew at each start and reload; this adds its rules and becomes HAProxy. Without it the service is the same, only slower,
+and those two ports are open to all.
 """
 
 from __future__ import annotations
