@@ -14,8 +14,9 @@ from tinylm.weights import TENSORS, ModelError, as_float32, load_model
 from train.averaging import averaged_with
 from train.config import ConfigError, TrainConfig
 from train.data import TokenData
+from train.files import file_sha256
 from train.restore import restored_state
-from train.stage import file_sha256, load_tokens
+from train.stage import load_tokens
 
 STEPS = 4
 

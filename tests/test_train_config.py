@@ -102,8 +102,6 @@ def test_overrides_leave_the_rest_alone(path: Path):
         ("run.muon_lr=inf", "run.muon_lr"),
         ("run.dropout=0.95", "run.dropout"),
         ("run.dropout={nothing: 0.1}", "run.dropout: 'nothing' is not among the collections"),
-        ("run.noising=1", "run.noising"),
-        ("run.noising={nothing: 0.1}", "run.noising: 'nothing' is not among the collections"),
         ("run.taught={nothing: 0.1}", "run.taught: 'nothing' is not among the collections"),
         ("run.taught=1.5", "run.taught"),
         ("run.taught={a: 2}", "run.taught.a: Input should be less than or equal to 1 (given: 2)"),
@@ -169,10 +167,11 @@ def test_phases_that_can_not_be_are_named(path: Path, phases: str, named: str):
 
 @pytest.mark.parametrize("taught", ["0", "{}", "{a: 0}"])
 def test_teachers_of_nothing_are_named(path: Path, taught: str):
-    with pytest.raises(ConfigError, match=r"run.taught is .*: nothing would be learnt from run.teachers"):
-        load_config(path, ["run.teachers=[models/stories-8m]", f"run.taught={taught}"])
-    assert load_config(path, [f"run.taught={taught}"]).run.taught_of("a") == 0
-    assert load_config(path, ["run.teachers=[models/stories-8m]"]).run.taught_of("a") == 0.5
+    teach = "teach={models: [models/stories-8m], collections: [a]}"
+    with pytest.raises(ConfigError, match=r"run.taught is .*: nothing would be learnt from teach.models"):
+        load_config(path, [teach, f"run.taught={taught}"])
+    assert load_config(path, [f"run.taught={taught}"]).taught_of("a") == 0
+    assert load_config(path, [teach]).taught_of("a") == 0.5
 
 
 @pytest.mark.parametrize(
@@ -181,11 +180,17 @@ def test_teachers_of_nothing_are_named(path: Path, taught: str):
         (["run.phases=[{from_tokens: 0, weights: {told: 1}}]"], "above 0, a, and nothing is told without `tell`"),
         (["tell={model: m, like: b}"], "tell.like: 'b' is not among the collections with a weight above 0"),
         (["tell={model: m, like: a}", "prepare.collections.0.name=told"], "'told' is what `tell` makes"),
+        (["teach={models: [], collections: [a]}"], "teach.models: List should have at least 1 item"),
+        (["teach={models: [m], collections: [told]}"], "teach.collections: 'told' is not among those"),
+        (
+            ["tell={model: m, like: a}", "teach={models: [m], collections: [told]}", "run.taught={a: 1}"],
+            "run.taught: 'a' is not among teach.collections",
+        ),
         (["tell={model: m, like: a, top_p: 0}"], "tell.top_p: Input should be greater than 0"),
         (["tell={model: m, like: a, temperature: 11}"], "temperature is 11"),
     ],
 )
-def test_stories_that_can_not_be_told_are_named(path: Path, overrides: list[str], named: str):
+def test_what_can_not_be_told_or_taught_is_named(path: Path, overrides: list[str], named: str):
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     assert named in str(caught.value)
@@ -194,5 +199,5 @@ def test_stories_that_can_not_be_told_are_named(path: Path, overrides: list[str]
 
 def test_told_stories_may_be_read_taught_and_dropped(path: Path):
     told = ["tell={model: m, like: a}", "run.phases=[{from_tokens: 9, weights: {told: 1}}]", "run.dropout={told: 0.1}"]
-    run = load_config(path, [*told, "run.teachers=[m]", "run.taught={told: 1}"]).run
-    assert (run.taught_of("told"), run.taught_of("a"), run.dropout_of("told")) == (1, 0, 0.1)
+    config = load_config(path, [*told, "teach={models: [m], collections: [told]}", "run.taught={told: 1}"])
+    assert (config.taught_of("told"), config.taught_of("a"), config.run.dropout_of("told")) == (1, 0, 0.1)

@@ -18,7 +18,7 @@ from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, Lengths, Phase, Run, TrainConfig
 from train.data import TokenData
 from train.evaluate import WINDOWS_A_BATCH, make_runner, score_document, windows
-from train.loop import bits_per_byte, lr_factor, noised, total_steps, train
+from train.loop import bits_per_byte, lr_factor, total_steps, train
 from train.model import GPT, attention_in_blocks, dropout_noise, gelu_by_sigmoid
 from train.muon import Muon, orthogonalize
 from train.stage import load_tokens
@@ -106,10 +106,10 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("chance", [{}, {"dropout": 0.2, "noising": 0.2}], ids=["plain", "dropout and noising"])
+@pytest.mark.parametrize("chance", [{}, {"dropout": 0.2}], ids=["plain", "dropout"])
 @pytest.mark.parametrize("step", [5, 15])
 def test_a_resumed_run_ends_where_the_unbroken_one_does(config: TrainConfig, unbroken, step: int, chance: dict):
-    """Of the optimizers' moments, the average, the schedule, the data and what is dropped or replaced, anything lost
+    """Of the optimizers' moments, the average, the schedule, the data and what is dropped, anything lost
     would move the weights: one step moves them by 0.02 in the matrices, some 20,000 times the tolerance."""
     if chance:
         unbroken = trained(config, **chance)
@@ -157,32 +157,6 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean():
             assert of_row[of_row != 0].unique().tolist() == pytest.approx([1 / (1 - share)])
             neighbours = (zero[..., 1:] == zero[..., :-1]).float().mean()  # independent, also within a draw of eight
             assert abs(neighbours - (share**2 + (1 - share) ** 2)) < 0.02
-
-
-def test_noising_replaces_its_share_of_each_row_by_tokens_of_the_batch():
-    torch.manual_seed(1)
-    boundary, shares = 3, [0.0, 0.1, 0.5]
-    inputs = torch.stack([torch.randint(low, low + 1000, (4000,)) for low in (1000, 2000, 3000)])
-    inputs[:, ::100] = boundary
-    replaced = noised(inputs, shares, boundary)
-    assert torch.equal(replaced[0], inputs[0])
-    assert torch.equal(replaced == boundary, inputs == boundary)
-    assert torch.isin(replaced, inputs).all()
-    for row, share in enumerate(shares):
-        changed = (replaced[row] != inputs[row]).float().mean()
-        expected = share * 0.99**2  # neither is a boundary
-        assert abs(changed - expected) <= 5 * (share * (1 - share) / 4000) ** 0.5 + 1e-3  # one in 3,000 draws itself
-        if share:
-            of_each = torch.bincount(replaced[row][replaced[row] != inputs[row]] // 1000, minlength=4)[1:]
-            assert (of_each / of_each.sum() - 1 / 3).abs().max() < 0.1  # from all rows alike
-    assert not torch.equal(noised(inputs, shares, boundary), replaced)
-
-
-def test_noising_is_of_what_is_read_and_only_where_it_is_asked_for(config: TrainConfig, unbroken):
-    of_none, of_all = (losses(trained(config, noising={"stories": share})[1]) for share in (0.0, 0.5))
-    assert of_none == losses(unbroken[1])
-    assert of_all[0] == pytest.approx(of_none[0], abs=0.02)  # knowing nothing, it says the same of whatever it reads
-    assert of_all[1:] != of_none[1:]
 
 
 def test_gelu_is_its_tanh_form():

@@ -12,11 +12,13 @@ from train_fixtures import ROW_TOKENS, encoded_stories, short_run
 
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError, save_model
-from train.config import ConfigError, TrainConfig
+from train.config import ConfigError, Teach, TrainConfig
+from train.files import file_sha256
 from train.loop import lr_factor, train
 from train.restore import restored_state
-from train.stage import file_sha256, load_tokens
+from train.stage import load_tokens
 from train.state import averaged_weights, check_continues
+from train.teach import teach
 
 STEPS = 40
 RUN = short_run(STEPS)
@@ -97,8 +99,9 @@ def test_a_run_goes_on_where_its_released_model_ended(config: TrainConfig, first
 
 def test_who_taught_a_model_stays_known(config: TrainConfig, released: Path):
     """Also where others teach it from there on."""
-    config = longer(config)
-    last, _ = run_on(config, restored_state(released, config, load_tokens(config)), teachers=[released])
+    config = longer(config).model_copy(update={"teach": Teach(models=[released], collections=["stories"])})
+    teach(config)
+    last, _ = run_on(config, restored_state(released, config, load_tokens(config)))
     assert last["taught_by"] == {"0" * 64: "an older model", file_sha256(released / "model.safetensors"): "model"}
 
 

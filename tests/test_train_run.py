@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,11 @@ from train.card import attribution_page
 from train.config import ConfigError, load_config
 from train.encode import encode
 from train.export import export
+from train.files import file_sha256
 from train.metrics import read_metrics, write_metrics
 from train.prompts import load_prompts
 from train.run import run
-from train.stage import file_sha256
+from train.teach import teach
 from train.tell import tell
 from train.tokenizer import train_tokenizer
 
@@ -123,12 +125,13 @@ def test_a_run_whose_checkpoints_are_gone_goes_on_from_its_model(demo: Demo, tmp
     assert metrics[-1]["wall_s"] > demo.metrics()[-1]["wall_s"]
 
     told = {"tell.model": demo.model_dir, "tell.like": "demo", "tell.tokens": 3000}
-    told |= {"run.teachers": f"[{demo.model_dir}]", "run.taught": "{told: 1}"}
+    told |= {"teach.models": f"[{demo.model_dir}]", "teach.collections": "[told]", "run.taught": "{told: 1}"}
     told["run.phases"] = f"[{{from_tokens: {(STEPS + 20) * 8 * 128}, weights: {{demo: 0.5, told: 0.5}}}}]"
     told |= {"run.restore": tmp_path / "gone", "run.tokens": (STEPS + 30) * 8 * 128}
     with pytest.raises(ConfigError, match=re.escape("run `python -m train.tell` first")):
         run(later.config_with(**told))
     assert re.search(r"told: 3,\d{3} tokens in \d+ stories, begun as those of demo", later.run("tell", **told).stdout)
+    assert later.run("teach", **told).stdout == "told: taught by demo\n"
     later.run("run", **told)
     assert later.metrics()[: len(metrics)] == metrics
     assert later.metrics()[-1]["step"] == STEPS + 30
@@ -292,15 +295,27 @@ def test_attribution_names_every_author_of_text_trained_on():
     assert "Not Trained On" not in page
 
 
+TELLS = {"tell.model": "models/stories-8m", "tell.like": "demo"}
+TAUGHT = {"teach.models": "[models/stories-8m]", "teach.collections": "[demo]"}
+
+
 @pytest.mark.parametrize(
-    ("stage", "made_by"),
-    [("tokenizer", "prepare"), ("encode", "prepare"), ("tell", "encode"), ("run", "encode"), ("export", "prepare")],
+    ("stage", "settings", "made_by"),
+    [
+        (train_tokenizer, {}, "prepare"),
+        (encode, {}, "prepare"),
+        (tell, TELLS, "encode"),
+        (teach, TAUGHT, "encode"),
+        (run, {}, "encode"),
+        (export, {}, "prepare"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_stage_too_early_names_the_command_to_run_first(tmp_path: Path, stage: str, made_by: str):
-    told = {"tell.model": "models/stories-8m", "tell.like": "demo"} if stage == "tell" else {}
-    main = {"tokenizer": train_tokenizer, "encode": encode, "tell": tell, "run": run, "export": export}[stage]
+def test_a_stage_too_early_names_the_command_to_run_first(
+    tmp_path: Path, stage: Callable, settings: dict, made_by: str
+):
     with pytest.raises(ConfigError, match=re.escape(f"run `python -m train.{made_by}` first")):
-        main(Demo(tmp_path, tmp_path).config_with(**told))
+        stage(Demo(tmp_path, tmp_path).config_with(**settings))
 
 
 def test_exporting_a_run_that_never_was_names_the_command_to_run_first(demo: Demo):

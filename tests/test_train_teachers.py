@@ -1,26 +1,34 @@
-"""Learning from trained models beside the text: what they say together, what a row's target is, what is refused."""
+"""Learning from trained models beside the text: what they say together, what is kept of it, how runs learn it."""
 
 from __future__ import annotations
 
 import io
+import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from train_fixtures import encoded_stories, release, short_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from train_fixtures import encode_plainly, encoded_stories, release, short_run
 
 from tinylm.llm import load
 from tinylm.model import Chunk, ModelRunner
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import TENSORS, ModelError
 from train.card import _taught_by as model_card_sentence
-from train.config import ConfigError, TrainConfig
-from train.loop import mean_loss, taught_targets, train
+from train.config import ConfigError, Teach, TrainConfig
+from train.data import Documents, Rows, read_tokens
+from train.files import file_sha256
+from train.loop import Taught, mean_loss, train
 from train.model import GPT, released_model
-from train.stage import file_sha256, load_tokens
+from train.soft_targets import N_SOFT, N_TOP, soft_paths
+from train.stage import load_tokens
 from train.state import STATE_FILE
+from train.teach import sparse, teach, windows
 from train.teachers import Teachers
 
 STEPS = 12
@@ -72,30 +80,101 @@ def test_compiled_they_say_the_same_of_however_many_rows(config, models, rows):
         torch.testing.assert_close(said, plain.probabilities(rows[:n, :-1]), atol=1e-5, rtol=1e-4)
 
 
-def test_a_target_is_what_teachers_say_by_its_share_and_the_text_else(config, models, rows):
-    teachers = loaded(config, models)
-    shares = [0.0, 0.25, 1.0]
-    targets = taught_targets(rows[:, :-1], rows[:, 1:], shares, teachers)
-    said = teachers.probabilities(rows[:, :-1])
-    text = torch.nn.functional.one_hot(rows[:, 1:], 400).float()
-    for i, share in enumerate(shares):
-        torch.testing.assert_close(targets[i], share * said[i] + (1 - share) * text[i])
-    # Of a row that is not taught, the loss is that of its tokens.
-    model = GPT(config.model_config_)
-    inputs, tokens = rows[:1, :-1], rows[:1, 1:]
-    torch.testing.assert_close(mean_loss(model, inputs, targets[:1]), mean_loss(model, inputs, tokens))
+def test_of_a_distribution_the_likeliest_are_kept_and_the_rest_is_drawn_fairly():
+    """The mean of many draws is the distribution; a single one sums to 1 and has the top exactly."""
+    spread = torch.tensor([1.0, 4.0, 40.0])[:, None]  # from nearly even to nearly certain
+    said = (torch.randn(3, 400, generator=torch.Generator().manual_seed(1)) * spread / 10).softmax(-1)
+    mean, draws = torch.zeros_like(said), 2000
+    for seed in range(draws):
+        ids, probabilities = sparse(said, torch.Generator().manual_seed(seed))
+        assert ids.shape == probabilities.shape == (3, N_SOFT)
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(3))
+        torch.testing.assert_close(probabilities[:, :N_TOP], said.topk(N_TOP).values)
+        torch.testing.assert_close(said.gather(1, ids[:, :N_TOP]), probabilities[:, :N_TOP])
+        mean.scatter_add_(1, ids, probabilities / draws)
+    share = (1 - said.topk(N_TOP).values.sum(-1, keepdim=True)) / (N_SOFT - N_TOP)  # what one that is drawn stands for
+    error = (share * said / draws) ** 0.5  # of a mean of that many draws
+    assert ((mean - said).abs() <= 5 * error + 1e-6).all()
 
 
-def test_one_that_says_what_its_teacher_says_has_nothing_to_learn(config, models, rows):
+@given(st.integers(0, 50), st.integers(1, 300), st.integers(2, 40))
+def test_windows_keep_each_token_once_with_enough_before_it(begin: int, length: int, context: int):
+    end = begin + length
+    kept = []
+    for first, keep, stop in windows(begin, end, context):
+        assert begin <= first <= keep < stop <= min(end, first + context)
+        assert first == begin or keep - first >= context // 2 - 1
+        kept += range(keep, stop)
+    assert kept == list(range(begin, end))
+
+
+def taught_by(config: TrainConfig, models: list[Path], workdir: Path, **run: object) -> TrainConfig:
+    """The same settings with teachers, in a work directory of their own with the same tokens."""
+    for name in ("tokens", "text"):
+        shutil.copytree(config.workdir / name, workdir / name)
+    shutil.copy(config.tokenizer_path, workdir)
+    values = config.model_dump(mode="json")
+    values |= {"workdir": workdir, "teach": {"models": models, "collections": ["stories"]}}
+    values["run"] |= run
+    return TrainConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_written_is_what_they_say_of_each_token(config, models, tmp_path: Path, workers: int):
+    settings = taught_by(config, models, tmp_path, workers=workers)
+    teach(settings)
+    data = load_tokens(settings)
+    assert data.taught_by == {file_sha256(model / TENSORS): model.name for model in models}
+    teachers, found = loaded(config, models), 0
+    documents = read_tokens(settings.tokens_dir, settings.taught_dir, ["stories"])[1]["train"]["stories"]
+    lengths = documents.lengths.tolist()
+    for i in [lengths.index(max(lengths)), lengths.index(min(lengths)), len(documents) - 1]:
+        ids = torch.from_numpy(documents.tokens(i).astype(np.int64))
+        said = documents.soft_targets(i)
+        for first, kept, stop in windows(0, len(ids), 32):
+            expected = teachers.probabilities(ids[None, first:stop])[0, kept - first :]
+            top = torch.from_numpy(said.probabilities[kept:stop, :N_TOP].astype(np.float32))
+            torch.testing.assert_close(top, expected.topk(N_TOP).values, atol=1e-4, rtol=1e-3)
+            there = expected.gather(1, torch.from_numpy(said.ids[kept:stop].astype(np.int64)))
+            torch.testing.assert_close(there[:, :N_TOP], top, atol=1e-4, rtol=1e-3)
+            found += stop - kept
+    assert found > 64
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=3, max_size=12), st.integers(2, 9), st.integers(0, 40))
+def test_a_row_has_what_is_said_of_its_own_tokens(lengths: list[int], context: int, number: int):
+    """Here of a token that it is itself what comes next, which shows where what is said belongs."""
+    documents = [np.array([1, *range(100 * i, 100 * i + n)], np.uint16) for i, n in enumerate(lengths, 1)]
+    with tempfile.TemporaryDirectory() as directory:
+        shard = Path(directory) / "a.train-00000.npy"
+        tokens = np.concatenate(documents)
+        np.save(shard, tokens)
+        ids, probabilities = soft_paths(Path(directory), shard)
+        np.save(ids, np.repeat(tokens[:, None], N_SOFT, axis=1))
+        np.save(probabilities, np.full((len(tokens), N_SOFT), 1 / N_SOFT, np.float16))
+        index = {"shards": {shard.name: file_sha256(shard)}, "taught_by": {}}
+        (Path(directory) / "index.json").write_text(json.dumps(index))
+        rows = Rows(Documents([shard], 1, Path(directory)), context, (1, 0))
+        row, said = rows.row(number), rows.soft_targets(number)
+        assert said.ids.tolist() == [[token] * N_SOFT for token in row[:-1].tolist()]
+        plain = Rows(Documents([shard], 1), context, (1, 0))
+        assert plain.row(number).tolist() == row.tolist()
+        assert not plain.soft_targets(number).probabilities.any()
+
+
+def test_a_loss_is_of_what_is_said_by_its_share_and_of_the_text_else(config, models, rows):
+    shares = torch.tensor([0.0, 0.25, 1.0])
+    inputs, tokens = rows[:, :-1], rows[:, 1:]
+    said = loaded(config, models).probabilities(inputs)
+    ids = torch.arange(400).expand(*said.shape)  # of a distribution that is kept whole
     model = released_model(models[0])
-    inputs = rows[:, :-1]
-    gradients = {}
-    for share in (0.0, 1.0):
-        model.zero_grad()
-        teachers = loaded(config, models[:1])
-        mean_loss(model, inputs, taught_targets(inputs, rows[:, 1:], [share] * len(rows), teachers)).backward()
-        gradients[share] = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-    assert gradients[1.0] < 1e-4 * gradients[0.0]
+    log_p = model(inputs).log_softmax(-1)
+    of_said, of_text = -(said * log_p).sum(-1), -log_p.gather(2, tokens[..., None])[..., 0]
+    expected = (shares[:, None] * of_said + (1 - shares[:, None]) * of_text).mean()
+    torch.testing.assert_close(mean_loss(model, inputs, tokens, taught=Taught(ids, said, shares)), expected)
+    nothing = Taught(ids, torch.zeros_like(said), torch.zeros(3))
+    torch.testing.assert_close(mean_loss(model, inputs, tokens, taught=nothing), mean_loss(model, inputs, tokens))
 
 
 def distance(config: TrainConfig, weights: dict, teacher: Path) -> float:
@@ -108,9 +187,8 @@ def distance(config: TrainConfig, weights: dict, teacher: Path) -> float:
         return float((log_said.exp() * (log_said - student(ids).log_softmax(-1))).sum(-1).mean())
 
 
-def taught(config: TrainConfig, **run: object) -> tuple[dict, dict, list[dict]]:
+def outcome(config: TrainConfig) -> tuple[dict, dict, list[dict]]:
     """The averaged weights, the last state and the logged lines of a run."""
-    config = config.model_copy(update={"run": config.run.model_copy(update=run)})
     lines: list[dict] = []
     states: list[dict] = []
     model = train(config, load_tokens(config), Tokenizer(config.tokenizer_path), lines.append, states.append)
@@ -118,9 +196,11 @@ def taught(config: TrainConfig, **run: object) -> tuple[dict, dict, list[dict]]:
 
 
 def test_a_run_comes_nearer_to_its_teacher_and_says_who_it_was(config: TrainConfig, models: list[Path], tmp_path: Path):
-    plain, state, lines = taught(config)
+    plain, state, lines = outcome(config)
     assert state["taught_by"] == {}
-    weights, state, _ = taught(config, teachers=models[:1], taught={"stories": 0.9})
+    settings = taught_by(config, models[:1], tmp_path / "work", taught={"stories": 0.9})
+    teach(settings)
+    weights, state, _ = outcome(settings)
     assert distance(config, weights, models[0]) < distance(config, plain, models[0]) - 0.1
     assert state["taught_by"] == {file_sha256(models[0] / TENSORS): "t0"}
     # A run teaches as what it releases does.
@@ -131,18 +211,57 @@ def test_a_run_comes_nearer_to_its_teacher_and_says_who_it_was(config: TrainConf
     student.load_state_dict(weights)
     said = loaded(config, [tmp_path / "run"]).probabilities(ids)
     torch.testing.assert_close(said, student(ids).softmax(-1).detach())
-    # Where no collection is taught, teachers change nothing.
-    _, _, same = taught(config, teachers=models, taught={"stories": 0.0})  # refused in a config
+    # Where no collection is taught, what was said changes nothing.
+    run = settings.run.model_copy(update={"taught": {"stories": 0.0}})  # refused in a config
+    _, _, same = outcome(settings.model_copy(update={"run": run}))
     assert [line.get("loss") for line in same] == [line.get("loss") for line in lines]
+
+
+def test_what_was_said_is_kept_until_tokens_or_teachers_change(config, models, tmp_path: Path, capsys):
+    settings = taught_by(config, models, tmp_path)
+    with pytest.raises(ConfigError, match=r"run `python -m train\.teach` first"):
+        load_tokens(settings)
+    encode_plainly(config, tmp_path / "more", shard_tokens=3000)
+    shutil.rmtree(settings.tokens_dir)
+    (tmp_path / "more").rename(settings.tokens_dir)
+    teach(settings)
+    assert "stories: taught by t0, t1" in capsys.readouterr().out
+    files = sorted(settings.taught_dir.glob("*.npy"))
+    assert len(files) > 4
+    first = [path.stat().st_mtime_ns for path in files]
+    content = [path.read_bytes() for path in files]
+    shard = settings.tokens_dir / "stories.train-00001.npy"
+    tokens = np.load(shard)
+    np.save(shard, np.concatenate([tokens, tokens[:50]]))
+    with pytest.raises(ConfigError, match=r"nothing of .*00001.npy as it is: run `python -m train.teach` again"):
+        load_tokens(settings)
+    teach(settings)
+    again = [path.stat().st_mtime_ns for path in files]
+    assert [a != b for a, b in zip(first, again, strict=True)] == ["00001" in path.name for path in files]
+    np.save(shard, tokens)
+    teach(settings)
+    assert [path.read_bytes() for path in files] == content
+    index = (settings.taught_dir / "index.json").read_text()
+    teach(settings.model_copy(update={"teach": Teach(models=models[:1], collections=["stories"])}))
+    assert all(path.read_bytes() != before for path, before in zip(files, content, strict=True))
+    (settings.taught_dir / "index.json").write_text(index[:-20])
+    with pytest.raises(ConfigError, match="taught is damaged, make it again"):
+        load_tokens(settings)
+
+
+def test_without_the_section_nothing_is_taught(config: TrainConfig, capsys: pytest.CaptureFixture):
+    teach(config)
+    assert "taught: nothing" in capsys.readouterr().out
+    assert not config.taught_dir.exists()
 
 
 def test_what_cannot_teach_is_named(config: TrainConfig, models: list[Path], tmp_path: Path):
     with pytest.raises(ModelError, match="nowhere"):
         loaded(config, [tmp_path / "nowhere"])
     short = release(config, tmp_path / "short", 3, context=16)
-    with pytest.raises(ConfigError, match=r"run.teachers: .*short reads 16 tokens: too few for rows of 32"):
+    with pytest.raises(ConfigError, match=r"teach.models: .*short reads 16 tokens: too few for rows of 32"):
         loaded(config, [short])
-    with pytest.raises(ConfigError, match=r"run.teachers: .*t0 has another tokenizer"):
+    with pytest.raises(ConfigError, match=r"teach.models: .*t0 has another tokenizer"):
         Teachers(models, "0" * 64, 32)
     damaged = Path(shutil.copytree(models[0], tmp_path / "damaged"))
     (damaged / TENSORS).write_bytes((models[0] / TENSORS).read_bytes()[:-1])
@@ -153,7 +272,7 @@ def test_what_cannot_teach_is_named(config: TrainConfig, models: list[Path], tmp
     torch.save({"step": 3}, whole)
     for content in (whole.getvalue(), whole.getvalue()[:-100], b"no state", b""):
         (tmp_path / "cut" / STATE_FILE).write_bytes(content)
-        with pytest.raises(ConfigError, match=r"run.teachers: .*cut/state.pt is not what a run saved: \w+: "):
+        with pytest.raises(ConfigError, match=r"teach.models: .*cut/state.pt is not what a run saved: \w+: "):
             loaded(config, [tmp_path / "cut"])
 
 

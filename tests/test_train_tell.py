@@ -19,9 +19,10 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.weights import TENSORS
 from train.config import ConfigError, Tell, TrainConfig
 from train.data import Documents, read_tokens
+from train.files import file_sha256
 from train.loop import train
 from train.model import GPT
-from train.stage import file_sha256, load_tokens
+from train.stage import load_tokens
 from train.state import check_continues
 from train.tell import tell, told_stories
 

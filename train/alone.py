@@ -19,7 +19,6 @@ from train.record import followed, recorded
 from train.restore import restored_state
 from train.stage import load_tokenizer, load_tokens, run_stage
 from train.state import STATE_FILE, check_continues, has_checkpoints, load_state
-from train.teachers import Teachers
 
 
 def run_alone(config: TrainConfig) -> None:
@@ -34,7 +33,6 @@ def run_alone(config: TrainConfig) -> None:
     elif released := config.run.restore:
         state = restored_state(released, config, data)
     check_fits(config, data, 1)
-    Teachers(config.run.teachers, data.tokenizer_sha256, config.model_config_.context)  # built for its checks
     if state is not None:
         check_continues(state, config, data)
     config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ from tinylm.config import ModelConfig
 from tinylm.weights import TENSORS, TOKENIZER, as_float32, load_model
 from train.config import ConfigError
 from train.data import TokenData
+from train.files import file_sha256
 from train.restore import read_record
-from train.stage import file_sha256
 
 KEY = "export.average_with"
 

@@ -88,6 +88,13 @@ class Tell(_Section):
         return SamplingParams(max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p, seed=seed)
 
 
+class Teach(_Section):
+    """What trained models say of each training token of some collections, to be learnt beside the text itself."""
+
+    models: list[Path] = Field(min_length=1)  # released ones, or runs without Ray, with the tokenizer of the tokens
+    collections: list[str] = Field(min_length=1)  # `told` may be among them
+
+
 class Lengths(_Section):
     """Which documents of a collection are read: of at least and at most so many tokens, the boundary among them."""
 
@@ -110,7 +117,6 @@ class Phase(_Section):
 
 
 DropoutShare = Annotated[float, Field(ge=0, le=0.9)]  # in steps of 1/256
-NoisingShare = Annotated[float, Field(ge=0, le=0.9)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -128,9 +134,7 @@ class Run(_Section):
     adamw_betas: tuple[Beta, Beta] = (0.9, 0.98)
     weight_decay: float = Field(default=0.02, ge=0)
     dropout: DropoutShare | dict[str, DropoutShare] = 0.0  # or by collection: for text that is gone through many times
-    noising: NoisingShare | dict[str, NoisingShare] = 0.0  # of what is read: replaced by other tokens
-    teachers: list[Path] = []  # trained models whose mean prediction is learnt beside the text itself
-    taught: Share | dict[str, Share] = 0.5  # how much of the loss that is, or by collection
+    taught: Share | dict[str, Share] = 0.5  # how much of the loss is what `teach` wrote of a row; or by collection
     grad_clip: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
     constant_share: float = Field(default=0.4, ge=0, le=1)  # of the steps, before the linear decay begins
@@ -152,14 +156,6 @@ class Run(_Section):
     def dropout_of(self, collection: str) -> float:
         """One that is not named has none."""
         return _of(self.dropout, collection)
-
-    def noising_of(self, collection: str) -> float:
-        """One that is not named has none."""
-        return _of(self.noising, collection)
-
-    def taught_of(self, collection: str) -> float:
-        """One that is not named is learnt from its text alone, as all are without teachers."""
-        return _of(self.taught, collection) if self.teachers else 0.0
 
 
 def _of(shares: float | dict[str, float], collection: str) -> float:
@@ -197,13 +193,13 @@ class TrainConfig(_Section):
     tokenizer: TokenizerSettings = TokenizerSettings()
     encode: Encode = Encode()
     tell: Tell | None = None
+    teach: Teach | None = None
     run: Run = Run()
     export: Export = Export()
 
     def resolved(self) -> TrainConfig:
         """The same with absolute paths, for workers that run elsewhere."""
-        models = {"teachers": [teacher.resolve() for teacher in self.run.teachers]}
-        run = self.run.model_copy(update={**models, "restore": self.run.restore and self.run.restore.resolve()})
+        run = self.run.model_copy(update={"restore": self.run.restore and self.run.restore.resolve()})
         paths = {"workdir": self.workdir.resolve(), "models_dir": self.models_dir.resolve()}
         return self.model_copy(update={**paths, "run": run})
 
@@ -232,6 +228,10 @@ class TrainConfig(_Section):
         return self.workdir / "told"
 
     @property
+    def taught_dir(self) -> Path:
+        return self.workdir / "taught"
+
+    @property
     def runs_dir(self) -> Path:
         return self.workdir / "runs"
 
@@ -250,6 +250,10 @@ class TrainConfig(_Section):
     @property
     def weights(self) -> dict[str, float]:
         return {collection.name: collection.weight for collection in self.prepare.collections}
+
+    def taught_of(self, collection: str) -> float:
+        """How much of a row's loss is what other models say of it. A collection that none was asked of has none."""
+        return _of(self.run.taught, collection) if self.teach and collection in self.teach.collections else 0.0
 
     @property
     def _read(self) -> set[str]:
@@ -284,12 +288,25 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _shares_are_usable(self) -> TrainConfig:
-        for key, shares in (("dropout", self.run.dropout), ("noising", self.run.noising), ("taught", self.run.taught)):
+        for key, shares in (("dropout", self.run.dropout), ("taught", self.run.taught)):
             named = set(shares) if isinstance(shares, dict) else set()
             if unknown := sorted(named - set(self.weights) - self._read):
                 raise ValueError(f"run.{key}: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
-        if self.run.teachers and not any(map(self.run.taught_of, self._read)):
-            raise ValueError(f"run.taught is {self.run.taught}: nothing would be learnt from run.teachers")
+            if key == "taught" and self.teach and (unsaid := sorted(named - set(self.teach.collections))):
+                raise ValueError(f"run.taught: {unsaid[0]!r} is not among teach.collections")
+        return self
+
+    @model_validator(mode="after")
+    def _teach_is_usable(self) -> TrainConfig:
+        if not self.teach:
+            return self
+        if unknown := sorted(set(self.teach.collections) - self._read):
+            raise ValueError(
+                f"teach.collections: {unknown[0]!r} is not among those that are trained on, "
+                f"{', '.join(sorted(self._read))}"
+            )
+        if not any(map(self.taught_of, self.teach.collections)):
+            raise ValueError(f"run.taught is {self.run.taught}: nothing would be learnt from teach.models")
         return self
 
     @model_validator(mode="after")

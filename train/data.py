@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
 from pathlib import Path
@@ -17,16 +17,22 @@ from types import MappingProxyType
 import numpy as np
 
 from train.config import INDEX_FILE, ConfigError, Lengths, Phase
+from train.soft_targets import N_SOFT, SoftTargets, read_index, read_soft_targets
 
 OF_TOKENS = ("text_sha256", "tokenizer_sha256", "vocab_size", "boundary_id")  # what an index says of them all
 MIXTURE_BLOCK = 1000  # rows over which the mixture's weights hold exactly (to a row)
 
 
 class Documents:
-    """All documents of one collection and split, memory-mapped: `tokens(i)` is the i-th, its boundary first."""
+    """All documents of one collection and split, memory-mapped: `tokens(i)` is the i-th, its boundary first.
 
-    def __init__(self, paths: list[Path], boundary_id: int) -> None:
+    taught: where `train.teach` wrote what other models say of them, if it did. Raises ConfigError when that is of other
+    tokens.
+    """
+
+    def __init__(self, paths: list[Path], boundary_id: int, taught: Path | None = None) -> None:
         self._shards = [np.load(path, mmap_mode="r") for path in paths]
+        self._soft = [read_soft_targets(taught, path) for path in paths] if taught else []
         shard, start, length = [], [], []
         for number, tokens in enumerate(self._shards):
             starts = np.flatnonzero(tokens == boundary_id)
@@ -47,8 +53,21 @@ class Documents:
 
     def tokens(self, i: int) -> np.ndarray:
         """The i-th document, (lengths[i],) uint16."""
-        start = self._start[i]
-        return self._shards[self._shard[i]][start : start + self.lengths[i]]
+        return self._shards[self._shard[i]][self._place(i)]
+
+    @property
+    def are_taught(self) -> bool:
+        return bool(self._soft)
+
+    def soft_targets(self, i: int) -> SoftTargets:
+        """What is said of the token after each of the i-th document's, (lengths[i], N_SOFT) each, where any is."""
+        place = self._place(i)
+        ids, probabilities = self._soft[self._shard[i]]
+        return SoftTargets(ids[place], probabilities[place])
+
+    def _place(self, i: int) -> slice:
+        """Where the document lies in its shard."""
+        return slice(self._start[i], self._start[i] + self.lengths[i])
 
 
 class Rows:
@@ -91,20 +110,36 @@ class Rows:
 
     def row(self, number: int) -> np.ndarray:
         """(context + 1,) int64: inputs and, one on, their targets. An epoch's last row is filled up from the next."""
+        parts = [self._documents.tokens(document)[place] for document, place in self._parts(number, self._context + 1)]
+        return np.concatenate(parts, dtype=np.int64)
+
+    def soft_targets(self, number: int) -> SoftTargets:
+        """What is said of the row's targets, (context, N_SOFT) int64 and float32; nothing, so zeros, if nothing is."""
+        if not self._documents.are_taught:
+            shape = (self._context, N_SOFT)
+            return SoftTargets(np.zeros(shape, np.int64), np.zeros(shape, np.float32))
+        ids, probabilities = [], []
+        for document, place in self._parts(number, self._context):
+            of_document = self._documents.soft_targets(document)
+            ids.append(of_document.ids[place])
+            probabilities.append(of_document.probabilities[place])
+        return SoftTargets(np.concatenate(ids, dtype=np.int64), np.concatenate(probabilities, dtype=np.float32))
+
+    def _parts(self, number: int, n_tokens: int) -> Iterator[tuple[int, slice]]:
+        """The row's first tokens, as (document, where in it)."""
         epoch, place = self._place(number)
         start = self._starts(epoch)[place]
-        out = np.empty(self._context + 1, np.int64)
-        filled = 0
-        while filled < len(out):
+        while n_tokens:
             order, ends = self._order(epoch)
             i = int(np.searchsorted(ends, start, side="right"))
-            part = self._documents.tokens(order[i])[start - int(ends[i]) :][: len(out) - filled]
-            out[filled : filled + len(part)] = part
-            filled += len(part)
-            start += len(part)
+            length = int(self._documents.lengths[order[i]])
+            first = start - int(ends[i]) + length
+            n = min(length - first, n_tokens)
+            yield int(order[i]), slice(first, first + n)
+            n_tokens -= n
+            start += n
             if start == self.epoch_tokens:
                 epoch, start = epoch + 1, 0
-        return out
 
     def epochs(self, rows: int) -> float:
         """How often the collection has been gone through after so many rows."""
@@ -169,15 +204,21 @@ class Mixture:
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Rows first..first+count-1 of the run, (count, context + 1) int64: inputs and, one on, their targets."""
-        return np.stack([self._row(number) for number in range(first, first + count)])
+        return np.stack([rows.row(number) for rows, number in map(self._drawn_row, range(first, first + count))])
 
     def collections(self, first: int, count: int) -> list[str]:
         """Which collection each of the same rows is from."""
         return [self._whole[self._collection(number)] for number in range(first, first + count)]
 
-    def _row(self, number: int) -> np.ndarray:
+    def soft_targets(self, first: int, count: int) -> SoftTargets:
+        """What other models say of the same rows' targets, (count, context, N_SOFT) each; zeros where they don't."""
+        said = [rows.soft_targets(number) for rows, number in map(self._drawn_row, range(first, first + count))]
+        return SoftTargets(*map(np.stack, zip(*said, strict=True)))
+
+    def _drawn_row(self, number: int) -> tuple[Rows, int]:
+        """Of which collection the run's row is, and its number there."""
         collection = self._collection(number)
-        return self._drawn[collection][1].row(int(self._counts(number)[collection]))
+        return self._drawn[collection][1], int(self._counts(number)[collection])
 
     def _collection(self, number: int) -> int:
         phase = bisect_right(self._first_rows, number) - 1
@@ -204,10 +245,12 @@ class Mixture:
         return {name: collection.epochs(int(n)) for (name, collection), n in counts}
 
 
-def read_tokens(directory: Path) -> tuple[dict, dict[str, dict[str, Documents]]]:
+def read_tokens(
+    directory: Path, taught: Path | None = None, taught_collections: Collection[str] = ()
+) -> tuple[dict, dict[str, dict[str, Documents]]]:
     """What `train.encode` or `train.tell` wrote: its index, and by split ("train", "validation") and collection.
 
-    Raises ConfigError when a file of it is damaged.
+    taught: where `train.teach` wrote what is said of some collections. Raises ConfigError when a file is damaged.
     """
     documents: dict[str, dict[str, Documents]] = {"train": {}, "validation": {}}
     try:
@@ -215,7 +258,8 @@ def read_tokens(directory: Path) -> tuple[dict, dict[str, dict[str, Documents]]]
         for name, entry in index["collections"].items():
             for split, part in entry.items():
                 shards = [directory / shard for shard in part["shards"]]
-                documents[split][name] = Documents(shards, index["boundary_id"])
+                of_these = taught if split == "train" and name in taught_collections else None
+                documents[split][name] = Documents(shards, index["boundary_id"], of_these)
     except (EOFError, ValueError) as error:  # NumPy's and JSON's of files that were cut off
         raise ConfigError(f"{directory} is damaged, make it again: {error}") from None
     return index, documents
@@ -225,8 +269,8 @@ class TokenData:
     """What `python -m train.encode` wrote: the mixture to train on and the windows to validate on.
 
     weights: by collection, in any unit; one of 0 is validated on only. told: where `train.tell` wrote, one collection
-    more to train on. Raises ConfigError where one that is to be trained on has no tokens, or too few, and where what
-    was told was begun from other tokens.
+    more to train on. taught: where `train.teach` wrote what other models say of some collections. Raises ConfigError
+    where one that is to be trained on has no tokens, or too few, and where what was told or said is of other tokens.
     """
 
     def __init__(
@@ -237,8 +281,10 @@ class TokenData:
         weights: dict[str, float],
         phases: Sequence[Phase] = (),
         told: Path | None = None,
+        taught: Path | None = None,
+        taught_collections: Collection[str] = (),
     ) -> None:
-        index, self._documents = read_tokens(directory)
+        index, self._documents = read_tokens(directory, taught, taught_collections)
         self.vocab_size: int = index["vocab_size"]
         self.boundary_id: int = index["boundary_id"]
         self.tokenizer_sha256: str = index["tokenizer_sha256"]
@@ -246,11 +292,12 @@ class TokenData:
         self._context = context
         self.told_by: dict[str, str] = {}  # names of models by the sha256 of the file with their weights
         if told:
-            told_index, documents = read_tokens(told)
+            told_index, documents = read_tokens(told, taught, taught_collections)
             if any(told_index[key] != index[key] for key in OF_TOKENS):
                 raise ConfigError(f"{told} was begun from other tokens: run `python -m train.tell` again")
             self._documents["train"] |= documents["train"]
             self.told_by = told_index["told_by"]
+        self.taught_by: dict[str, str] = read_index(taught)["taught_by"] if taught else {}  # the same
         trained = self._documents["train"]
         collections = {name: Rows(documents, context, (seed, i)) for i, (name, documents) in enumerate(trained.items())}
         by_row: list[tuple[int, dict[str, float]]] = []

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from tinylm.tokenizer import Tokenizer
 from train.config import TrainConfig
-from train.stage import file_sha256, load_tokenizer, progress, replace_directory, require, run_stage, start_ray
+from train.files import file_sha256, replace_directory
+from train.stage import load_tokenizer, progress, require, run_stage, start_ray
 
 TOKEN_DTYPE = np.uint16
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,6 @@ from train.data import TokenData
 from train.model import GPT
 from train.muon import Muon
 from train.state import check_continues
-from train.teachers import Teachers
 
 LN2 = 0.6931471805599453
 DRAWS = 1_000_003  # between the random numbers of one seed and the next
@@ -35,6 +34,14 @@ DRAWS = 1_000_003  # between the random numbers of one seed and the next
 def total_steps(run: Run, config: ModelConfig) -> int:
     """Whole optimizer steps in the run's tokens, at least one."""
     return max(1, run.tokens // (run.batch_rows * config.context))
+
+
+class Taught(NamedTuple):
+    """What other models say of the next tokens of a batch (`train.soft_targets`), and how much of the loss that is."""
+
+    ids: Tensor  # (B, T, K)
+    probabilities: Tensor  # (B, T, K), of each token 1 in all
+    of_row: Tensor  # (B,) the share of each row's loss; the rest is its own tokens
 
 
 def lr_factor(step: int, steps: int, run: Run, begun_at: int = 0) -> float:
@@ -62,37 +69,20 @@ def make_optimizers(model: GPT, run: Run) -> list[torch.optim.Optimizer]:
     ]
 
 
-def noised(inputs: Tensor, shares: Sequence[float], boundary_id: int) -> Tensor:
-    """Inputs (B, T) with a share of each row's tokens replaced by any of the batch: unigram noising (Xie et al. 2017).
-
-    Boundaries stay where they are, and nowhere else. A text that is gone through often is never quite the same, neither
-    for the model nor for its teachers, which say of a context that they do not know by heart what they say of any.
-    """
-    share = torch.tensor(shares, dtype=torch.float32, device=inputs.device)[:, None]
-    drawn = inputs.flatten()[torch.randint(inputs.numel(), inputs.shape, device=inputs.device)]
-    replaced = torch.rand(inputs.shape, device=inputs.device) < share
-    return torch.where(replaced & (inputs != boundary_id) & (drawn != boundary_id), drawn, inputs)
-
-
-def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, dropout: Tensor | None = None) -> Tensor:
-    """Nats a token of targets, (B, T) tokens or (B, T, vocab) probabilities, predicted from inputs (B, T).
+def mean_loss(
+    model: nn.Module, inputs: Tensor, tokens: Tensor, dropout: Tensor | None = None, taught: Taught | None = None
+) -> Tensor:
+    """Nats a token of the next tokens (B, T), predicted from inputs (B, T), or of what else is to be learnt of them.
 
     dropout: (B,) of each row.
     """
-    return F.cross_entropy(model(inputs, dropout).flatten(0, 1).float(), targets.flatten(0, 1))
-
-
-def taught_targets(inputs: Tensor, tokens: Tensor, shares: Sequence[float], teachers: Teachers) -> Tensor:
-    """(B, T, vocab) probabilities: of each row a share is what the teachers say of inputs (B, T), the rest its tokens.
-
-    tokens: (B, T) the next of each input.
-    """
-    share = torch.tensor(shares, dtype=torch.float32, device=inputs.device)[:, None, None]
-    chosen = [i for i, of_row in enumerate(shares) if of_row]  # the teachers read no others
-    said = teachers.probabilities(inputs[chosen]) * share[chosen]
-    targets = said.new_zeros(*tokens.shape, said.shape[-1])
-    targets[chosen] = said
-    return targets.scatter_add_(2, tokens[..., None], (1 - share).expand(*tokens.shape, 1))
+    logits = model(inputs, dropout).flatten(0, 1).float()
+    if taught is None:
+        return F.cross_entropy(logits, tokens.flatten())
+    said = logits.log_softmax(-1).gather(1, torch.cat([taught.ids, tokens[..., None]], dim=2).flatten(0, 1))
+    share = taught.of_row[:, None, None]
+    probabilities = torch.cat([share * taught.probabilities, (1 - share).expand(*tokens.shape, 1)], dim=2)
+    return -(said * probabilities.flatten(0, 1)).sum(1).mean()
 
 
 @torch.no_grad()
@@ -167,8 +157,7 @@ def train(
     """Train from `state` (None: from the beginning) to the last step; returns the averaged model.
 
     `log` gets a dictionary each `log_every_steps` and each validation, on rank 0 only; `save` gets the whole state on
-    every rank, equally often. Raises ConfigError when settings, data, state and teachers don't fit together, and
-    ModelError for a teacher that is damaged.
+    every rank, equally often. Raises ConfigError when settings, data and state don't fit together.
     """
     run, shape, device = config.run, config.model_config_, torch.device(device)
     distributed = dist.is_available() and dist.is_initialized()
@@ -177,8 +166,7 @@ def train(
     model = GPT(shape, seed=config.seed).to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay)).eval()
     optimizers = make_optimizers(model, run)
-    teachers = Teachers(run.teachers, data.tokenizer_sha256, shape.context, device, compiled=run.compile)
-    taught_by, told_by = teachers.names, data.told_by
+    taught_by, told_by = data.taught_by, data.told_by
     averaged_with: dict[str, str] = {}
     step, begun_at, wall_before, machine = 0, 0, 0.0, describe_machine(device, world)
     if state is not None:
@@ -227,17 +215,15 @@ def train(
             rows = torch.from_numpy(data.mixture.rows(*here)).to(device)
             names = data.mixture.collections(*here)
             dropout = torch.tensor([run.dropout_of(name) for name in names], device=device)
-            taught = [run.taught_of(name) for name in names]
-            noise = [run.noising_of(name) for name in names]
-            inputs, targets = rows[:, :-1], rows[:, 1:]
-            if any(noise):
-                inputs = noised(inputs, noise, data.boundary_id)
+            taught = None
+            if any(shares := [config.taught_of(name) for name in names]):
+                ids, probabilities = (torch.from_numpy(a).to(device) for a in data.mixture.soft_targets(*here))
+                taught = Taught(ids, probabilities, torch.tensor(shares, device=device))
             last = micro == micro_batches - 1
             with nullcontext() if last else no_sync():
                 with autocast:
-                    if any(taught):
-                        targets = taught_targets(inputs, targets, taught, teachers)
-                    loss = mean_loss(wrapped, inputs, targets, dropout if run.dropout else None) / micro_batches
+                    loss = mean_loss(wrapped, rows[:, :-1], rows[:, 1:], dropout if run.dropout else None, taught)
+                    loss = loss / micro_batches
                 loss.backward()
             loss_sum += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)

@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.config import Collection, ConfigError, TrainConfig
-from train.stage import progress, replace_directory, run_stage
+from train.files import replace_directory
+from train.stage import progress, run_stage
 
 SPLITS = ("train", "validation")
 SCHEMA = pa.schema([(name, pa.string()) for name in ("text", "collection", "source", "author", "licence")])

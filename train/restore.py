@@ -15,9 +15,9 @@ from torch.optim.swa_utils import AveragedModel
 from tinylm.weights import TOKENIZER
 from train.config import ConfigError, Phase, TrainConfig
 from train.data import TokenData
+from train.files import file_sha256
 from train.loop import make_optimizers, total_steps
 from train.model import released_model
-from train.stage import file_sha256
 
 
 class Record(BaseModel):

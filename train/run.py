@@ -21,7 +21,6 @@ from train.record import followed, recorded
 from train.restore import restored_state
 from train.stage import load_tokenizer, load_tokens, run_stage, start_ray
 from train.state import STATE_FILE, check_continues, has_checkpoints, last_state, load_state
-from train.teachers import Teachers
 
 RAY_RECORD = "checkpoint_manager_snapshot.json"  # where Ray Train keeps which checkpoints there are
 # glibc gives freed memory back to the kernel and takes it anew at every step, unless told otherwise: on machines where
@@ -78,7 +77,6 @@ def run(config: TrainConfig) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     # Errors of the settings belong here, not in a worker that Ray would start again.
     check_fits(config, data, config.run.workers)
-    Teachers(config.run.teachers, data.tokenizer_sha256, config.model_config_.context)  # built for its checks
     if (config.run_dir / RAY_RECORD).exists():
         if not has_checkpoints(config):
             raise ConfigError(f"the checkpoints of {config.run_dir} are gone: remove that directory to begin anew")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
 from train.config import INDEX_FILE, ConfigError, TrainConfig, command_line, load_config
 from train.data import TokenData
+from train.files import file_sha256
 
 
 def run_stage(description: str | None, stage: Callable[[TrainConfig], Any]) -> None:
@@ -44,20 +43,6 @@ def require(path: Path, made_by: str) -> None:
         raise ConfigError(f"{path} is missing: run `python -m {made_by}` first")
 
 
-def replace_directory(new: Path, place: Path) -> None:
-    """Put `new` where `place` is: two renames, and only then is the old removed."""
-    old = place.with_name(place.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def load_tokenizer(config: TrainConfig) -> Tokenizer:
     """The tokenizer of the work directory; raises ConfigError when it is missing or damaged."""
     require(config.tokenizer_path, "train.tokenizer")
@@ -77,8 +62,14 @@ def load_tokens(config: TrainConfig) -> TokenData:
     if config.tell:
         told = config.told_dir
         require(told / INDEX_FILE, "train.tell")
-    shape, run = config.model_config_, config.run
-    data = TokenData(config.tokens_dir, shape.context, config.seed, config.weights, run.phases, told)
+    taught, taught_collections = None, []
+    if config.teach:
+        taught, taught_collections = config.taught_dir, config.teach.collections
+        require(taught / INDEX_FILE, "train.teach")
+    shape, phases = config.model_config_, config.run.phases
+    data = TokenData(
+        config.tokens_dir, shape.context, config.seed, config.weights, phases, told, taught, taught_collections
+    )
     for what, of_tokens, path in (
         ("with another tokenizer", data.tokenizer_sha256, config.tokenizer_path),
         ("from other text", data.text_sha256, config.manifest_path),

@@ -82,7 +82,7 @@ def check_state(state: dict[str, Any], config: TrainConfig, data: TokenData) -> 
 def check_continues(state: dict[str, Any], config: TrainConfig, data: TokenData) -> None:
     """Raise ConfigError when a run can't go on from a checkpoint: its next rows and steps would not be those after it.
 
-    The learning rates, the schedule, dropout, the teachers and the mixture from here on may change.
+    The learning rates, the schedule, dropout, what is taught and the mixture from here on may change.
     """
     check_state(state, config, data)
     if "begun_at" not in state:

@@ -1,7 +1,8 @@
-"""What trained models say of rows, as a target to learn from beside the text itself: distillation (Hinton et al. 2015).
+"""Trained models that say together what comes next, to be learnt from beside the text itself.
 
 Models that were trained on the same text err apart, and together say better what comes next than any of them alone;
-one model can learn much of that from them. How much of its loss it is, and of which rows, `train.loop` is told.
+one model can learn much of that from them (Hinton et al. 2015, "Distilling the knowledge in a neural network").
+`train.teach` asks them.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 from tinylm.config import ModelConfig
 from tinylm.weights import TENSORS, TOKENIZER
 from train.config import ConfigError
+from train.files import file_sha256
 from train.model import GPT, released_model
-from train.stage import file_sha256
 from train.state import STATE_FILE, averaged_weights, load_state
 
 
 class Teachers:
-    """Models that answer together: the mean of their probabilities. There may be none.
+    """Models that answer together: the mean of their probabilities.
 
     directories: of released models, or of runs without Ray, whose averaged weights are taken. Raises ModelError when a
     released model is damaged, and ConfigError when what a run saved is, or one has another tokenizer or too short a
@@ -66,17 +67,17 @@ def _load(directory: Path, tokenizer_sha256: str, context: int) -> GPT:
             model.load_state_dict(averaged_weights(state))
             made_with = state["tokenizer_sha256"]
         except ConfigError as error:
-            raise ConfigError(f"run.teachers: {error}") from None
+            raise ConfigError(f"teach.models: {error}") from None
         except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             said = str(error).split("\n")[0]
-            raise ConfigError(f"run.teachers: {path} is not what a run saved: {type(error).__name__}: {said}") from None
+            raise ConfigError(f"teach.models: {path} is not what a run saved: {type(error).__name__}: {said}") from None
     else:
         model = released_model(directory)
         made_with = file_sha256(directory / TOKENIZER)
     if made_with != tokenizer_sha256:
-        raise ConfigError(f"run.teachers: {directory} has another tokenizer than the tokens were made with")
+        raise ConfigError(f"teach.models: {directory} has another tokenizer than the tokens were made with")
     if model.config.context < context:
         raise ConfigError(
-            f"run.teachers: {directory} reads {model.config.context} tokens: too few for rows of {context}"
+            f"teach.models: {directory} reads {model.config.context} tokens: too few for rows of {context}"
         )
     return model.eval().requires_grad_(False)

@@ -23,7 +23,8 @@ from tinylm.weights import TENSORS, TOKENIZER
 from train.config import INDEX_FILE, TOLD, ConfigError, Tell, TrainConfig
 from train.data import OF_TOKENS, Documents, read_tokens
 from train.encode import TOKEN_DTYPE
-from train.stage import file_sha256, progress, replace_directory, require, run_stage
+from train.files import file_sha256, replace_directory
+from train.stage import progress, require, run_stage
 
 N_SLOTS = 16  # stories that are told at once
 TRIED = 500  # stories after which a model that hardly ever ends one is given up
