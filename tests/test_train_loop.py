@@ -17,12 +17,13 @@ from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, Lengths, Phase, Run, TrainConfig
 from train.data import TokenData
-from train.evaluate import WINDOWS_A_BATCH, make_runner, score_document, windows
+from train.evaluate import WINDOWS_A_BATCH, make_runner, score_document
 from train.loop import bits_per_byte, lr_factor, total_steps, train
 from train.model import GPT, attention_in_blocks, dropout_noise, gelu_by_sigmoid
 from train.muon import Muon, orthogonalize
 from train.stage import load_tokens
 from train.state import averaged_weights
+from train.windows import windows
 
 STEPS = 24
 RUN = short_run(STEPS, validate_every_steps=1000, validate_rows=8, checkpoint_every_steps=5, checkpoint_every_s=0)
@@ -304,7 +305,7 @@ def test_bits_per_byte_leave_out_boundaries_and_padding(config: TrainConfig):
 
 
 @pytest.mark.parametrize("context", [2, 3, 7, 32])
-def test_evaluation_windows_score_every_token_once_with_context(context: int):
+def test_windows_have_every_token_as_a_target_once_with_context(context: int):
     for n_tokens in range(2, 4 * context + 3):
         scored: list[int] = []
         for start, end, first in windows(n_tokens, context):

@@ -28,8 +28,9 @@ from train.model import GPT, released_model
 from train.soft_targets import N_SOFT, N_TOP, soft_paths
 from train.stage import load_tokens
 from train.state import STATE_FILE
-from train.teach import sparse, teach, windows
+from train.teach import sparse, teach
 from train.teachers import Teachers
+from train.windows import windows
 
 STEPS = 12
 RUN = short_run(STEPS, micro_rows=4, average_decay=0)
@@ -97,17 +98,6 @@ def test_of_a_distribution_the_likeliest_are_kept_and_the_rest_is_drawn_fairly()
     assert ((mean - said).abs() <= 5 * error + 1e-6).all()
 
 
-@given(st.integers(0, 50), st.integers(1, 300), st.integers(2, 40))
-def test_windows_keep_each_token_once_with_enough_before_it(begin: int, length: int, context: int):
-    end = begin + length
-    kept = []
-    for first, keep, stop in windows(begin, end, context):
-        assert begin <= first <= keep < stop <= min(end, first + context)
-        assert first == begin or keep - first >= context // 2 - 1
-        kept += range(keep, stop)
-    assert kept == list(range(begin, end))
-
-
 def taught_by(config: TrainConfig, models: list[Path], workdir: Path, **run: object) -> TrainConfig:
     """The same settings with teachers, in a work directory of their own with the same tokens."""
     for name in ("tokens", "text"):
@@ -131,13 +121,13 @@ def test_what_is_written_is_what_they_say_of_each_token(config, models, tmp_path
     for i in [lengths.index(max(lengths)), lengths.index(min(lengths)), len(documents) - 1]:
         ids = torch.from_numpy(documents.tokens(i).astype(np.int64))
         said = documents.soft_targets(i)
-        for first, kept, stop in windows(0, len(ids), 32):
-            expected = teachers.probabilities(ids[None, first:stop])[0, kept - first :]
-            top = torch.from_numpy(said.probabilities[kept:stop, :N_TOP].astype(np.float32))
+        for start, end, first in windows(len(ids) + 1, 32):
+            expected = teachers.probabilities(ids[None, start:end])[0, first - 1 - start :]
+            top = torch.from_numpy(said.probabilities[first - 1 : end, :N_TOP].astype(np.float32))
             torch.testing.assert_close(top, expected.topk(N_TOP).values, atol=1e-4, rtol=1e-3)
-            there = expected.gather(1, torch.from_numpy(said.ids[kept:stop].astype(np.int64)))
+            there = expected.gather(1, torch.from_numpy(said.ids[first - 1 : end].astype(np.int64)))
             torch.testing.assert_close(there[:, :N_TOP], top, atol=1e-4, rtol=1e-3)
-            found += stop - kept
+            found += end - (first - 1)
     assert found > 64
 
 

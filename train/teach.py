@@ -30,22 +30,10 @@ from train.files import file_sha256
 from train.soft_targets import N_SOFT, N_TOP, SOFT_DTYPES, read_index, soft_paths
 from train.stage import progress, require, run_stage
 from train.teachers import Teachers
+from train.windows import windows
 
 BATCH_ROWS = 16
 Ask = Callable[[Iterable[np.ndarray], Iterable[int]], Iterable[list[np.ndarray]]]
-
-
-def windows(begin: int, end: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """How the tokens from begin to end are read: (first token, first of those of which the answer is kept, last + 1).
-
-    Every token is kept once, having been read with at least half a context before it, or all there is.
-    """
-    kept = begin
-    for start in range(begin, end, max(1, context // 2)):
-        stop = min(start + context, end)
-        if kept < stop:
-            yield start, kept, stop
-        kept = stop
 
 
 def sparse(probabilities: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -129,8 +117,12 @@ def _write(directory: Path, shard: Path, boundary_id: int, context: int, ask: As
     """Write what is said of a shard; yields how many of its tokens have been read since it last did."""
     tokens = np.load(shard, mmap_mode="r")
     begins = np.flatnonzero(tokens == boundary_id).tolist()
-    documents = zip(begins, [*begins[1:], len(tokens)], strict=True)
-    places = [place for begin, end in documents for place in windows(begin, end, context)]
+    lengths = np.diff([*begins, len(tokens)]).tolist()
+    places = [
+        (begin + start, begin + first - 1, begin + end)  # the target after a document's end, too, is to be learnt
+        for begin, length in zip(begins, lengths, strict=True)
+        for start, end, first in windows(length + 1, context)
+    ]
     batches = [places[first : first + BATCH_ROWS] for first in range(0, len(places), BATCH_ROWS)]
     rows = (_rows(tokens, batch, boundary_id, context) for batch in batches)
     paths = soft_paths(directory, shard)
