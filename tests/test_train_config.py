@@ -188,6 +188,7 @@ def test_teachers_of_nothing_are_named(path: Path, taught: str):
         ),
         (["tell={model: m, like: a, top_p: 0}"], "tell.top_p: Input should be greater than 0"),
         (["tell={model: m, like: a, temperature: 11}"], "temperature is 11"),
+        (["tell={model: m, like: a, without: '('}"], "tell.without: Input should be a valid regular expression"),
     ],
 )
 def test_what_can_not_be_told_or_taught_is_named(path: Path, overrides: list[str], named: str):

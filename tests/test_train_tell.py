@@ -80,15 +80,22 @@ def test_a_told_story_is_begun_as_one_that_was_read_and_comes_to_an_end(config: 
 
 
 def test_the_seed_decides_what_is_told(config: TrainConfig, teller: Path):
-    _, model = load(teller)
+    tokenizer, model = load(teller)
     like = read_tokens(config.tokens_dir)[1]["train"]["stories"]
 
-    def first(seed: int) -> list[list[int]]:
-        stories = told_stories(model, config.tell, like, 32, seed)
-        return [story.tolist() for story in itertools.islice(stories, 20)]
+    def first(n: int, seed: int, **settings: object) -> list[list[int]]:
+        found = told_stories(tokenizer, model, config.tell.model_copy(update=settings), like, 32, seed)
+        return [story.tolist() for story in itertools.islice(found, n)]
 
-    assert first(config.seed) == documents_of(config.told_dir, "told")[:20]
-    assert first(config.seed + 1) != first(config.seed)
+    stories = first(20, config.seed)
+    assert stories == documents_of(config.told_dir, "told")[:20]
+    assert first(20, config.seed + 1) != stories
+    # And of the same ones, what is not wanted is left out.
+    texts = [tokenizer.decode(story[1:]) for story in stories]
+    unwanted = re.compile(rf"(?s).{{{sorted(map(len, texts))[10]},}}")  # so, what is longer than half of them
+    wanted = [story for story, text in zip(stories, texts, strict=True) if not unwanted.search(text)]
+    assert 0 < len(wanted) < 20
+    assert first(len(wanted), config.seed, without=unwanted) == wanted
 
 
 def states_of(config: TrainConfig, state: dict | None = None) -> list[dict]:
@@ -170,7 +177,8 @@ def test_what_was_not_told_of_these_tokens_is_not_read(config: TrainConfig, tmp_
         load_tokens(elsewhere)
 
 
-def test_a_model_that_never_ends_is_given_up(tmp_path: Path):
+def test_a_model_that_never_ends_is_given_up(plain: TrainConfig, tmp_path: Path):
+    tokenizer = Tokenizer(plain.tokenizer_path)
     config = ModelConfig(vocab_size=400, hidden_size=32, n_layers=1, n_heads=2, mlp_size=64, context=32)
     tensors = {name: tensor.numpy().copy() for name, tensor in GPT(config, seed=1).state_dict().items()}
     embedding = tensors["model.embed_tokens.weight"]
@@ -179,5 +187,5 @@ def test_a_model_that_never_ends_is_given_up(tmp_path: Path):
     np.save(tmp_path / "like.npy", np.array([config.boundary_id, 5, 6, 7], np.uint16))
     like = Documents([tmp_path / "like.npy"], config.boundary_id)
     settings = Tell(model=Path(), like="stories", begin_tokens=4)
-    with pytest.raises(ConfigError, match=r"tell.model: of \d+ stories only 0 ended within 32 tokens"):
-        next(told_stories(Model(config, tensors), settings, like, 32, 0))
+    with pytest.raises(ConfigError, match=r"tell.model: of \d+ stories only 0 ended within 32 tokens: too few"):
+        next(told_stories(tokenizer, Model(config, tensors), settings, like, 32, 0))

@@ -6,6 +6,7 @@ Every stage reads the same file and takes its own part of it. Paths below `workd
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,6 +79,7 @@ class Tell(_Section):
     tokens: int = Field(default=1_000_000, ge=1)  # at least so many, in whole stories
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
+    without: re.Pattern[str] | None = None  # stories in which this is found are not kept
 
     @model_validator(mode="after")
     def _sampling_is_usable(self) -> Tell:

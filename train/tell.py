@@ -4,8 +4,9 @@
 
 A small collection is soon known by heart, by teachers too; of stories that none of them has read, they say what they
 would say of any (Kim et al. 2025, "Pre-training under infinite compute"). Each is begun with the first tokens of one
-of the collection `tell.like`, and kept if it ends within the context. Writes `<workdir>/told/told-00000.npy`, as
-`train.encode` would, and `index.json`. How much of them is read is for `run.phases` to say.
+of the collection `tell.like`, and kept if it ends within the context and `tell.without` is not found in it. Writes
+`<workdir>/told/told-00000.npy`, as `train.encode` would, and `index.json`. How much of them is read is for `run.phases`
+to say.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from tinylm.engine import Engine
 from tinylm.llm import load
 from tinylm.model import Model
+from tinylm.tokenizer import Tokenizer
 from tinylm.weights import TENSORS, TOKENIZER
 from train.config import INDEX_FILE, TOLD, ConfigError, Tell, TrainConfig
 from train.data import OF_TOKENS, Documents, read_tokens
@@ -27,18 +29,20 @@ from train.files import file_sha256, replace_directory
 from train.stage import progress, require, run_stage
 
 N_SLOTS = 16  # stories that are told at once
-TRIED = 500  # stories after which a model that hardly ever ends one is given up
-LEAST_ENDED = 0.02
+TRIED = 500  # stories after which a model is given up of which hardly any is kept
+LEAST_KEPT = 0.02
 
 
-def told_stories(model: Model, settings: Tell, like: Documents, context: int, seed: int) -> Iterator[np.ndarray]:
+def told_stories(
+    tokenizer: Tokenizer, model: Model, settings: Tell, like: Documents, context: int, seed: int
+) -> Iterator[np.ndarray]:
     """Stories without end, the boundary before each, at most `context` tokens: the same for the same seed.
 
-    Raises ConfigError when hardly any comes to an end.
+    Raises ConfigError when hardly any comes to an end, or may be kept.
     """
     engine = Engine(model, n_slots=N_SLOTS)
     rng = np.random.default_rng(seed)
-    tried = ended = 0
+    tried = kept = 0
     while True:
         while engine.n_running + engine.n_waiting < N_SLOTS:
             begin = like.tokens(int(rng.integers(len(like))))[: settings.begin_tokens].tolist()
@@ -46,10 +50,14 @@ def told_stories(model: Model, settings: Tell, like: Documents, context: int, se
         for sequence in engine.step():
             tried += sequence.finish_reason is not None
             if sequence.finish_reason == "stop":
-                ended += 1
-                yield np.array([*sequence.prompt, *sequence.tokens], TOKEN_DTYPE)
-        if tried >= TRIED and ended < LEAST_ENDED * tried:
-            raise ConfigError(f"tell.model: of {tried} stories only {ended} ended within {context} tokens: too few")
+                story = [*sequence.prompt, *sequence.tokens]
+                if settings.without and settings.without.search(tokenizer.decode(story[1:])):
+                    continue
+                kept += 1
+                yield np.array(story, TOKEN_DTYPE)
+        if tried >= TRIED and kept < LEAST_KEPT * tried:
+            which = f"ended within {context} tokens" + (", without what is not wanted" if settings.without else "")
+            raise ConfigError(f"tell.model: of {tried} stories only {kept} {which}: too few")
 
 
 def tell(config: TrainConfig) -> None:
@@ -60,7 +68,7 @@ def tell(config: TrainConfig) -> None:
         return
     require(config.index_path, "train.encode")
     tokens_index, documents = read_tokens(config.tokens_dir)
-    _, model = load(settings.model)
+    tokenizer, model = load(settings.model)
     if file_sha256(settings.model / TOKENIZER) != tokens_index["tokenizer_sha256"]:
         raise ConfigError(f"tell.model: {settings.model} has another tokenizer than the tokens were made with")
     if settings.like not in documents["train"]:
@@ -72,7 +80,7 @@ def tell(config: TrainConfig) -> None:
     n_tokens = 0
     with progress("tokens") as bar:
         task = bar.add_task(TOLD, total=settings.tokens)
-        for story in told_stories(model, settings, documents["train"][settings.like], context, config.seed):
+        for story in told_stories(tokenizer, model, settings, documents["train"][settings.like], context, config.seed):
             stories.append(story)
             n_tokens += len(story)
             bar.update(task, completed=min(n_tokens, settings.tokens))
