@@ -168,7 +168,7 @@ def test_phases_that_can_not_be_are_named(path: Path, phases: str, named: str):
 @pytest.mark.parametrize("taught", ["0", "{}", "{a: 0}"])
 def test_teachers_of_nothing_are_named(path: Path, taught: str):
     teach = "teach={models: [models/stories-8m], collections: [a]}"
-    with pytest.raises(ConfigError, match=r"run.taught is .*: nothing would be learnt from teach.models"):
+    with pytest.raises(ConfigError, match=r"run.taught is .*: nothing would be learnt of what is said of 'a'"):
         load_config(path, [teach, f"run.taught={taught}"])
     assert load_config(path, [f"run.taught={taught}"]).taught_of("a") == 0
     assert load_config(path, [teach]).taught_of("a") == 0.5

@@ -13,17 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_fixtures import encode_plainly, encoded_stories, release, short_run
+from train_fixtures import encode_plainly, encoded_stories, release, short_run, tree_bytes, write_tokens
 
 from tinylm.llm import load
 from tinylm.model import Chunk, ModelRunner
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import TENSORS, ModelError
 from train.card import _taught_by as model_card_sentence
-from train.config import ConfigError, Teach, TrainConfig
-from train.data import Documents, Rows, read_tokens
+from train.config import ConfigError, Lengths, Phase, Teach, TrainConfig
+from train.data import TokenData
 from train.files import file_sha256
-from train.loop import Taught, mean_loss, train
+from train.loop import Taught, _learnt_from_others, mean_loss, train
 from train.model import GPT, released_model
 from train.soft_targets import N_SOFT, N_TOP, soft_paths
 from train.stage import load_tokens
@@ -116,7 +116,7 @@ def test_what_is_written_is_what_they_say_of_each_token(config, models, tmp_path
     data = load_tokens(settings)
     assert data.taught_by == {file_sha256(model / TENSORS): model.name for model in models}
     teachers, found = loaded(config, models), 0
-    documents = read_tokens(settings.tokens_dir, settings.taught_dir, ["stories"])[1]["train"]["stories"]
+    documents = data.to_train_on("stories")
     lengths = documents.lengths.tolist()
     for i in [lengths.index(max(lengths)), lengths.index(min(lengths)), len(documents) - 1]:
         ids = torch.from_numpy(documents.tokens(i).astype(np.int64))
@@ -127,30 +127,50 @@ def test_what_is_written_is_what_they_say_of_each_token(config, models, tmp_path
             torch.testing.assert_close(top, expected.topk(N_TOP).values, atol=1e-4, rtol=1e-3)
             there = expected.gather(1, torch.from_numpy(said.ids[first - 1 : end].astype(np.int64)))
             torch.testing.assert_close(there[:, :N_TOP], top, atol=1e-4, rtol=1e-3)
+            least = top[:, -1:] + 1e-4
+            assert (there[:, N_TOP:] <= least).all()  # what is drawn is not among the top
+            drawn = torch.from_numpy(said.probabilities[first - 1 : end, N_TOP:].astype(np.float32))
+            rest = (1 - top.sum(1, keepdim=True)) / (N_SOFT - N_TOP)
+            torch.testing.assert_close(drawn, rest.expand_as(drawn), atol=2e-3, rtol=0)
             found += end - (first - 1)
     assert found > 64
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 9), min_size=3, max_size=12), st.integers(2, 9), st.integers(0, 40))
-def test_a_row_has_what_is_said_of_its_own_tokens(lengths: list[int], context: int, number: int):
-    """Here of a token that it is itself what comes next, which shows where what is said belongs."""
-    documents = [np.array([1, *range(100 * i, 100 * i + n)], np.uint16) for i, n in enumerate(lengths, 1)]
-    with tempfile.TemporaryDirectory() as directory:
-        shard = Path(directory) / "a.train-00000.npy"
-        tokens = np.concatenate(documents)
-        np.save(shard, tokens)
-        ids, probabilities = soft_paths(Path(directory), shard)
-        np.save(ids, np.repeat(tokens[:, None], N_SOFT, axis=1))
-        np.save(probabilities, np.full((len(tokens), N_SOFT), 1 / N_SOFT, np.float16))
-        index = {"shards": {shard.name: file_sha256(shard)}, "taught_by": {}}
-        (Path(directory) / "index.json").write_text(json.dumps(index))
-        rows = Rows(Documents([shard], 1, Path(directory)), context, (1, 0))
-        row, said = rows.row(number), rows.soft_targets(number)
-        assert said.ids.tolist() == [[token] * N_SOFT for token in row[:-1].tolist()]
-        plain = Rows(Documents([shard], 1), context, (1, 0))
-        assert plain.row(number).tolist() == row.tolist()
-        assert not plain.soft_targets(number).probabilities.any()
+@given(st.lists(st.integers(1, 9), min_size=8, max_size=20), st.integers(2, 6), st.integers(0, 3))
+def test_each_row_of_a_mixture_has_what_is_said_of_its_own_tokens(lengths: list[int], context: int, seed: int):
+    """Here of each token that it comes again, which shows where what is said belongs: of a collection in several
+    shards, read whole and by lengths; of another nothing is said."""
+    told, plain = ([[1, *range(100 * i, 100 * i + n)] for i, n in enumerate(lengths, first)] for first in (1, 300))
+    with tempfile.TemporaryDirectory() as place:
+        directory, taught = Path(place) / "tokens", Path(place) / "taught"
+        collections = {"told": {"train": told}, "plain": {"train": plain}}
+        write_tokens(directory, collections, shard_tokens=sum(map(len, told)) // 3)
+        taught.mkdir()
+        shards = sorted(directory.glob("told.train-*.npy"))
+        assert len(shards) > 1
+        for shard in shards:
+            ids, probabilities = soft_paths(taught, shard)
+            tokens = np.load(shard)
+            np.save(ids, np.repeat(tokens[:, None], N_SOFT, axis=1))
+            np.save(probabilities, np.full((len(tokens), N_SOFT), 1 / N_SOFT, np.float16))
+        sums = {shard.name: file_sha256(shard) for shard in shards}
+        index = {"taught_by": {}, "context": context, "seed": 1, "kept": [N_TOP, N_SOFT], "shards": sums}
+        (taught / "index.json").write_text(json.dumps(index))
+        weights, longest = {"told": 0.5, "plain": 0.5}, {"told": Lengths(least=1, most=max(map(len, told)))}
+        phases = [Phase(from_tokens=20 * context, weights=weights, lengths=longest)]
+        data = TokenData(directory, context, seed, weights, phases, taught=taught, taught_collections=["told"])
+        of_plain = TokenData(directory, context, seed, weights, phases)
+        rows, names = data.mixture.rows(0, 40), data.mixture.collections(0, 40)
+        said = data.mixture.soft_targets(0, 40)
+        assert set(names) == {"told", "plain"}
+        assert np.array_equal(rows, of_plain.mixture.rows(0, 40))
+        for row, name, ids, probabilities in zip(rows, names, *said, strict=True):
+            if name == "told":
+                assert ids.tolist() == [[token] * N_SOFT for token in row[:-1].tolist()]
+                assert (probabilities == 1 / N_SOFT).all()
+            else:
+                assert not probabilities.any()
 
 
 def test_a_loss_is_of_what_is_said_by_its_share_and_of_the_text_else(config, models, rows):
@@ -207,9 +227,9 @@ def test_a_run_comes_nearer_to_its_teacher_and_says_who_it_was(config: TrainConf
     assert [line.get("loss") for line in same] == [line.get("loss") for line in lines]
 
 
-def test_what_was_said_is_kept_until_tokens_or_teachers_change(config, models, tmp_path: Path, capsys):
+def test_what_was_said_is_kept_until_tokens_change(config, models, tmp_path: Path, capsys):
     settings = taught_by(config, models, tmp_path)
-    with pytest.raises(ConfigError, match=r"run `python -m train\.teach` first"):
+    with pytest.raises(ConfigError, match=r"^.*taught/index.json is missing: run `python -m train.teach` first"):
         load_tokens(settings)
     encode_plainly(config, tmp_path / "more", shard_tokens=3000)
     shutil.rmtree(settings.tokens_dir)
@@ -218,25 +238,77 @@ def test_what_was_said_is_kept_until_tokens_or_teachers_change(config, models, t
     assert "stories: taught by t0, t1" in capsys.readouterr().out
     files = sorted(settings.taught_dir.glob("*.npy"))
     assert len(files) > 4
-    first = [path.stat().st_mtime_ns for path in files]
     content = [path.read_bytes() for path in files]
+
+    def written_by_teaching() -> list[bool]:
+        """Which of the files are other ones after the stage."""
+        before = [path.exists() and path.stat().st_ino for path in files]
+        teach(settings)
+        return [path.stat().st_ino != inode for path, inode in zip(files, before, strict=True)]
+
+    of_second = ["00001" in path.name for path in files]
+    assert not any(written_by_teaching())
     shard = settings.tokens_dir / "stories.train-00001.npy"
     tokens = np.load(shard)
     np.save(shard, np.concatenate([tokens, tokens[:50]]))
-    with pytest.raises(ConfigError, match=r"nothing of .*00001.npy as it is: run `python -m train.teach` again"):
+    with pytest.raises(ConfigError, match=r"^\S*taught holds nothing of .*00001.npy as it is: run `python"):
         load_tokens(settings)
-    teach(settings)
-    again = [path.stat().st_mtime_ns for path in files]
-    assert [a != b for a, b in zip(first, again, strict=True)] == ["00001" in path.name for path in files]
+    assert written_by_teaching() == of_second
     np.save(shard, tokens)
+    assert written_by_teaching() == of_second
+    assert [path.read_bytes() for path in files] == content
+
+    # A file that is gone, or cut off, or an index that is, is made again.
+    (settings.taught_dir / "of-before.ids.npy").write_bytes(b"of a shard that is no longer there")
+    second = next(path for path in files if "00001" in path.name)
+    for cut in (0, 100, len(second.read_bytes()) - 1):
+        second.write_bytes(second.read_bytes()[:cut])
+        with pytest.raises(ConfigError, match=r"^\S*taught is damaged: run `python -m train.teach` again"):
+            load_tokens(settings)
+        teach(settings)
+    index = settings.taught_dir / "index.json"
+    index.write_text(index.read_text()[:-20])
+    with pytest.raises(ConfigError, match=r"^\S*taught is damaged: run `python -m train.teach` again"):
+        load_tokens(settings)
+    second.unlink()
     teach(settings)
     assert [path.read_bytes() for path in files] == content
-    index = (settings.taught_dir / "index.json").read_text()
-    teach(settings.model_copy(update={"teach": Teach(models=models[:1], collections=["stories"])}))
-    assert all(path.read_bytes() != before for path, before in zip(files, content, strict=True))
-    (settings.taught_dir / "index.json").write_text(index[:-20])
-    with pytest.raises(ConfigError, match="taught is damaged, make it again"):
-        load_tokens(settings)
+    assert sorted(settings.taught_dir.iterdir()) == [index, *files]
+
+
+def test_what_others_said_or_otherwise_is_not_taken_for_it_nor_thrown_away(config, models, tmp_path: Path):
+    settings = taught_by(config, models, tmp_path)
+    teach(settings)
+    before = tree_bytes(settings.taught_dir)
+    values = settings.model_dump(mode="json")
+    for section, change, error, unusable in (
+        (
+            "teach",
+            {"models": models[:1]},
+            "made with another taught by, t0, t1: remove it",
+            "teach.models is .'t0'., but",
+        ),
+        ("model", {"context": 16}, "made with another context, 32: remove it", "model.context is 16, but"),
+        ("seed", 7, "made with another seed, 1: remove it", None),
+    ):
+        other = values | {section: {**values[section], **change} if isinstance(change, dict) else change}
+        with pytest.raises(ConfigError, match=error):
+            teach(TrainConfig.model_validate(other))
+        if unusable:
+            with pytest.raises(ConfigError, match=unusable):
+                load_tokens(TrainConfig.model_validate(other))
+    assert tree_bytes(settings.taught_dir) == before
+    models[0].rename(tmp_path / "renamed")
+    try:
+        same = Teach(models=[tmp_path / "renamed", models[1]], collections=["stories"])
+        renamed = settings.model_copy(update={"teach": same})
+        teach(renamed)  # the same models as before
+    finally:
+        (tmp_path / "renamed").rename(models[0])
+    load_tokens(renamed)
+    assert {k: v for k, v in tree_bytes(settings.taught_dir).items() if k.endswith("npy")} == {
+        k: v for k, v in before.items() if k.endswith("npy")
+    }
 
 
 def test_without_the_section_nothing_is_taught(config: TrainConfig, capsys: pytest.CaptureFixture):
@@ -253,6 +325,8 @@ def test_what_cannot_teach_is_named(config: TrainConfig, models: list[Path], tmp
         loaded(config, [short])
     with pytest.raises(ConfigError, match=r"teach.models: .*t0 has another tokenizer"):
         Teachers(models, "0" * 64, 32)
+    with pytest.raises(ConfigError, match=r"teach.models: .*t0, .*t1, .*t0: one of them is named twice"):
+        loaded(config, [*models, models[0]])
     damaged = Path(shutil.copytree(models[0], tmp_path / "damaged"))
     (damaged / TENSORS).write_bytes((models[0] / TENSORS).read_bytes()[:-1])
     with pytest.raises(ModelError, match=r"model\.safetensors"):
@@ -264,6 +338,17 @@ def test_what_cannot_teach_is_named(config: TrainConfig, models: list[Path], tmp
         (tmp_path / "cut" / STATE_FILE).write_bytes(content)
         with pytest.raises(ConfigError, match=r"teach.models: .*cut/state.pt is not what a run saved: \w+: "):
             loaded(config, [tmp_path / "cut"])
+
+
+def test_only_who_taught_something_is_named(config: TrainConfig, models: list[Path], tmp_path: Path):
+    """Before a run has read anything of which others' words are learnt, it has learnt nothing of theirs."""
+    before, now = {"a": 5}, {"a": 7, "b": 0}
+    settings = taught_by(config, models, tmp_path)
+    values = settings.model_dump(mode="json")
+    values["prepare"]["collections"] = [{**values["prepare"]["collections"][0], "name": name} for name in ("a", "b")]
+    for collection, learnt in (("a", True), ("b", False)):
+        values["teach"]["collections"] = [collection]
+        assert _learnt_from_others(TrainConfig.model_validate(values), before, now) is learnt
 
 
 def test_a_card_says_who_taught():

@@ -307,8 +307,11 @@ class TrainConfig(_Section):
                 f"teach.collections: {unknown[0]!r} is not among those that are trained on, "
                 f"{', '.join(sorted(self._read))}"
             )
-        if not any(map(self.taught_of, self.teach.collections)):
-            raise ValueError(f"run.taught is {self.run.taught}: nothing would be learnt from teach.models")
+        if unlearnt := [name for name in self.teach.collections if not self.taught_of(name)]:
+            raise ValueError(
+                f"run.taught is {self.run.taught}: nothing would be learnt of what is said of {unlearnt[0]!r}, "
+                f"which is among teach.collections"
+            )
         return self
 
     @model_validator(mode="after")

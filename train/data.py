@@ -24,15 +24,12 @@ MIXTURE_BLOCK = 1000  # rows over which the mixture's weights hold exactly (to a
 
 
 class Documents:
-    """All documents of one collection and split, memory-mapped: `tokens(i)` is the i-th, its boundary first.
+    """All documents of one collection and split, memory-mapped: `tokens(i)` is the i-th, its boundary first."""
 
-    taught: where `train.teach` wrote what other models say of them, if it did. Raises ConfigError when that is of other
-    tokens.
-    """
-
-    def __init__(self, paths: list[Path], boundary_id: int, taught: Path | None = None) -> None:
+    def __init__(self, paths: list[Path], boundary_id: int) -> None:
+        self.paths = paths
         self._shards = [np.load(path, mmap_mode="r") for path in paths]
-        self._soft = [read_soft_targets(taught, path) for path in paths] if taught else []
+        self._soft: list[SoftTargets] = []
         shard, start, length = [], [], []
         for number, tokens in enumerate(self._shards):
             starts = np.flatnonzero(tokens == boundary_id)
@@ -50,6 +47,12 @@ class Documents:
         part = copy(self)
         part._shard, part._start, part.lengths = (a[chosen] for a in (self._shard, self._start, self.lengths))
         return part
+
+    def taught(self, directory: Path) -> Documents:
+        """The same with what `train.teach` wrote of them; raises ConfigError when it didn't, or of other tokens."""
+        with_soft = copy(self)
+        with_soft._soft = [read_soft_targets(directory, path) for path in self.paths]
+        return with_soft
 
     def tokens(self, i: int) -> np.ndarray:
         """The i-th document, (lengths[i],) uint16."""
@@ -245,12 +248,10 @@ class Mixture:
         return {name: collection.epochs(int(n)) for (name, collection), n in counts}
 
 
-def read_tokens(
-    directory: Path, taught: Path | None = None, taught_collections: Collection[str] = ()
-) -> tuple[dict, dict[str, dict[str, Documents]]]:
+def read_tokens(directory: Path) -> tuple[dict, dict[str, dict[str, Documents]]]:
     """What `train.encode` or `train.tell` wrote: its index, and by split ("train", "validation") and collection.
 
-    taught: where `train.teach` wrote what is said of some collections. Raises ConfigError when a file is damaged.
+    Raises ConfigError when a file of it is damaged.
     """
     documents: dict[str, dict[str, Documents]] = {"train": {}, "validation": {}}
     try:
@@ -258,8 +259,7 @@ def read_tokens(
         for name, entry in index["collections"].items():
             for split, part in entry.items():
                 shards = [directory / shard for shard in part["shards"]]
-                of_these = taught if split == "train" and name in taught_collections else None
-                documents[split][name] = Documents(shards, index["boundary_id"], of_these)
+                documents[split][name] = Documents(shards, index["boundary_id"])
     except (EOFError, ValueError) as error:  # NumPy's and JSON's of files that were cut off
         raise ConfigError(f"{directory} is damaged, make it again: {error}") from None
     return index, documents
@@ -284,7 +284,7 @@ class TokenData:
         taught: Path | None = None,
         taught_collections: Collection[str] = (),
     ) -> None:
-        index, self._documents = read_tokens(directory, taught, taught_collections)
+        index, self._documents = read_tokens(directory)
         self.vocab_size: int = index["vocab_size"]
         self.boundary_id: int = index["boundary_id"]
         self.tokenizer_sha256: str = index["tokenizer_sha256"]
@@ -292,13 +292,16 @@ class TokenData:
         self._context = context
         self.told_by: dict[str, str] = {}  # names of models by the sha256 of the file with their weights
         if told:
-            told_index, documents = read_tokens(told, taught, taught_collections)
+            told_index, documents = read_tokens(told)
             if any(told_index[key] != index[key] for key in OF_TOKENS):
                 raise ConfigError(f"{told} was begun from other tokens: run `python -m train.tell` again")
             self._documents["train"] |= documents["train"]
             self.told_by = told_index["told_by"]
-        self.taught_by: dict[str, str] = read_index(taught)["taught_by"] if taught else {}  # the same
+        self.taught_by: dict[str, str] = {}  # the same
         trained = self._documents["train"]
+        if taught:
+            self.taught_by = read_index(taught)["taught_by"]
+            trained |= {name: self.to_train_on(name).taught(taught) for name in taught_collections}
         collections = {name: Rows(documents, context, (seed, i)) for i, (name, documents) in enumerate(trained.items())}
         by_row: list[tuple[int, dict[str, float]]] = []
         parts: dict[str, str] = {}
@@ -323,6 +326,12 @@ class TokenData:
                 f"run `python -m train.prepare` and what follows it again"
             )
         self.mixture = Mixture(collections, weights, context, seed, by_row, parts)
+
+    def to_train_on(self, collection: str) -> Documents:
+        """Raises ConfigError where there are none."""
+        if collection not in self._documents["train"]:
+            raise ConfigError(f"teach.collections: there are no tokens of {collection!r} to train on")
+        return self._documents["train"][collection]
 
     @property
     def validation_collections(self) -> list[str]:

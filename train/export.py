@@ -53,7 +53,7 @@ class TrainedModel(NamedTuple):
 def load_trained(config: TrainConfig) -> TrainedModel:
     """Raises ConfigError when a stage before this one is missing, or was run on something else than the next one."""
     require(config.manifest_path, "train.prepare")
-    tokenizer, data = load_tokenizer(config), load_tokens(config)
+    tokenizer, data = load_tokenizer(config), load_tokens(config, taught=False)
     state = last_state(config)
     check_state(state, config, data)
     tensors = {name: tensor.numpy() for name, tensor in averaged_weights(state).items()}

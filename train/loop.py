@@ -166,7 +166,7 @@ def train(
     model = GPT(shape, seed=config.seed).to(device)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay)).eval()
     optimizers = make_optimizers(model, run)
-    taught_by, told_by = data.taught_by, data.told_by
+    taught_by, told_by, seen_before = {}, data.told_by, {}
     averaged_with: dict[str, str] = {}
     step, begun_at, wall_before, machine = 0, 0, 0.0, describe_machine(device, world)
     if state is not None:
@@ -178,7 +178,7 @@ def train(
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         step, begun_at, wall_before = state["step"], state["begun_at"], state["wall_s"]
-        taught_by = state.get("taught_by", {}) | taught_by
+        taught_by, seen_before = state.get("taught_by", {}), state["tokens_by_collection"]
         told_by = state.get("told_by", {}) | told_by
         averaged_with = state.get("averaged_with", {})
         last = state["machine"].split(", then ")[-1]
@@ -284,7 +284,7 @@ def train(
                     "averaged": averaged.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "machine": machine,
-                    "taught_by": taught_by,
+                    "taught_by": taught_by | (data.taught_by if _learnt_from_others(config, seen_before, seen) else {}),
                     "told_by": told_by if seen.get(TOLD) else {},
                     "averaged_with": averaged_with,
                     "tokenizer_sha256": data.tokenizer_sha256,
@@ -295,6 +295,11 @@ def train(
             )
             saved_at = time.monotonic()
     return averaged.module
+
+
+def _learnt_from_others(config: TrainConfig, before: dict[str, int], now: dict[str, int]) -> bool:
+    """Whether any of the tokens seen since is of a collection of which other models' words are learnt."""
+    return any(config.taught_of(name) and n > before.get(name, 0) for name, n in now.items())
 
 
 def _due(saved_at: float, run: Run) -> bool:

@@ -20,10 +20,14 @@ N_TOP = 24
 N_DRAWN = 8
 N_SOFT = N_TOP + N_DRAWN  # tokens that are kept of each distribution: 128 bytes
 SOFT_DTYPES = (np.uint16, np.float16)  # of ids and probabilities
+AGAIN = "run `python -m train.teach` again"
 
 
 class SoftTargets(NamedTuple):
-    """Of each of some tokens, what may come after it: ids and probabilities, (..., N_SOFT) each, which sum to 1."""
+    """Of each of some tokens, what may come after it: ids and probabilities, (..., N_SOFT) each.
+
+    Those of a token sum to 1, but for rounding, and to 0 where nothing is said.
+    """
 
     ids: np.ndarray
     probabilities: np.ndarray
@@ -35,15 +39,23 @@ def soft_paths(directory: Path, shard: Path) -> tuple[Path, Path]:
 
 
 def read_index(directory: Path) -> dict[str, Any]:
-    """What `train.teach` says of its files: who said it, and the sha256 of each token shard of which it is."""
+    """What `train.teach` says of its files: who was asked and how, and the sha256 of each token shard they are of."""
     try:
-        return json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{directory} is damaged, make it again: {error}") from None
+        index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+        return {key: index[key] for key in ("taught_by", "context", "seed", "kept", "shards")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{directory} is damaged: {AGAIN}: {type(error).__name__}: {error}") from None
 
 
 def read_soft_targets(directory: Path, shard: Path) -> SoftTargets:
-    """Of one token shard, memory-mapped; raises ConfigError when there is none, or it is of other tokens."""
+    """Of one token shard, memory-mapped; raises ConfigError when there are none, or of other tokens, or damaged."""
     if read_index(directory)["shards"].get(shard.name) != file_sha256(shard):
-        raise ConfigError(f"{directory} holds nothing of {shard} as it is: run `python -m train.teach` again")
-    return SoftTargets(*(np.load(path, mmap_mode="r") for path in soft_paths(directory, shard)))
+        raise ConfigError(f"{directory} holds nothing of {shard} as it is: {AGAIN}")
+    try:
+        soft = SoftTargets(*(np.load(path, mmap_mode="r") for path in soft_paths(directory, shard)))
+    except (EOFError, OSError, ValueError) as error:
+        raise ConfigError(f"{directory} is damaged: {AGAIN}: {error}") from None
+    shape = (len(np.load(shard, mmap_mode="r")), N_SOFT)
+    if any(array.shape != shape for array in soft):
+        raise ConfigError(f"{directory} is damaged: {AGAIN}: of {shard.name} it holds {soft.ids.shape}, not {shape}")
+    return soft

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
-from train.config import INDEX_FILE, ConfigError, TrainConfig, command_line, load_config
+from train.config import INDEX_FILE, ConfigError, Teach, TrainConfig, command_line, load_config
 from train.data import TokenData
 from train.files import file_sha256
+from train.soft_targets import AGAIN, read_index
 
 
 def run_stage(description: str | None, stage: Callable[[TrainConfig], Any]) -> None:
@@ -52,23 +53,25 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
         raise ConfigError(str(error)) from None
 
 
-def load_tokens(config: TrainConfig) -> TokenData:
+def load_tokens(config: TrainConfig, taught: bool = True) -> TokenData:
     """The tokens of the work directory; ConfigError when they are missing, or of other text or another tokenizer.
 
-    Where only the tokens and the tokenizer have been brought along, there is no text to compare them with.
+    taught: with what other models say of them, where the config has a section `teach`. Where only the tokens and the
+    tokenizer have been brought along, there is no text to compare them with.
     """
     require(config.index_path, "train.encode")
     told = None
     if config.tell:
         told = config.told_dir
         require(told / INDEX_FILE, "train.tell")
-    taught, taught_collections = None, []
-    if config.teach:
-        taught, taught_collections = config.taught_dir, config.teach.collections
-        require(taught / INDEX_FILE, "train.teach")
+    taught_dir, taught_collections = None, []
+    if config.teach and taught:
+        taught_dir, taught_collections = config.taught_dir, config.teach.collections
+        require(taught_dir / INDEX_FILE, "train.teach")
+        check_taught(config.teach, config.model_config_.context, taught_dir)
     shape, phases = config.model_config_, config.run.phases
     data = TokenData(
-        config.tokens_dir, shape.context, config.seed, config.weights, phases, told, taught, taught_collections
+        config.tokens_dir, shape.context, config.seed, config.weights, phases, told, taught_dir, taught_collections
     )
     for what, of_tokens, path in (
         ("with another tokenizer", data.tokenizer_sha256, config.tokenizer_path),
@@ -77,6 +80,24 @@ def load_tokens(config: TrainConfig) -> TokenData:
         if path.exists() and file_sha256(path) != of_tokens:
             raise ConfigError(f"{config.tokens_dir} was made {what}: run `python -m train.encode` again")
     return data
+
+
+def check_taught(settings: Teach, context: int, directory: Path) -> None:
+    """Raise ConfigError when what is said there was said by others, or of another context.
+
+    The models need not be there any more, so that they are known by their directories' names.
+    """
+    index = read_index(directory)
+    for key, value, said in (
+        (
+            "teach.models",
+            sorted(model.resolve().name for model in settings.models),
+            sorted(index["taught_by"].values()),
+        ),
+        ("model.context", context, index["context"]),
+    ):
+        if value != said:
+            raise ConfigError(f"{key} is {value}, but {directory} was made with {said}: {AGAIN}")
 
 
 def start_ray(env_vars: dict[str, str] | None = None) -> None:

@@ -5,35 +5,55 @@
 The models of `teach.models` read the documents of `teach.collections`, and what they say together goes beside the
 shards' tokens: `<workdir>/taught/`, 128 bytes a token. A document that is longer than the context is read in windows
 that overlap by half. How much of the loss it is, is for `run.taught` to say. It takes a forward pass of each model;
-started again, it keeps what the same models have said of the same shards, and goes on.
+started again, it keeps what they have said of the same shards, and goes on. What others have said stays until somebody
+removes it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from train.config import INDEX_FILE, ConfigError, TrainConfig
-from train.data import OF_TOKENS, read_tokens
 from train.files import file_sha256
-from train.soft_targets import N_SOFT, N_TOP, SOFT_DTYPES, read_index, soft_paths
-from train.stage import progress, require, run_stage
+from train.soft_targets import N_SOFT, N_TOP, SOFT_DTYPES, read_index, read_soft_targets, soft_paths
+from train.stage import load_tokens, progress, run_stage
 from train.teachers import Teachers
 from train.windows import windows
 
-BATCH_ROWS = 16
-Ask = Callable[[Iterable[np.ndarray], Iterable[int]], Iterable[list[np.ndarray]]]
+
+class Window(NamedTuple):
+    """What is read at once of a shard, tokens[start:stop], and from which token on the answers are kept."""
+
+    start: int
+    kept: int
+    stop: int
+
+
+class Batch(NamedTuple):
+    """Windows of a shard that are read together; the name decides what is drawn of the answers."""
+
+    shard: Path
+    windows: list[Window]
+    name: str
+
+
+Ask = Callable[[Iterable[Batch]], Iterable[list[np.ndarray]]]  # what is kept of each, (B, context, N_SOFT) each
 
 
 def sparse(probabilities: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -55,133 +75,146 @@ def sparse(probabilities: Tensor, generator: torch.Generator) -> tuple[Tensor, T
 
 def teach(config: TrainConfig) -> None:
     """Run the stage, where the config has a section `teach`, or go on with it."""
-    settings = config.teach
+    settings, directory, context = config.teach, config.taught_dir, config.model_config_.context
     if settings is None:
         print("taught: nothing, since the config has no section `teach`")
         return
-    require(config.index_path, "train.encode")
-    if config.tell:
-        require(config.told_dir / INDEX_FILE, "train.tell")
-    index, _ = read_tokens(config.tokens_dir)
-    asked = _Asked(config.resolved(), index["tokenizer_sha256"], "cuda" if torch.cuda.is_available() else "cpu")
-    shards = dict(_shards(config))
-    if missing := sorted(set(settings.collections) - set(shards)):
-        raise ConfigError(f"teach.collections: there are no tokens of {missing[0]!r} to train on")
-    context = config.model_config_.context
-    head = {key: index[key] for key in OF_TOKENS}
-    head |= {"taught_by": asked.names, "context": context, "seed": config.seed}
-    said = _said_before(config.taught_dir, head)
-    config.taught_dir.mkdir(parents=True, exist_ok=True)
-    _write_index(config.taught_dir, {**head, "shards": said})
-    with progress("tokens") as bar, asked.together() as ask:
-        for paths in shards.values():
-            for path in paths:
-                sha256 = file_sha256(path)
-                n_tokens = len(np.load(path, mmap_mode="r"))
-                task = bar.add_task(path.stem, total=n_tokens)
-                if said.get(path.name) == sha256:
-                    bar.update(task, completed=n_tokens)
-                    continue
-                for n in _write(config.taught_dir, path, index["boundary_id"], context, ask):
-                    bar.advance(task, n)
-                said[path.name] = sha256
-                _write_index(config.taught_dir, {**head, "shards": said})
-    print(f"{', '.join(shards)}: taught by {', '.join(asked.names.values())}")
+    data = load_tokens(config, taught=False)
+    shards = [path for name in settings.collections for path in data.to_train_on(name).paths]
+    asked = _Asked(config, data.tokenizer_sha256)
+    head = {"taught_by": asked.names, "context": context, "seed": config.seed, "kept": [N_TOP, N_SOFT]}
+    said = _said_before(directory, head)
+    directory.mkdir(parents=True, exist_ok=True)
+    with progress("tokens") as bar, asked.in_processes() as ask:
+        for shard in shards:
+            tokens = np.load(shard, mmap_mode="r")
+            task = bar.add_task(shard.stem, total=len(tokens))
+            if _is_said(directory, shard):
+                bar.update(task, completed=len(tokens))
+                continue
+            said.pop(shard.name, None)
+            _write_index(directory, head, said)  # nothing stands in it that is being written
+            for n in _write(directory, shard, _batches(shard, tokens, config, data.boundary_id), ask):
+                bar.advance(task, n)
+            said[shard.name] = file_sha256(shard)
+            _write_index(directory, head, said)
+    keep = {directory / INDEX_FILE, *(path for shard in shards for path in soft_paths(directory, shard))}
+    for path in set(directory.iterdir()) - keep:
+        path.unlink()
+    _write_index(directory, head, {shard.name: said[shard.name] for shard in shards})
+    print(f"{', '.join(settings.collections)}: taught by {', '.join(asked.names.values())}")
 
 
-def _shards(config: TrainConfig) -> Iterator[tuple[str, list[Path]]]:
-    """The shards to train on of the collections that are taught, where there are any."""
-    assert config.teach is not None
-    for directory in (config.tokens_dir, *([config.told_dir] if config.tell else [])):
-        entries = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))["collections"]
-        for name in config.teach.collections:
-            if "train" in entries.get(name, {}):
-                yield name, [directory / shard for shard in entries[name]["train"]["shards"]]
+def _said_before(directory: Path, head: dict[str, Any]) -> dict[str, str]:
+    """The sha256 of the shards of which these models have spoken already, by name; of a damaged index, none.
 
-
-def _said_before(directory: Path, head: dict) -> dict[str, str]:
-    """The sha256 of the shards of which the same models have spoken already, by name."""
+    Raises ConfigError where others have, or otherwise.
+    """
     if not (directory / INDEX_FILE).exists():
         return {}
-    index = read_index(directory)
-    return index.pop("shards") if {**index, "shards": 0} == {**head, "shards": 0} else {}
+    try:
+        index = read_index(directory)
+    except ConfigError:
+        return {}
+    for key, value in head.items():
+        if (before := index[key]) != value and (key != "taught_by" or before.keys() != value.keys()):
+            said = ", ".join(before.values()) if key == "taught_by" else before
+            raise ConfigError(
+                f"{directory} was made with another {key.replace('_', ' ')}, {said}: "
+                f"remove it to ask anew, or give another workdir"
+            )
+    return index["shards"]
 
 
-def _write_index(directory: Path, index: dict) -> None:
+def _is_said(directory: Path, shard: Path) -> bool:
+    try:
+        read_soft_targets(directory, shard)
+    except (ConfigError, FileNotFoundError):
+        return False
+    return True
+
+
+def _write_index(directory: Path, head: dict[str, Any], shards: dict[str, str]) -> None:
     new = directory / f"{INDEX_FILE}.partial"
-    new.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    new.write_text(json.dumps({**head, "shards": shards}, indent=2) + "\n", encoding="utf-8")
     new.replace(directory / INDEX_FILE)
 
 
-def _write(directory: Path, shard: Path, boundary_id: int, context: int, ask: Ask) -> Iterator[int]:
-    """Write what is said of a shard; yields how many of its tokens have been read since it last did."""
-    tokens = np.load(shard, mmap_mode="r")
+def _batches(shard: Path, tokens: np.ndarray, config: TrainConfig, boundary_id: int) -> list[Batch]:
+    """How a shard is read. Every token is kept once, and in order, also a document's last, after which one ends."""
     begins = np.flatnonzero(tokens == boundary_id).tolist()
     lengths = np.diff([*begins, len(tokens)]).tolist()
-    places = [
-        (begin + start, begin + first - 1, begin + end)  # the target after a document's end, too, is to be learnt
+    found = [
+        Window(begin + start, begin + first - 1, begin + end)
         for begin, length in zip(begins, lengths, strict=True)
-        for start, end, first in windows(length + 1, context)
+        for start, end, first in windows(length + 1, config.model_config_.context)
     ]
-    batches = [places[first : first + BATCH_ROWS] for first in range(0, len(places), BATCH_ROWS)]
-    rows = (_rows(tokens, batch, boundary_id, context) for batch in batches)
+    size = config.run.micro_rows
+    return [
+        Batch(shard, found[first : first + size], f"{config.seed} {shard.name} {first // size}")
+        for first in range(0, len(found), size)
+    ]
+
+
+def _write(directory: Path, shard: Path, batches: list[Batch], ask: Ask) -> Iterator[int]:
+    """Write what is said of a shard; yields how many of its tokens have been read since it last did."""
+    n_tokens = batches[-1].windows[-1].stop
     paths = soft_paths(directory, shard)
     partials = [path.with_suffix(".partial") for path in paths]
-    arrays = [
-        np.lib.format.open_memmap(path, "w+", dtype, (len(tokens), N_SOFT))
-        for path, dtype in zip(partials, SOFT_DTYPES, strict=True)
-    ]
-    for batch, said in zip(batches, ask(rows, range(len(batches))), strict=True):
-        for array, values in zip(arrays, said, strict=True):
-            for row, (start, kept, stop) in enumerate(batch):
-                array[kept:stop] = values[row, kept - start : stop - start]
-        yield sum(stop - kept for _, kept, stop in batch)
-    for array, written, path in zip(arrays, partials, paths, strict=True):
-        array.flush()
+    with partials[0].open("wb") as ids, partials[1].open("wb") as probabilities:
+        for file, dtype in zip((ids, probabilities), SOFT_DTYPES, strict=True):
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (n_tokens, N_SOFT)}
+            np.lib.format.write_array_header_1_0(file, header)
+        for batch, said in zip(batches, ask(batches), strict=True):
+            for file, values in zip((ids, probabilities), said, strict=True):
+                for row, (start, kept, stop) in enumerate(batch.windows):
+                    file.write(values[row, kept - start : stop - start].tobytes())
+            yield sum(window.stop - window.kept for window in batch.windows)
+    for written, path in zip(partials, paths, strict=True):
         written.replace(path)
-
-
-def _rows(tokens: np.ndarray, batch: list[tuple[int, int, int]], boundary_id: int, context: int) -> np.ndarray:
-    """(B, context) int64: each window's tokens; after its end come boundaries, of which nothing is kept."""
-    ids = np.full((len(batch), context), boundary_id, np.int64)
-    for row, (start, _, stop) in enumerate(batch):
-        ids[row, : stop - start] = tokens[start:stop]
-    return ids
 
 
 class _Asked:
     """The teachers, in this process, or on a CPU in as many as the run has workers."""
 
-    def __init__(self, config: TrainConfig, tokenizer_sha256: str, device: str) -> None:
+    def __init__(self, config: TrainConfig, tokenizer_sha256: str) -> None:
         assert config.teach is not None
-        run, context = config.run, config.model_config_.context
-        self._teachers = Teachers(config.teach.models, tokenizer_sha256, context, device, run.compile)
-        self._config, self._tokenizer_sha256, self._device = config, tokenizer_sha256, device
+        run, self._context = config.run, config.model_config_.context
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._teachers = Teachers(config.teach.models, tokenizer_sha256, self._context, self._device, run.compile)
+        self._config, self._tokenizer_sha256 = config, tokenizer_sha256
         self.names = self._teachers.names
 
-    def say(self, ids: np.ndarray, number: int) -> list[np.ndarray]:
-        """Of a batch's (B, T) ids what is kept of the distributions after them; its number decides what is drawn."""
-        generator = torch.Generator(self._device).manual_seed(self._config.seed * 1_000_003 + number)
-        with torch.autocast(self._device, torch.bfloat16, enabled=self._config.run.bfloat16):
-            probabilities = self._teachers.probabilities(torch.from_numpy(ids).to(self._device))
-        found = (kept.cpu().numpy() for kept in sparse(probabilities, generator))
-        return [kept.astype(dtype) for kept, dtype in zip(found, SOFT_DTYPES, strict=True)]
+    def say(self, batch: Batch) -> list[np.ndarray]:
+        """What is kept of the distributions after the tokens of a batch."""
+        tokens = np.load(batch.shard, mmap_mode="r")
+        ids = torch.zeros(len(batch.windows), self._context, dtype=torch.int64)  # after a window's end nothing is kept
+        for row, (start, _, stop) in enumerate(batch.windows):
+            ids[row, : stop - start] = torch.from_numpy(tokens[start:stop].astype(np.int64))
+        seed = int.from_bytes(hashlib.sha256(batch.name.encode()).digest()[:7])
+        generator = torch.Generator(self._device).manual_seed(seed)
+        bfloat16 = self._config.run.bfloat16 or self._device == "cuda"
+        with torch.autocast(self._device, torch.bfloat16, enabled=bfloat16):
+            found = sparse(self._teachers.probabilities(ids.to(self._device)), generator)
+        return [kept.cpu().numpy().astype(dtype) for kept, dtype in zip(found, SOFT_DTYPES, strict=True)]
 
     @contextmanager
-    def together(self) -> Iterator[Ask]:
+    def in_processes(self) -> Iterator[Ask]:
         """A function that asks of many batches, in their order."""
-        workers = 1 if self._device == "cuda" else self._config.run.workers
-        if workers == 1:
-            yield partial(map, self.say)
+        run = self._config.run
+        if self._device == "cuda" or run.workers == 1:
+            torch.set_num_threads(run.threads)
+            try:
+                yield partial(map, self.say)
+            except torch.OutOfMemoryError:
+                raise ConfigError(f"run.micro_rows is {run.micro_rows}: too many for the GPU's memory") from None
             return
-        settings = self._config.model_dump(mode="json")
-        pool = ProcessPoolExecutor(
-            workers, get_context("spawn"), _ask_in_this_process, (settings, self._tokenizer_sha256)
-        )
+        of_each = (self._config.model_dump(mode="json"), self._tokenizer_sha256)
+        pool = ProcessPoolExecutor(run.workers, multiprocessing.get_context("spawn"), _begin_process, of_each)
         try:
             yield partial(pool.map, _say)
         except BrokenProcessPool:
-            raise ConfigError("a worker of train.teach died: give run.workers fewer if memory was short") from None
+            raise ConfigError(f"run.workers is {run.workers}: one of them died, for want of memory perhaps") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -189,17 +222,25 @@ class _Asked:
 _asked: _Asked | None = None  # of a process that does nothing else
 
 
-def _ask_in_this_process(settings: dict, tokenizer_sha256: str) -> None:
+def _begin_process(settings: dict[str, Any], tokenizer_sha256: str) -> None:
     global _asked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has started this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     config = TrainConfig.model_validate(settings)
     torch.set_num_threads(config.run.threads)
-    _asked = _Asked(config, tokenizer_sha256, "cpu")
+    _asked = _Asked(config, tokenizer_sha256)
 
 
-def _say(ids: np.ndarray, number: int) -> list[np.ndarray]:
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _say(batch: Batch) -> list[np.ndarray]:
     assert _asked is not None
-    return _asked.say(ids, number)
+    return _asked.say(batch)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,12 @@ class Teachers:
         compiled: bool = False,
     ) -> None:
         self._models = [_load(directory, tokenizer_sha256, context).to(device) for directory in directories]
+        self.names = {file_sha256(_weights_file(d)): d.resolve().name for d in directories}  # by that file's sum
+        if len(self.names) < len(directories):
+            raise ConfigError(f"teach.models: {', '.join(map(str, directories))}: one of them is named twice")
         if compiled:
             for model in self._models:
                 model.compile_blocks()
-        self.names = {file_sha256(_weights_file(d)): d.resolve().name for d in directories}  # by that file's sum
 
     @torch.no_grad()
     def probabilities(self, ids: Tensor) -> Tensor:
