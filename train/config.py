@@ -294,8 +294,6 @@ class TrainConfig(_Section):
             named = set(shares) if isinstance(shares, dict) else set()
             if unknown := sorted(named - set(self.weights) - self._read):
                 raise ValueError(f"run.{key}: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
-            if key == "taught" and self.teach and (unsaid := sorted(named - set(self.teach.collections))):
-                raise ValueError(f"run.taught: {unsaid[0]!r} is not among teach.collections")
         return self
 
     @model_validator(mode="after")
@@ -307,6 +305,9 @@ class TrainConfig(_Section):
                 f"teach.collections: {unknown[0]!r} is not among those that are trained on, "
                 f"{', '.join(sorted(self._read))}"
             )
+        named = set(self.run.taught) if isinstance(self.run.taught, dict) else set()
+        if unsaid := sorted(named - set(self.teach.collections)):
+            raise ValueError(f"run.taught: {unsaid[0]!r} is not among teach.collections")
         if unlearnt := [name for name in self.teach.collections if not self.taught_of(name)]:
             raise ValueError(
                 f"run.taught is {self.run.taught}: nothing would be learnt of what is said of {unlearnt[0]!r}, "

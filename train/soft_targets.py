@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.config import INDEX_FILE, ConfigError
+from train.config import INDEX_FILE, ConfigError, Teach
 from train.files import file_sha256
 
 N_TOP = 24
@@ -45,6 +45,24 @@ def read_index(directory: Path) -> dict[str, Any]:
         return {key: index[key] for key in ("taught_by", "context", "seed", "kept", "shards")}
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{directory} is damaged: {AGAIN}: {type(error).__name__}: {error}") from None
+
+
+def check_taught(settings: Teach, context: int, directory: Path) -> None:
+    """Raise ConfigError when what is said there was said by others, or of another context.
+
+    The models need not be there any more, so that they are known by their directories' names.
+    """
+    index = read_index(directory)
+    for key, value, said in (
+        (
+            "teach.models",
+            sorted(model.resolve().name for model in settings.models),
+            sorted(index["taught_by"].values()),
+        ),
+        ("model.context", context, index["context"]),
+    ):
+        if value != said:
+            raise ConfigError(f"{key} is {value}, but {directory} was made with {said}: {AGAIN}")
 
 
 def read_soft_targets(directory: Path, shard: Path) -> SoftTargets:

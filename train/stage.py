@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
-from train.config import INDEX_FILE, ConfigError, Teach, TrainConfig, command_line, load_config
+from train.config import INDEX_FILE, ConfigError, TrainConfig, command_line, load_config
 from train.data import TokenData
 from train.files import file_sha256
-from train.soft_targets import AGAIN, read_index
+from train.soft_targets import check_taught
 
 
 def run_stage(description: str | None, stage: Callable[[TrainConfig], Any]) -> None:
@@ -80,24 +80,6 @@ def load_tokens(config: TrainConfig, taught: bool = True) -> TokenData:
         if path.exists() and file_sha256(path) != of_tokens:
             raise ConfigError(f"{config.tokens_dir} was made {what}: run `python -m train.encode` again")
     return data
-
-
-def check_taught(settings: Teach, context: int, directory: Path) -> None:
-    """Raise ConfigError when what is said there was said by others, or of another context.
-
-    The models need not be there any more, so that they are known by their directories' names.
-    """
-    index = read_index(directory)
-    for key, value, said in (
-        (
-            "teach.models",
-            sorted(model.resolve().name for model in settings.models),
-            sorted(index["taught_by"].values()),
-        ),
-        ("model.context", context, index["context"]),
-    ):
-        if value != said:
-            raise ConfigError(f"{key} is {value}, but {directory} was made with {said}: {AGAIN}")
 
 
 def start_ray(env_vars: dict[str, str] | None = None) -> None:
