@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ def terminal(*arguments: str, state: Path, **environment: str) -> Iterator[Termi
     child = pexpect.spawn(
         TINYLM, ["write", *arguments], env={**inherited, **defaults, **environment}, encoding="utf-8",
         timeout=WAIT_S, dimensions=(40, 400),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit that it is ignored
     )  # fmt: skip
     try:
         yield Terminal(child)
