@@ -42,7 +42,7 @@ def terminal(*arguments: str, state: Path, **environment: str) -> Iterator[Termi
     child = pexpect.spawn(
         TINYLM, ["write", *arguments], env={**inherited, **defaults, **environment}, encoding="utf-8",
         timeout=WAIT_S, dimensions=(40, 400),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit that it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )  # fmt: skip
     try:
         yield Terminal(child)
