@@ -44,7 +44,7 @@ test: $(VENV)/development ## Run every test but the slow ones of `make chaos` an
 
 chaos: $(VENV)/development ## Kill parts of the service under load, for minutes (SOAK_S=20); writes docs/chaos.md
 	CHAOS_REPORT=docs/results/chaos.json CHAOS_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m chaos
-	$(BIN)/python -m loadtest.faults_page docs/results/chaos.json docs/chaos.md
+	$(BIN)/python -m loadtest.bench.pages
 
 walkthrough: $(VENV)/development ## Execute the commands of README.md and docs/ in a fresh clone of HEAD, as they stand there
 	$(BIN)/python -m pytest -m walkthrough --tb=short --durations=0 tests/walkthrough
@@ -63,13 +63,15 @@ proto: $(VENV)/development ## Generate tinylm/v1 from protos/
 
 bench: $(VENV)/bench ## Measure the standard set of services (ONLY=haproxy,bare) into docs/results/standard/ and docs/speed.md
 	$(BIN)/python -m loadtest standard $(if $(ONLY),--only $(ONLY))
-	$(BIN)/python -m loadtest.standard.page
+	$(BIN)/python -m loadtest.bench.pages
 
 peers: $(VENV)/peers ## Compare the engine with llama.cpp, ONNX Runtime and PyTorch; writes docs/results/peers.json
 	$(BIN)/python -m loadtest.peers --out docs/results/peers.json --plot docs/images/peers.png
+	$(BIN)/python -m loadtest.bench.pages
 
 parts: $(VENV)/serving ## Where the time of a decode step goes; writes docs/results/parts.json
 	$(BIN)/python -m loadtest.parts --out docs/results/parts.json
+	$(BIN)/python -m loadtest.bench.pages
 
 pictures: $(VENV)/development ## Measure, draw and write docs/how-it-works.md anew
 	$(BIN)/python -m docs.making.measure

@@ -150,7 +150,7 @@ def test_the_standard_set_goes_on_where_it_stopped(tmp_path: Path) -> None:
     parts.carry_out([part], settings, again=False, quiet=True)
     assert (tmp_path / "engine-unary.json").read_bytes() == before
     assert [run["repeat"] for run in json.loads((tmp_path / "engine-stream.json").read_text())["runs"]] == [0, 1]
-    assert (tmp_path / "report" / "report.html").exists()
+    assert (tmp_path / "load-unary.png").exists()
     assert parts.to_do(part, settings, again=False) == []
     assert parts.to_do(part, dataclasses.replace(settings, repeats=1), again=False) == [False, True]
     assert parts.to_do(part, settings, again=True) == [False, True]

@@ -10,7 +10,7 @@ from statistics import median
 
 import pytest
 
-from loadtest.standard.page import Part
+from loadtest.bench.speed_page import PartResult
 from train.quantization_study import markdown
 
 PAGES = [Path("README.md"), *sorted(Path("docs").glob("*.md"))]
@@ -78,7 +78,7 @@ def test_the_file_tree_is_the_one_that_git_has() -> None:
 def test_the_table_s_figures_are_those_of_the_committed_results() -> None:
     page = Path("README.md").read_text(encoding="utf-8")
     for name, config in (("haproxy", "serve"), ("python-proxy", "serve-python-proxy")):
-        part = Part(RESULTS / "standard", name, "unary")
+        part = PartResult(RESULTS / "standard", name, "unary")
         assert part.result["replicas"] == 4
         for clients in (4, 16):
             rate, p50 = part.mean(clients, "requests_per_s"), part.mean(clients, "latency_ms", "p50")
@@ -118,20 +118,6 @@ def test_the_model_card_s_figures_are_those_of_its_evaluation() -> None:
 def test_the_training_page_s_table_is_the_committed_result() -> None:
     result = json.loads((RESULTS / "quantization.json").read_text(encoding="utf-8"))
     assert markdown(result) in Path("docs/training.md").read_text(encoding="utf-8")
-
-
-def test_the_engine_page_s_tables_are_the_committed_results() -> None:
-    page = Path("docs/engine.md").read_text(encoding="utf-8")
-    peers = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
-    for peer in peers["peers"].values():
-        assert " | ".join(f"{peer['cases'][case]['tokens_per_cpu_s']:,.0f}" for case in peers["cases"]) in page
-    for ratios in peers["ratios"].values():
-        assert " | ".join(f"{ratio:.2f}" for ratio in ratios.values()) in page
-    for row in json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))["decode"]:
-        assert f"| {row['batch']} | {row['step_ms']:.3f} | {row['tokens_per_s']:,.0f} |" in page
-    for name, micros in json.loads((RESULTS / "parts.json").read_text(encoding="utf-8"))["microseconds"]["16"].items():
-        assert f"| {name} |" in page
-        assert f"| {micros:.0f} us |" in page
 
 
 def test_what_http_costs_is_that_of_the_committed_results() -> None:

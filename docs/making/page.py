@@ -14,8 +14,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from docs.making.pictures import load_results
-from loadtest.standard.page import RESULTS, Part
+from docs.making.pictures import RESULTS, load_results
+from loadtest.bench.speed_page import PartResult
 
 TEMPLATE = Path("docs/making/how-it-works.md.j2")
 OUT = Path("docs/how-it-works.md")
@@ -51,7 +51,7 @@ def render() -> str:
         bench=bench,
         batch=lambda size: next(row for row in bench["decode"] if row["batch"] == size),
         quantization=results["quantization"],
-        served=Part(RESULTS / "standard", "haproxy", "unary"),
+        served=PartResult(RESULTS / "standard", "haproxy", "unary"),
         code=excerpt,
         n=lambda number: f"{number:,.0f}",
         ms=lambda number: f"{number:.2f}",

@@ -9,17 +9,20 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import report, result
+from loadtest import result
 from loadtest.load import Load, Mix
+from loadtest.plots import against_load
+from loadtest.report import DPI
 from loadtest.server import facts
 from loadtest.standard import services
 from loadtest.sweep import Sweep
@@ -159,9 +162,16 @@ def carry_out(parts: list[Part], settings: Settings, again: bool, quiet: bool) -
             failed[part.name] = str(error)
     files = [_path(part, settings, stream) for part in PARTS for stream in (False, True)]
     if found := [result.read(path) for path in files if path.exists()]:
-        console.print(f"report: {report.write(found, settings.out / 'report')}")
+        draw(found, settings.out / "load-unary.png")
     if failed:
         raise RuntimeError(f"{len(failed)} parts failed: {', '.join(failed)}; the same command tries them again")
+
+
+def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the picture of docs/speed.md: throughput and p99 of all parts against the number of clients."""
+    if figure := against_load(results, stream=False):
+        figure.savefig(path, dpi=DPI)
+        console.print(f"wrote {path}")
 
 
 def _measure(part: Part, settings: Settings, address: str, stream: bool, quiet: bool) -> None:

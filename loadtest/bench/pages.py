@@ -1,0 +1,131 @@
+"""Fill the tables of docs/speed.md, docs/engine.md and docs/chaos.md from docs/results.
+
+python -m loadtest.bench.pages
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from loadtest.bench import speed_page
+from loadtest.bench.markdown import fill, table
+
+DOCS = Path("docs")
+CHAOS_COLUMNS = {
+    "revision": "revision",
+    "requests": "requests",
+    "answered": "answered",
+    "answered_after_retries": "of these after retries",
+    "refused": "refused",
+    "cut": "cut",
+    "lost": "lost",
+    "slowest_request_s": "slowest request, s",
+    "longest_silence_s": "longest time without an answer, s",
+    "healed_s": "healed after, s",
+    "memory_growth_mib": "replica's memory, MiB",
+}
+# The names on the page of peers that have other names in results.
+PEER_LABELS = {
+    "tinylm": "**TinyLM** (numba, int8)",
+    "tinylm-float32": "TinyLM (numba, float32 arithmetic)",
+    "tinylm-numpy": "TinyLM (numpy)",
+}
+
+
+def chaos_blocks(results: Path) -> dict[str, str]:
+    """Return the blocks of docs/chaos.md: where the faults were tried, and the account of each."""
+    report = _read(results / "chaos.json")
+    machine = report["machine"]
+    where = f"{report['date'][:10]}, {machine['processor']}, {machine['cores']} cores, Ray {report['versions']['ray']}."
+    rows = [
+        [name, *(_chaos_cell(key, figures.get(key)) for key in CHAOS_COLUMNS)]
+        for name, figures in report["faults"].items()
+    ]
+    return {"faults": f"{where}\n\n{table(['fault', *CHAOS_COLUMNS.values()], rows)}"}
+
+
+def _chaos_cell(key: str, value: float | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:+.1f}" if key == "memory_growth_mib" else f"{value:,}"
+
+
+def engine_blocks(results: Path) -> dict[str, str]:
+    """Return the blocks of docs/engine.md: the parts of a step, `tinylm bench`, and other engines."""
+    bench = _read(results / "bench.json")
+    decode = [
+        [
+            f"{row['batch']}",
+            f"{row['step_ms']:.3f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['bytes_per_step'] / 1e6:.1f}",
+            f"{row['share_of_bandwidth']:.0%}",
+            f"{row['share_of_peak']:.0%}",
+        ]
+        for row in bench["decode"]
+    ]
+    prefill = [
+        [f"{row['prompt_tokens']}", f"{row['first_token_ms']:.2f}", f"{row['tokens_per_s']:,.0f}"]
+        for row in bench["prefill"]
+    ]
+    head = ["batch", "ms a step", "tokens/s", "MB a step", "of the core's bandwidth", "of its arithmetic"]
+    return {
+        "parts": _parts(_read(results / "parts.json")["microseconds"]),
+        "decode": table(head, decode),
+        "prefill": table(["prompt tokens", "ms to the first token", "tokens/s"], prefill),
+        "peers": _peers(_read(results / "peers.json")),
+    }
+
+
+def _parts(microseconds: dict[str, dict[str, float]]) -> str:
+    """microseconds: batch size -> part of a step -> time."""
+    head = ["part"]
+    for batch in microseconds:
+        head += [f"batch {batch}", ""]
+    rows = []
+    for part in next(iter(microseconds.values())):
+        row = [part]
+        for times in microseconds.values():
+            row += [f"{times[part]:.0f} us", f"{times[part] / times['whole step']:.0%}"]
+        rows.append(row)
+    return table(head, rows)
+
+
+def _peers(result: dict[str, Any]) -> str:
+    cases = result["cases"]
+    rows = [
+        [PEER_LABELS.get(name, name), *(f"{peer['cases'][case]['tokens_per_cpu_s']:,.0f}" for case in cases)]
+        for name, peer in result["peers"].items()
+    ]
+    rows += [[f"*{label}*", *(f"{ratios[case]:.2f}" for case in cases)] for label, ratios in result["ratios"].items()]
+    head = [case.replace("decode ", "batch ").replace("prefill ", "prompt of ") for case in cases]
+    return table(["tokens a CPU second", *head], rows)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# Page -> function that returns its blocks from the directory of results.
+PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
+    "speed.md": speed_page.blocks,
+    "engine.md": engine_blocks,
+    "chaos.md": chaos_blocks,
+}
+
+
+def main() -> None:
+    """Fill the tables of docs/speed.md, docs/engine.md and docs/chaos.md from docs/results."""
+    for name, blocks in PAGES.items():
+        page = DOCS / name
+        page.write_text(fill(page.read_text(encoding="utf-8"), blocks(DOCS / "results")), encoding="utf-8")
+        typer.echo(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
