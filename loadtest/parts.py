@@ -21,11 +21,11 @@ from numba import njit
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.machine import describe
 from tinylm.engine import Engine
 from tinylm.kernels import numba as kernels
 from tinylm.kernels import simd
 from tinylm.llm import load
+from tinylm.machine import describe
 from tinylm.model import Model
 from tinylm.sampling import SamplingParams
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loadtest.machine import describe
 from loadtest.table import load_name
+from tinylm.machine import describe
 
 FORMAT = "tinylm-loadtest-2"
 SECRET_OPTIONS = ("--api-key",)

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from loadtest import stub_server, sweep
 from loadtest.load import Load, Mix
-from loadtest.machine import describe
 from loadtest.table import ms
+from tinylm.machine import describe
 
 CLIENTS = (1, 8, 32, 128)
 TOKENS = 64

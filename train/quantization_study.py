@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from loadtest.machine import describe
 from tinylm import bench
+from tinylm.machine import describe
 from tinylm.model import Model
 from tinylm.weights import SCALE_SUFFIX, quantize_rows
 from train.bootstrap import ratio_interval

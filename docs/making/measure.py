@@ -18,11 +18,11 @@ from statistics import median
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from loadtest.machine import describe
 from tinylm.batch import Batch
 from tinylm.engine import Engine, Sequence
 from tinylm.kernels import numpy as kernels
 from tinylm.llm import load
+from tinylm.machine import describe
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.sampling import SamplingParams
 from tinylm.tokenizer import Tokenizer

@@ -23,13 +23,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from loadtest.machine import describe
 from loadtest.peers import peer as work
 from loadtest.peers.model import float32_tensors, reference_logits, save_random_model
 from loadtest.peers.peer import Case
 from loadtest.peers.report import make_table, rates_of, ratios, save_plot, summarize
 from loadtest.peers.worker import PEERS, Entry, Measurement, PeerError, Worker
 from tinylm.config import ModelConfig
+from tinylm.machine import describe
 
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 INSTALL = "pip install -e '.[peers]'"
