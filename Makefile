@@ -25,7 +25,7 @@ serve: $(VENV)/serving ## Serve models/stories-8m: four replicas behind gRPC on 
 	$(BIN)/tinylm serve
 
 monitor: $(VENV)/serving ## Prometheus and, if installed, Grafana on the running service
-	$(BIN)/python -m tinylm.serving.monitor
+	$(BIN)/python -m tinylm.serving.ray.monitor
 
 tls: $(VENV)/serving ## TLS on port 9443 in front of the service (TLS_CERT=file.pem: certificate chain and key)
 	@test -r '$(TLS_CERT)' || { echo "error: no certificate at $(TLS_CERT): give TLS_CERT=file.pem with chain and key, \

@@ -3,7 +3,7 @@
     serve run configs/serve.yaml
 
 `build_app` is the typed builder that the YAML's `args` go to. Balancing over replicas is Ray Serve's business; what the
-two protocols say is in `tinylm.serving.grpc_methods` and `tinylm.serving.openai_api`.
+two protocols say is in `tinylm.serving.grpc.methods` and `tinylm.serving.http.completions`.
 """
 
 # No `from __future__ import annotations` here: Serve reads the builder's annotation to make its argument.
@@ -11,10 +11,10 @@ two protocols say is in `tinylm.serving.grpc_methods` and `tinylm.serving.openai
 from fastapi import FastAPI
 from ray import serve
 
-from tinylm.serving.grpc_methods import GrpcMethods
-from tinylm.serving.health import HealthMethods
-from tinylm.serving.http_app import build_http_app
-from tinylm.serving.live import LiveMethods
+from tinylm.serving.grpc.health import HealthMethods
+from tinylm.serving.grpc.methods import GrpcMethods
+from tinylm.serving.http.app import build_http_app
+from tinylm.serving.http.live import LiveMethods
 from tinylm.serving.service import AppArgs, Service
 
 

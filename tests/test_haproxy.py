@@ -17,7 +17,7 @@ import pytest
 
 from loadtest.standard.services import free_ports
 from tinylm.client import CHANNEL_OPTIONS
-from tinylm.serving import haproxy
+from tinylm.serving.ray import haproxy
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, TinyLMStub, add_TinyLMServicer_to_server
 

@@ -15,7 +15,7 @@ import pytest
 from tinylm.serving import keys
 from tinylm.serving.access import Access, is_local, is_loopback, is_own_name
 from tinylm.serving.calls import Refused
-from tinylm.serving.grpc_methods import address_of
+from tinylm.serving.grpc.methods import address_of
 from tinylm.serving.keys import KeyFile, KeyFileError, add_key, hash_key, make_key, read_keys
 
 

@@ -26,7 +26,7 @@ from service_fixtures import with_own_ports
 
 from loadtest.standard.services import free_ports
 from tinylm.serving import metrics
-from tinylm.serving.monitor import DISCOVERY_FILE
+from tinylm.serving.ray.monitor import DISCOVERY_FILE
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
@@ -152,7 +152,7 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
                 (own_port,) = free_ports(1)
                 prometheus = f"http://127.0.0.1:{own_port}"
                 options = ["--config", str(faster / "prometheus.yml"), "--data", str(directory / "data")]
-                start("monitor", "/alerts", "tinylm.serving.monitor", *options, "--prometheus-port", str(own_port))
+                start("monitor", "/alerts", "tinylm.serving.ray.monitor", *options, "--prometheus-port", str(own_port))
             haproxy = f"http://127.0.0.1:{haproxy_port}/metrics"
             service = Monitored(f"localhost:{port}", Path(ray_directory) / "ray" / DISCOVERY_FILE, haproxy, prometheus)
             wait_until(lambda: len(service.snapshot().series.get("requests_total", [])) == N_REPLICAS, "two replicas")
@@ -404,7 +404,7 @@ def test_the_page_has_every_metric_and_a_section_for_every_alert() -> None:
 
 
 def test_a_missing_prometheus_is_said_with_how_to_install_it() -> None:
-    command = [sys.executable, "-m", "tinylm.serving.monitor"]
+    command = [sys.executable, "-m", "tinylm.serving.ray.monitor"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": "/nonexistent"})
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1

@@ -16,8 +16,8 @@ from service_fixtures import Service
 
 from tinylm import LLM, SamplingParams
 from tinylm.client import Client
-from tinylm.serving.merge import merged
-from tinylm.serving.openai_request import MAX_BODY_BYTES, read_request
+from tinylm.serving.http.merge import merged
+from tinylm.serving.http.requests import MAX_BODY_BYTES, read_request
 
 PROMPT = "Once upon a time"
 LIMIT_S = 30

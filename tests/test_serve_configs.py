@@ -11,7 +11,7 @@ from ray.serve import schema
 from ray.serve.config import AutoscalingConfig, ControllerOptions
 
 from serve_app import AppArgs
-from tinylm import launch
+from tinylm.serving.ray import launch
 
 CONFIGS = [Path("configs/serve.yaml"), Path("configs/serve-python-proxy.yaml")]
 CLUSTER = Path("configs/cluster/serve.yaml")

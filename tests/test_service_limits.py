@@ -27,9 +27,9 @@ from terminal_fixtures import Terminal, terminal
 
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, AsyncClient, Client
-from tinylm.serving import haproxy
-from tinylm.serving.health import MAX_WATCHING
+from tinylm.serving.grpc.health import MAX_WATCHING
 from tinylm.serving.keys import make_key
+from tinylm.serving.ray import haproxy
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 from tinylm.wire import request_from_params

@@ -356,7 +356,7 @@ def serve(
     wait_s: Annotated[float, typer.Option(help="Give up when the service is not ready after so many seconds.")] = 180,
 ) -> None:
     """Serve the model with Ray Serve until Ctrl-C; says when it is ready and how to try it."""
-    from tinylm.launch import launch
+    from tinylm.serving.ray.launch import launch
 
     with _one_line_errors():
         raise typer.Exit(launch(config, wait_s))

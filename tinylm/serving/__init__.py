@@ -1,4 +1,4 @@
-"""What `serve_app` is made of beside the engine: who may ask, how the service is, what it writes down and counts.
+"""Everything between a caller and the engine: protocols, access, the log line of a call, and metrics.
 
-The only part of `tinylm` that may import Ray.
+`grpc` and `http` hold one protocol each. `ray` holds everything that depends on Ray's internals.
 """

@@ -1,36 +1,36 @@
-"""Who may ask: callers with a key of the key file, or, where there is none, callers on this machine.
+"""Decide who may call: callers with a valid API key, or, without a key file, callers on this machine.
 
-Knows callers by their address and by the key that they send, over whatever protocol. How keys are kept is
-`tinylm.serving.keys`' business.
+The protocol does not matter here: a caller is an address and a key. `tinylm.serving.keys` reads the key file.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import socket
 from functools import lru_cache
 from pathlib import Path
 
 import grpc
-from ray import serve
-from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 
 from tinylm.serving.calls import Refused
 from tinylm.serving.keys import KeyFile
+from tinylm.serving.ray.internals import http_host
+
+HAPROXY_MODE = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own variable: "1" selects HAProxy
 
 
 class Access:
-    """Lets calls in, or refuses them with UNAUTHENTICATED."""
+    """Admit calls, or refuse them with UNAUTHENTICATED."""
 
     def __init__(self, key_file: Path | None, allow_anonymous: bool) -> None:
-        """Raises KeyFileError for an unusable key file, ValueError for a service open to all by oversight."""
+        """Raise KeyFileError for an unusable key file, ValueError for a service that is open to all by mistake."""
         self._keys = None if key_file is None else KeyFile(key_file)
         self._open = key_file is None and allow_anonymous
-        if self._keys is None and not self._open and RAY_SERVE_ENABLE_HA_PROXY:
-            # Calls come from HAProxy, which is local, wherever their callers are: its address must be local too.
-            client = serve.context._get_global_client()
-            host = client.http_config.host if client is not None else None
+        if self._keys is None and not self._open and os.environ.get(HAPROXY_MODE) == "1":
+            # HAProxy is always local, so a caller's address says nothing. HAProxy itself must listen on loopback.
+            host = http_host()
             if host is not None and not is_loopback(host):
                 raise ValueError(
                     f"http_options.host is {host!r}, which others can reach, and there are no API keys: "
@@ -38,10 +38,10 @@ class Access:
                 )
 
     def check(self, address: str | None, authorization: str | None, host: str | None = None) -> str | None:
-        """The name of the caller's key, None without keys; raises Refused.
+        """Return the name of the caller's key, or None without keys. Raise Refused.
 
-        address: the caller's IP address, None for one that has none and so is on this machine.
-        authorization: what it sent under that name, "Bearer KEY". host: HTTP's header of that name, None over gRPC.
+        address: the caller's IP address. None means a local caller without one (a Unix socket).
+        authorization: the header of that name, "Bearer KEY". host: HTTP's Host header, None over gRPC.
         """
         if self._open:
             return None
@@ -63,7 +63,7 @@ class Access:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a service that listens there can be reached from this machine alone."""
+    """Return whether only this machine can reach a service that listens on `host`."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -71,10 +71,10 @@ def is_loopback(host: str) -> bool:
 
 
 def is_own_name(host: str) -> bool:
-    """Whether a Host header is localhost, this machine's name, or an address, with a port or without.
+    """Return whether a Host header is localhost, this machine's name, or an IP address, with or without a port.
 
-    Browsers send the name that a page was loaded from. One from elsewhere, whose name is made to lead to this machine
-    (DNS rebinding), would be of the page's own origin otherwise, and could read what is answered.
+    This stops DNS rebinding: a foreign page lets its own name point to this machine, and the browser then lets the page
+    read the answers. The browser sends that foreign name as the Host header.
     """
     name = re.sub(r":\d*$", "", host).lower()
     if name == "localhost" or name.endswith(".localhost") or name == socket.gethostname().lower():
@@ -88,7 +88,10 @@ def is_own_name(host: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def is_local(caller: str) -> bool:
-    """Whether a caller's address is this machine's: one can bind to it. 0.0.0.0 and what is no address are nobody's."""
+    """Return whether an address belongs to this machine: a socket can bind to it.
+
+    Return False for the unspecified addresses (0.0.0.0, ::) and for text that is not an IP address.
+    """
     if is_loopback(caller):
         return True
     try:

@@ -1,7 +1,8 @@
-"""The gRPC service as Serve's ingress registers it: the generated one, and what does not parse is answered properly.
+"""Register the gRPC service with Serve. `grpc_servicer_functions` in the Serve config names the function here.
 
-gRPC itself ends a call whose message can't be parsed (a prompt that isn't UTF-8, say) with INTERNAL, which tells a
-client to try again. Here it becomes `Unparsable`, which the deployment refuses with INVALID_ARGUMENT.
+It differs from the generated function in one point: what happens to a request that cannot be parsed, for example a
+prompt that is not UTF-8. gRPC ends such a call with INTERNAL, and clients then retry it. Here the request becomes
+`Unparsable`, and the deployment refuses it with INVALID_ARGUMENT.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
-from ray.serve._private.proxy import gRPCProxy
 
-from tinylm.serving.proxy_streams import hand_on_cancellations
-from tinylm.serving.trailers_only import fail_by_headers_alone
+from tinylm.serving.ray.internals import is_python_proxy
+from tinylm.serving.ray.proxy_streams import hand_on_cancellations
+from tinylm.serving.ray.trailers_only import fail_by_headers_alone
 from tinylm.v1 import tinylm_pb2 as pb
 
-MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # what configs/serve.yaml sets; gRPC refuses more with RESOURCE_EXHAUSTED
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # as configs/serve.yaml sets it; gRPC refuses more with RESOURCE_EXHAUSTED
 
 
 @dataclass(frozen=True)
 class Unparsable:
-    """Stands for a request whose bytes are not a message of its type."""
+    """A request whose bytes are not a message of the expected type."""
 
     reason: str
 
@@ -40,9 +41,9 @@ def _tolerant(message: type[Message]) -> Callable[[bytes], Message | Unparsable]
 
 
 def add_TinyLMServicer_to_server(servicer: Any, server: Any) -> None:
-    """For `grpc_servicer_functions`, in place of the generated function of the same name."""
-    # Serve has two kinds of servers: its Python proxy's, and a replica's own, which HAProxy asks.
-    if isinstance(getattr(server.service_handler_factory, "__self__", None), gRPCProxy):
+    """Replace the generated function of the same name."""
+    # Serve has two kinds of gRPC server: one in its Python proxy, and one in each replica, which HAProxy calls.
+    if is_python_proxy(server):
         hand_on_cancellations(server)
     else:
         fail_by_headers_alone(server)

@@ -1,7 +1,6 @@
-"""What a replica does, whoever asks it over whatever protocol: lets callers in, generates, writes down and counts.
+"""What a replica does for any protocol: admit a caller, generate, log, count.
 
-`tinylm.serving.grpc_methods` and `tinylm.serving.openai_api` stand on it, each with its own messages; neither they nor
-the protocols they speak are known here.
+`tinylm.serving.grpc` and `tinylm.serving.http` use it. This module does not know their messages.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from tinylm.sampling import SamplingParams, TokenLogprobs
 from tinylm.serving.access import Access
 from tinylm.serving.calls import Answer, Call, answering
 from tinylm.serving.metrics import ServiceMetrics
+from tinylm.serving.ray.exporter import Exporter
 
 STOP_INTERVAL_S = 0.005  # between two looks for a stop string
 MAX_TEXT_BYTES = 64 * 1024  # of a prompt or a text to tokenize; far more than the context holds
@@ -74,6 +74,7 @@ class Service:
         engine = Engine(model, args.slots, args.max_waiting, args.prefill_tokens)
         self.engine = AsyncEngine(engine, args.blas_threads, args.engine_niceness)
         self.metrics = ServiceMetrics(engine)
+        self._exporter = Exporter(self.metrics)
 
     def check_health(self) -> None:
         """Raises EngineDied when the engine died or stalled: the replica must be replaced."""

@@ -1,1 +1,1 @@
-"""The web page's files, which `tinylm.serving.web` sends: HTML, CSS and ES modules, as they are."""
+"""The web page's files, which `tinylm.serving.http.web` sends: HTML, CSS and ES modules, as they are."""

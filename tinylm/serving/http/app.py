@@ -10,14 +10,14 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from tinylm.serving import live, openai_api, web
-from tinylm.serving.openai_errors import error_response
+from tinylm.serving.http import completions, live, web
+from tinylm.serving.http.errors import error_response
 from tinylm.serving.service import Service
 
 
 def build_http_app(service: Service) -> FastAPI:
     app = FastAPI(title="TinyLM", docs_url=None, redoc_url=None, openapi_url=None)  # their pages load from elsewhere
-    for face in (openai_api, live, web):
+    for face in (completions, live, web):
         app.include_router(face.routes(service))
 
     @app.exception_handler(HTTPException)

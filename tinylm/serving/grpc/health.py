@@ -1,6 +1,6 @@
-"""grpc.health.v1.Health on a Serve deployment: `Check`, `Watch`, and whether the replica is being taken down.
+"""The standard health service (grpc.health.v1.Health) on a Serve deployment: `Check` and `Watch`.
 
-Whether Serve replaces a replica is decided by the deployment's own `check_health`.
+It does not decide whether Serve replaces a replica. The deployment's `check_health` does.
 """
 
 from __future__ import annotations
@@ -9,29 +9,19 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 
 import grpc
-import ray
 from grpc_health.v1 import health_pb2
 from ray.serve.grpc_util import RayServegRPCContext
 
-SERVICES = ("", "tinylm.v1.TinyLM")  # "" is the server as a whole
+from tinylm.serving.ray.internals import is_draining
+
+SERVICES = ("", "tinylm.v1.TinyLM")  # "" means the whole server
 LOOK_AGAIN_S = 0.25
-MAX_WATCHING = 32  # streams at once that a replica gives its status to, without a key and without end
+MAX_WATCHING = 32  # open Watch streams a replica; they need no key and never end
 Status = health_pb2.HealthCheckResponse.ServingStatus
 
 
-def is_draining() -> bool:
-    """Whether Serve has begun to shut this replica down: it finishes what it has and gets nothing new.
-
-    Serve tells HAProxy and the controller, and the deployment only when the draining is over; so this looks at the
-    actor itself, whose name for it is internal to Ray 2.60. Elsewhere than in a replica it is False.
-    """
-    worker = ray._private.worker.global_worker
-    actor = worker.actors.get(getattr(worker, "actor_id", None))
-    return bool(getattr(getattr(actor, "_replica_impl", None), "_shutting_down", False))
-
-
 class HealthMethods:
-    """The methods of the health service, for a deployment to inherit; `_is_healthy` is asked each time."""
+    """The methods of the health service. A deployment inherits them and defines `_is_healthy`."""
 
     _is_healthy: Callable[[], bool]
     _n_watching = 0
@@ -42,7 +32,7 @@ class HealthMethods:
     async def Check(
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> health_pb2.HealthCheckResponse:
-        """Never refused, whatever the load and without a key."""
+        """Return the status now. The call needs no key, and no load makes it fail."""
         if request.service not in SERVICES:
             grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
             grpc_context.set_details(f"unknown service {request.service!r}")
@@ -52,14 +42,14 @@ class HealthMethods:
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        """The status now and at each change. The stream ends when the replica is taken down, which it would hold up.
+        """Send the status now and at each change. End the stream when the replica shuts down.
 
-        With MAX_WATCHING open already it is refused: each takes one of the calls that Serve lets a replica have.
+        Refuse more than MAX_WATCHING streams: each occupies one of the calls that Serve allows a replica.
         """
         if self._n_watching >= MAX_WATCHING:
             grpc_context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
-            grpc_context.set_details(f"{MAX_WATCHING} streams watch this replica, the limit: ask with Check")
-            yield health_pb2.HealthCheckResponse()  # the Python proxy takes the status from a message alone
+            grpc_context.set_details(f"{MAX_WATCHING} streams watch this replica, the limit: use Check")
+            yield health_pb2.HealthCheckResponse()  # the Python proxy sends a status only with a message
             return
         self._n_watching += 1
         try:

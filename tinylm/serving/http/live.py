@@ -16,8 +16,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.responses import JSONResponse, Response
 
 from tinylm.serving.calls import Call, Refused
-from tinylm.serving.openai_api import let_in
-from tinylm.serving.openai_errors import HEADERS, error_response
+from tinylm.serving.http.completions import let_in
+from tinylm.serving.http.errors import HEADERS, error_response
 from tinylm.serving.service import Service
 
 ANSWER_WITHIN_S = 2.0

@@ -28,8 +28,8 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tinylm.client import CHANNEL_OPTIONS, METADATA
-from tinylm.serving.haproxy import BINARY_VARIABLE as HAPROXY_BINARY
-from tinylm.serving.haproxy import SLOTS_VARIABLE as HAPROXY_SLOTS
+from tinylm.serving.ray.haproxy import BINARY_VARIABLE as HAPROXY_BINARY
+from tinylm.serving.ray.haproxy import SLOTS_VARIABLE as HAPROXY_SLOTS
 
 HAPROXY_CONFIG = Path("configs/serve.yaml")
 PYTHON_PROXY_CONFIG = Path("configs/serve-python-proxy.yaml")

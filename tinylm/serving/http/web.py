@@ -1,6 +1,6 @@
 """The web page at `/`: files of `tinylm/web`, as they are, and with the headers that keep the page to its own origin.
 
-What the page asks for is other modules' business: `tinylm.serving.openai_api` and `tinylm.serving.live`.
+What the page asks for is other modules' business: `tinylm.serving.http.completions` and `tinylm.serving.http.live`.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from ray.serve.grpc_util import RayServegRPCContext
 import tinylm
 from tinylm.engine import EngineFull
 from tinylm.sampling import TokenLogprobs
-from tinylm.serving import haproxy
 from tinylm.serving.calls import Call, Refused
 from tinylm.serving.grpc_service import Unparsable
+from tinylm.serving.ray import haproxy
 from tinylm.serving.service import Service, check_size
 from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb

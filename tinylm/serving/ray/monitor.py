@@ -1,6 +1,6 @@
 """`make monitor`: Prometheus, and Grafana where it is installed, on the metrics of the service that runs here.
 
-    python -m tinylm.serving.monitor
+    python -m tinylm.serving.ray.monitor
 
 Starts what configs/monitoring describes, on loopback and on the ports where Ray's dashboard looks for them, until it is
 interrupted. Neither program comes with TinyLM: docs/monitoring.md says how to install them.
@@ -35,7 +35,7 @@ def main(
     prometheus_port: Annotated[int, typer.Option(help="Elsewhere, Ray needs RAY_PROMETHEUS_HOST.")] = 9090,
     grafana_port: Annotated[int, typer.Option(help="Elsewhere, Ray needs RAY_GRAFANA_HOST.")] = 3000,
 ) -> None:
-    """Start Prometheus and Grafana for the service on this machine: python -m tinylm.serving.monitor"""
+    """Start Prometheus and Grafana for the service on this machine: python -m tinylm.serving.ray.monitor"""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     with tempfile.TemporaryDirectory(prefix="tinylm-monitor-") as directory:

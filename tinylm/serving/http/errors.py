@@ -9,7 +9,7 @@ import grpc
 from starlette.responses import JSONResponse
 
 from tinylm.serving.calls import Call
-from tinylm.serving.openai_request import TooLarge, is_field
+from tinylm.serving.http.requests import TooLarge, is_field
 
 Code = grpc.StatusCode
 # HTTP status, and what OpenAI calls it: type, code.

@@ -1,6 +1,6 @@
 """OpenAI's completions API on a service: `/v1/completions`, `/v1/models`, and `/health` beside them.
 
-What is asked is read by `tinylm.serving.openai_request`; here it becomes answers, whole or as server-sent events.
+What is asked is read by `tinylm.serving.http.requests`; here it becomes answers, whole or as server-sent events.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from tinylm.serving.calls import Call, Refused
-from tinylm.serving.health import is_draining
-from tinylm.serving.merge import merged
-from tinylm.serving.openai_errors import HEADERS, error_of, error_response, refused
-from tinylm.serving.openai_request import CompletionRequest, read_body, read_request
+from tinylm.serving.http.errors import HEADERS, error_of, error_response, refused
+from tinylm.serving.http.merge import merged
+from tinylm.serving.http.requests import CompletionRequest, read_body, read_request
+from tinylm.serving.ray.internals import is_draining
 from tinylm.serving.service import Delta, Service
 from tinylm.tokenizer import Tokenizer
 
