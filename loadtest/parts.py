@@ -22,8 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tinylm.engine import Engine
-from tinylm.kernels import numba as kernels
-from tinylm.kernels import simd
+from tinylm.kernels.numba import ops, simd
+from tinylm.kernels.numba.emitter import LANES
+from tinylm.kernels.numba.layout import aligned_zeros
+from tinylm.kernels.numba.sampling import choose_tokens
 from tinylm.llm import load
 from tinylm.machine import describe
 from tinylm.model import Model
@@ -40,20 +42,20 @@ def _matmuls(n, shape, weights, cache, scratch, batch, room):
     at = row = 0
     for _ in range(shape.layers):
         hidden, mlp, normed, wide = shape.hidden, shape.mlp, scratch.normed, scratch.wide
-        at, row = kernels._multiply(n, hidden, weights, at, row, 3 * hidden, wide, False, scratch)
-        at, row = kernels._multiply(n, hidden, weights, at, row, hidden, normed, False, scratch)
-        at, row = kernels._multiply(n, hidden, weights, at, row, mlp, wide, False, scratch)
-        at, row = kernels._multiply(n, mlp, weights, at, row, hidden, normed, False, scratch)
-    kernels._multiply(n, shape.hidden, weights, at, row, shape.vocab, batch.logits, False, scratch)
+        at, row = ops.multiply(n, hidden, weights, at, row, 3 * hidden, wide, False, scratch)
+        at, row = ops.multiply(n, hidden, weights, at, row, hidden, normed, False, scratch)
+        at, row = ops.multiply(n, hidden, weights, at, row, mlp, wide, False, scratch)
+        at, row = ops.multiply(n, mlp, weights, at, row, hidden, normed, False, scratch)
+    ops.multiply(n, shape.hidden, weights, at, row, shape.vocab, batch.logits, False, scratch)
 
 
 @njit
 def _rounding(n, shape, weights, cache, scratch, batch, room):
     for _ in range(shape.layers):
         for _ in range(3):
-            kernels._round(scratch.normed, n, shape.hidden, scratch)
-        kernels._round(scratch.wide, n, shape.mlp, scratch)
-    kernels._round(scratch.normed, n, shape.hidden, scratch)
+            ops.round_rows(scratch.normed, n, shape.hidden, scratch)
+        ops.round_rows(scratch.wide, n, shape.mlp, scratch)
+    ops.round_rows(scratch.normed, n, shape.hidden, scratch)
 
 
 @njit
@@ -61,29 +63,29 @@ def _attention(n, shape, weights, cache, scratch, batch, room):
     slots, positions = batch.slots, batch.positions
     for layer in range(shape.layers):
         slots_at = layer * cache.slots
-        kernels._attend_int8(scratch.wide, n, slots, positions, shape, cache, slots_at, scratch, scratch.normed)
+        ops.attend_int8(scratch.wide, n, slots, positions, shape, cache, slots_at, scratch, scratch.normed)
 
 
 @njit
 def _storing(n, shape, weights, cache, scratch, batch, room):
     for layer in range(shape.layers):
-        kernels._rotate(scratch.wide, n, batch.positions, shape, weights.cos, weights.sin)
-        kernels._store_int8(scratch.wide, n, batch.slots, batch.positions, shape, cache, layer * cache.slots)
+        ops.rotate(scratch.wide, n, batch.positions, shape, weights.cos, weights.sin)
+        ops.store_int8(scratch.wide, n, batch.slots, batch.positions, shape, cache, layer * cache.slots)
 
 
 @njit
 def _activations(n, shape, weights, cache, scratch, batch, room):  # room: GELU in place again and again would be 0
     norms, eps = weights.norms, shape.eps
     for which in range(2 * shape.layers + 1):
-        kernels._rms_norm(scratch.hidden, scratch.order, n, norms, which, shape.hidden, eps, scratch.normed)
+        ops.rms_norm(scratch.hidden, scratch.order, n, norms, which, shape.hidden, eps, scratch.normed)
     for _ in range(shape.layers):
         for t in range(n):
-            simd.gelu(scratch.wide, t * scratch.wide.shape[1], shape.mlp // kernels.LANES, room)
+            simd.gelu(scratch.wide, t * scratch.wide.shape[1], shape.mlp // LANES, room)
 
 
 @njit
 def _sampling(n, shape, weights, cache, scratch, batch, room):
-    kernels._sample(batch, n, scratch)
+    choose_tokens(batch, n, scratch)
 
 
 PARTS = {
@@ -141,7 +143,7 @@ def measure(n: int) -> dict[str, float]:
     runner = engine._runner
     compiled = median(_seconds(lambda: runner.step(n, n)) for _ in range(50))
     arrays = (model.weights.shape, model.weights, runner._cache, runner._scratch, runner.batch)
-    room = kernels._aligned_zeros(runner._scratch.wide.shape, np.float32)
+    room = aligned_zeros(runner._scratch.wide.shape, np.float32)
     functions = {name: _repeated(part) for name, part in PARTS.items()}
     scratch, rng = runner._scratch, np.random.default_rng(0)
     inputs = [(array, rng.standard_normal(array.shape)) for array in (scratch.normed, scratch.wide, scratch.hidden)]

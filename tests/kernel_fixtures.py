@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tinylm import ModelConfig, SamplingParams
-from tinylm.batch import Batch
+from tinylm.kernels.batch import Batch
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.weights import QuantizedMatrix, Tensor, load_model, quantize_rows, tensor_shapes
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tinylm import ModelConfig, SamplingParams
-from tinylm.batch import Batch
+from tinylm.kernels.batch import Batch
 from tinylm.kernels.numpy import penalize
 from tinylm.sampling import token_logprobs
 

@@ -1,6 +1,6 @@
-"""The model and the room it runs in: token ids to logits or to next tokens, by kernels that are chosen once.
+"""A loaded model, and a runner that holds what one engine needs to run it: a KV cache and the arrays of a step.
 
-Prefill and decode are the same call. Schedules nothing: `tinylm.engine` says which tokens go in.
+`tinylm.kernels` computes. `tinylm.engine` decides which tokens go into a step. Prefill and decode are the same call.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinylm.batch import Batch
 from tinylm.config import ModelConfig
 from tinylm.kernels import choose
+from tinylm.kernels.batch import Batch
 from tinylm.weights import QuantizedMatrix, Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next `count` tokens of the sequence in `slot`, which has `start` tokens cached already."""
+    """The next `count` tokens of the sequence in `slot`, of which `start` tokens are in the cache."""
 
     slot: int
     start: int
@@ -26,14 +26,16 @@ class Chunk:
 
 
 class Model:
-    """A loaded model: its weights, in the form that its kernels want. Shared by any number of runners."""
+    """A loaded model: its config, its kernels and its weights in their layout. Any number of runners can share it."""
 
     def __init__(
         self, config: ModelConfig, tensors: Mapping[str, Tensor], kernels: str = "auto", precision: str = "auto"
     ) -> None:
-        """kernels: "numba", "numpy"; precision: "int8" (what enters a matmul, keys and values), "float32"; or "auto".
+        """Prepare the tensors for the kernels.
 
-        Raises ValueError when they don't exist, or don't go together with the weights.
+        kernels: "numba" (compiled), "numpy" or "auto". precision: "int8" (rounds the inputs of matmuls, keys and
+        values), "float32" or "auto".
+        Raise ValueError for unknown kernels or precision, and for those that don't work with such weights.
         """
         quantized = isinstance(tensors["model.embed_tokens.weight"], QuantizedMatrix)
         self.config = config
@@ -43,45 +45,43 @@ class Model:
 
     @property
     def arithmetic(self) -> str:
-        """For people: the kernels, the instructions they use, and what they round to."""
+        """Return the kernels, the instructions that they use and the precision, for people."""
         return f"{self.kernels.describe()}, {self.precision}"
 
 
 class ModelRunner:
-    """A model with room to run in: a KV cache of `n_slots` sequences, and the arrays of a step.
+    """Runs a model in a KV cache of `n_slots` sequences, with at most `n_tokens` tokens and `n_rows` rows a step.
 
-    A step takes at most `n_tokens` tokens and gives at most `n_rows` rows of logits. The caller writes the first of
-    each into `batch`; between steps it may read `batch.logits`, (n_rows, vocab and padding), and `batch.chosen`.
+    To run a step, write its tokens to the beginning of the arrays of `batch` and call `step(n_tokens, n_rows)`: it
+    writes the rows' logits to `batch.logits` and the tokens that it chose to `batch.chosen`.
     """
 
     def __init__(self, model: Model, n_slots: int, n_tokens: int, n_rows: int) -> None:
         self.model = model
         self.batch = Batch.empty(model.config, n_slots, n_tokens, n_rows)
-        self._kernels = model.kernels
         self._cache = model.kernels.make_cache(model.config, n_slots, model.precision)
         self._scratch = model.kernels.make_scratch(model.config, n_tokens, n_rows)
         self.step = model.kernels.warm_up(model.weights, self._cache, self._scratch, self.batch)
-        """(n_tokens, n_rows): put the batch's first tokens through the model and choose one for each of its rows."""
 
     @property
     def cache_bytes(self) -> int:
-        """What the KV cache holds when it is full."""
-        return self._kernels.cache_bytes(self._cache)
+        """Return the size of the KV cache in bytes."""
+        return self.model.kernels.cache_bytes(self._cache)
 
     def forward(self, ids: np.ndarray, chunks: Sequence[Chunk], rows: np.ndarray) -> np.ndarray:
-        """Put the chunks' tokens through the model and into the cache.
+        """Run the chunks' tokens through the model, write their keys and values to the cache, and return logits.
 
-        ids: (T,) the tokens of all chunks, end to end. rows: (R,) which of the T positions want logits.
-        Returns (R, vocab) float32, valid until the next call: for each such position the scores of the token after it.
+        ids: (T,) the tokens of all chunks, in their order. rows: (R,) the indices into `ids` that need logits.
+        Return (R, vocab) float32, the scores of the token after each of these. The next call overwrites them.
         """
         n_tokens, n_rows, batch = len(ids), len(rows), self.batch
         batch.ids[:n_tokens] = ids
         batch.slots[:n_tokens] = np.concatenate([np.full(c.count, c.slot) for c in chunks])
         batch.positions[:n_tokens] = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
         batch.rows[:n_rows] = np.asarray(rows, int) % n_tokens
-        self._kernels.forward(self.model.weights, self._cache, self._scratch, batch, n_tokens, n_rows)
+        self.model.kernels.forward(self.model.weights, self._cache, self._scratch, batch, n_tokens, n_rows)
         return batch.logits[:n_rows, : self.model.config.vocab_size]
 
     def copy_prefix(self, source: int, target: int, n_tokens: int) -> None:
-        """Give slot `target` the keys and values of the first `n_tokens` tokens of slot `source`."""
-        self._kernels.copy_prefix(self._cache, source, target, n_tokens)
+        """Copy the keys and values of the first `n_tokens` tokens of slot `source` to slot `target`."""
+        self.model.kernels.copy_prefix(self._cache, source, target, n_tokens)

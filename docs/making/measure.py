@@ -18,9 +18,9 @@ from statistics import median
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from tinylm.batch import Batch
 from tinylm.engine import Engine, Sequence
 from tinylm.kernels import numpy as kernels
+from tinylm.kernels.batch import Batch
 from tinylm.llm import load
 from tinylm.machine import describe
 from tinylm.model import Chunk, Model, ModelRunner
@@ -191,8 +191,7 @@ def next_token(tokenizer: Tokenizer, model: Model) -> dict:
     settings = []
     for temperature in TEMPERATURES:
         unnormalized = np.exp((logits.astype(np.float64) - logits.max()) / max(temperature, kernels.LEAST_TEMPERATURE))
-        kept = unnormalized[None].copy()
-        kernels.keep(kept, np.array([0]), np.array([0.95]), np.array([0.0]))
+        kept = kernels.keep(unnormalized[None], np.array([0]), np.array([0.95]), np.array([0.0]))
         probabilities = unnormalized / unnormalized.sum()
         settings.append(
             {

@@ -1,25 +1,16 @@
-"""The transformer's arithmetic on arrays, one file per implementation, each with the same functions.
+"""The transformer's arithmetic on arrays: one implementation to read (`numpy`) and one to serve with (`numba`).
 
-`numpy` is the readable reference, `numba` the same compiled. `tinylm.model` calls these functions and nothing below:
-
-    prepare(config, tensors, precision) -> weights        the matrices, in the form that the others want
-    make_cache(config, n_slots, precision) -> cache       room for keys and values, n_slots sequences of them
-    make_scratch(config, n_tokens, n_rows) -> scratch     room for what a step computes on its way
-    warm_up(weights, cache, scratch, batch) -> step       whatever would make the first step slow; `step` for these
-    forward(weights, cache, scratch, batch, n_tokens, n_rows)   tokens through the model: fills batch.logits
-    sample(scratch, batch, n_rows)                        logits to tokens: fills batch.chosen
-    step(weights, cache, scratch, batch, n_tokens, n_rows)      forward, then sample
-    copy_prefix(cache, source, target, n)                 the first n tokens' keys and values, slot to slot
-    cache_bytes(cache), weight_bytes(weights), describe(), measure_peak()
+`protocol` lists the functions that both have. This module imports neither, so that it loads without NumPy.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 from functools import cache
-from types import ModuleType
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from tinylm.kernels.protocol import Kernels
 
 KernelName = Literal["auto", "numba", "numpy"]
 Precision = Literal["auto", "int8", "float32"]
@@ -27,19 +18,22 @@ Precision = Literal["auto", "int8", "float32"]
 logger = logging.getLogger(__name__)
 
 
-def choose(name: str, precision: str, quantized: bool) -> tuple[ModuleType, str]:
-    """The kernels of that name and a precision that they have, for weights that are int8 (`quantized`) or float32.
+def choose(name: str, precision: str, quantized: bool) -> tuple[Kernels[Any, Any, Any], str]:
+    """Return the kernels of that name and the precision that they compute with.
 
-    "auto" is numba with int8 arithmetic where it can be, else numpy in float32, where rounding would gain nothing.
-    Raises ValueError for names that there are not, and for what can't be done with such weights.
+    quantized: whether the model's weights are int8; they are float32 otherwise. "auto" means numba with int8 arithmetic
+    if Numba works here and the weights are int8, and numpy with float32 arithmetic otherwise.
+    Raise ValueError for an unknown name or precision, and for one that such weights don't allow.
     """
     for field, value, allowed in (("kernels", name, KernelName), ("precision", precision, Precision)):
         if value not in get_args(allowed):
             raise ValueError(f"{field} is {value!r}: it must be one of {', '.join(get_args(allowed))}")
     if not quantized:
-        for field, value in (("kernels", name), ("precision", precision)):
-            if value in ("numba", "int8"):
-                raise ValueError(f"{field} is {value!r}: the model's weights are float32, which numpy computes with")
+        for field, value, only in (("kernels", name, "numpy"), ("precision", precision, "float32")):
+            if value not in ("auto", only):
+                raise ValueError(
+                    f"{field} is {value!r}: it must be auto or {only}, since the model's weights are float32"
+                )
         return _load("numpy"), "float32"
     if name == "auto":
         name = "numba" if _numba_works() else "numpy"
@@ -48,11 +42,17 @@ def choose(name: str, precision: str, quantized: bool) -> tuple[ModuleType, str]
     return _load(name), precision
 
 
-def _load(name: str) -> ModuleType:
+def _load(name: str) -> Kernels[Any, Any, Any]:
     try:
-        return importlib.import_module(f"tinylm.kernels.{name}")
+        if name == "numba":
+            from tinylm.kernels import numba
+
+            return numba
+        from tinylm.kernels import numpy
+
+        return numpy
     except ImportError as error:
-        raise ValueError(f"kernels is {name!r}, which can't be loaded here: {error}") from None
+        raise ValueError(f"kernels is {name!r}: they can't be loaded here: {error}") from None
 
 
 @cache
@@ -60,6 +60,6 @@ def _numba_works() -> bool:
     try:
         _load("numba")
     except ValueError as error:
-        logger.warning("the numpy kernels serve, several times slower than compiled ones: %s", error)
+        logger.warning("using the numpy kernels, which are several times slower than the compiled ones: %s", error)
         return False
     return True

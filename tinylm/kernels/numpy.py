@@ -1,8 +1,9 @@
-"""The transformer's arithmetic in plain NumPy: the reference that any faster kernel must equal.
+"""The transformer's arithmetic in plain NumPy: the reference that the compiled kernels must equal.
 
-Weights are held as float32 (NumPy's integer matmul is not BLAS, so int8 would be slower). Precision "int8" rounds
-where the compiled kernels do, to 8-bit numbers held as float32, and so tells what they compute; "float32" rounds
-nothing. Knows nothing of requests.
+Weights are held as float32, since NumPy multiplies integer matrices slowly. Precision "int8" rounds where the compiled
+kernels round, to 8-bit numbers held as float32. Precision "float32" rounds nothing.
+
+Shapes: T tokens and R rows of a batch, L tokens of one sequence.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinylm.batch import Batch
 from tinylm.config import ModelConfig
+from tinylm.kernels.batch import Batch
 from tinylm.weights import QuantizedMatrix, Tensor
 
 GELU_CUBIC = np.float32(0.044715)
 GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
-LEAST_TEMPERATURE = 1e-30  # anything lower draws as this does
-FEW = 256  # the likeliest tokens, looked at first
+LEAST_TEMPERATURE = 1e-30  # a lower temperature draws like this one
 
 
 class Matrix(NamedTuple):
-    """A matrix of weights: values (out, in) times a scale (out,) a row."""
+    """A matrix of weights, which is values * scale[:, None]."""
 
-    values: np.ndarray
-    scale: np.ndarray
+    values: np.ndarray  # (out, in) float32
+    scale: np.ndarray  # (out,) float32
 
 
 class Layer(NamedTuple):
+    """The weights of one layer."""
+
     attention_norm: np.ndarray  # (hidden,)
     qkv: Matrix  # (3 * hidden, hidden)
     out: Matrix  # (hidden, hidden)
@@ -41,35 +43,39 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
+    """A model's weights, and whether its arithmetic rounds."""
+
     config: ModelConfig
     rounds: bool  # precision "int8"
     embedding: Matrix  # (vocab, hidden)
     layers: list[Layer]
     norm: np.ndarray  # (hidden,)
     cos: np.ndarray  # (context, head_dim)
-    sin: np.ndarray
+    sin: np.ndarray  # (context, head_dim)
 
 
 class KVCache(NamedTuple):
-    """Memory is touched as sequences grow into it: an unused slot costs address space only."""
+    """Keys and values of all slots. The system provides the memory of a slot when it is first used."""
 
     keys: np.ndarray  # (layers, slots, heads, context, head_dim) float32
-    values: np.ndarray
-
-
-def describe() -> str:
-    """How it computes, for people."""
-    return "numpy"
+    values: np.ndarray  # (layers, slots, heads, context, head_dim) float32
 
 
 # --- made once
 
 
+def describe() -> str:
+    """Return the name of these kernels."""
+    return "numpy"
+
+
 def prepare(config: ModelConfig, tensors: Mapping[str, Tensor], precision: str) -> Weights:
+    """Convert a model's tensors, int8 or float32, to float32 matrices."""
+
     def matrix(*names: str) -> Matrix:
         parts = [tensors[name] for name in names]
-        values = [p.values if isinstance(p, QuantizedMatrix) else p for p in parts]
-        scales = [p.scale if isinstance(p, QuantizedMatrix) else np.ones(len(p)) for p in parts]
+        values = [p.values if isinstance(p, QuantizedMatrix) else p for p in parts]  # (out_i, in) each
+        scales = [p.scale if isinstance(p, QuantizedMatrix) else np.ones(len(p)) for p in parts]  # (out_i,) each
         return Matrix(np.concatenate(values).astype(np.float32), np.concatenate(scales).astype(np.float32))
 
     def norm(name: str) -> np.ndarray:
@@ -92,36 +98,41 @@ def prepare(config: ModelConfig, tensors: Mapping[str, Tensor], precision: str) 
 
 
 def rope_tables(context: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of the rotary angles, (context, head_dim) each; the two halves of a head share their angles."""
-    inverse = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    """Return cos and sin of the rotary angles, (context, head_dim) float32 each (Su et al. 2021).
+
+    The angle of position p and pair i is p / theta^(2 i / head_dim). Both halves of a head have the same angles.
+    """
+    inverse = theta ** (-np.arange(0, head_dim, 2) / head_dim)  # (head_dim / 2,)
     angles = np.outer(np.arange(context), inverse)  # (context, head_dim / 2)
-    angles = np.concatenate([angles, angles], axis=1)
+    angles = np.concatenate([angles, angles], axis=1)  # (context, head_dim)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def make_cache(config: ModelConfig, n_slots: int, precision: str) -> KVCache:
+    """Allocate the keys and values of `n_slots` sequences."""
     shape = (config.n_layers, n_slots, config.n_heads, config.context, config.head_dim)
     return KVCache(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
 
 
 def weight_bytes(weights: Weights) -> int:
-    """What a step reads of the weights."""
+    """Return how many bytes of weights one step reads."""
     matrices = [matrix for layer in weights.layers for matrix in (layer.qkv, layer.out, layer.up, layer.down)]
     return sum(matrix.values.nbytes for matrix in (*matrices, weights.embedding))
 
 
 def cache_bytes(cache: KVCache) -> int:
+    """Return the size of the cache in bytes."""
     return cache.keys.nbytes + cache.values.nbytes
 
 
 def copy_prefix(cache: KVCache, source: int, target: int, n: int) -> None:
-    """Give one slot the keys and values of another's first `n` tokens."""
-    for array in cache:
+    """Copy the keys and values of the first `n` tokens of slot `source` to slot `target`."""
+    for array in cache:  # (layers, slots, heads, context, head_dim)
         array[:, target, :, :n] = array[:, source, :, :n]
 
 
 def measure_peak() -> float:
-    """float32 products that this core adds up in a second of CPU time, at most: those of a large matrix product."""
+    """Measure how many float32 multiply-adds one core does per second of CPU time at most, in a large matmul."""
     a = np.ones((768, 768), np.float32)
     best = 0.0
     for _ in range(10):
@@ -132,11 +143,11 @@ def measure_peak() -> float:
 
 
 def make_scratch(config: ModelConfig, n_tokens: int, n_rows: int) -> None:
-    """NumPy makes its own."""
+    """Allocate nothing: NumPy allocates its intermediate results itself."""
 
 
 def warm_up(weights: Weights, cache: KVCache, scratch: None, batch: Batch) -> Callable[[int, int], None]:
-    """Nothing to compile. Returns `step` for these arrays, (n_tokens, n_rows) -> None."""
+    """Return `step` for these arrays, (n_tokens, n_rows) -> None. There is nothing to compile."""
     return partial(step, weights, cache, scratch, batch)
 
 
@@ -144,84 +155,80 @@ def warm_up(weights: Weights, cache: KVCache, scratch: None, batch: Batch) -> Ca
 
 
 def forward(weights: Weights, cache: KVCache, scratch: None, batch: Batch, n_tokens: int, n_rows: int) -> None:
-    """Put the batch's tokens through the model and into the cache; batch.logits gets the scores of its rows."""
+    """Run the batch's tokens through the model, and write the logits of its rows to batch.logits."""
     config, rounds = weights.config, weights.rounds
-    slots, positions = batch.slots[:n_tokens], batch.positions[:n_tokens]
-    starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]])  # a sequence's tokens stand one after the other
+    ids, slots, positions = batch.ids[:n_tokens], batch.slots[:n_tokens], batch.positions[:n_tokens]  # (T,) each
+    starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]])  # a sequence's tokens stand next to each other
     chunks = list(zip(starts, np.r_[starts[1:], n_tokens], strict=True))
     cos, sin = weights.cos[positions], weights.sin[positions]  # (T, head_dim)
-    ids = batch.ids[:n_tokens]
     x = weights.embedding.values[ids] * weights.embedding.scale[ids, None]  # (T, hidden)
     attended = np.empty((n_tokens, config.n_heads, config.head_dim), np.float32)
     for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
-        qkv = linear(rms_norm(x, layer.attention_norm, config.norm_eps), layer.qkv, rounds)
+        qkv = linear(rms_norm(x, layer.attention_norm, config.norm_eps), layer.qkv, rounds)  # (T, 3 * hidden)
         qkv = qkv.reshape(n_tokens, 3 * config.n_heads, config.head_dim)
-        rotated = rotate(qkv[:, : 2 * config.n_heads], cos, sin)
+        rotated = rotate(qkv[:, : 2 * config.n_heads], cos, sin)  # (T, 2 * heads, head_dim)
         q, k, v = rotated[:, : config.n_heads], rotated[:, config.n_heads :], qkv[:, 2 * config.n_heads :]
         if rounds:
-            q, k, v = (rounded * scale for rounded, scale in map(round_to_int8, (q, k, v)))
+            q, k, v = (rounded * scale for rounded, scale in map(round_to_int8, (q, k, v)))  # (T, heads, head_dim)
         for first, last in chunks:
             slot, start, end = slots[first], positions[first], positions[last - 1] + 1
-            keys[slot, :, start:end] = k[first:last].transpose(1, 0, 2)
+            keys[slot, :, start:end] = k[first:last].transpose(1, 0, 2)  # (heads, n, head_dim)
             values[slot, :, start:end] = v[first:last].transpose(1, 0, 2)
             attended[first:last] = attention(q[first:last], keys[slot, :, :end], values[slot, :, :end])
         x = x + linear(attended.reshape(n_tokens, -1), layer.out, rounds)
-        hidden = gelu(linear(rms_norm(x, layer.mlp_norm, config.norm_eps), layer.up, rounds))
+        hidden = gelu(linear(rms_norm(x, layer.mlp_norm, config.norm_eps), layer.up, rounds))  # (T, mlp)
         x = x + linear(hidden, layer.down, rounds)
-    last = rms_norm(x[batch.rows[:n_rows]], weights.norm, config.norm_eps)
-    batch.logits[:n_rows, : config.vocab_size] = linear(last, weights.embedding, rounds)
+    last = rms_norm(x[batch.rows[:n_rows]], weights.norm, config.norm_eps)  # (R, hidden)
+    batch.logits[:n_rows, : config.vocab_size] = linear(last, weights.embedding, rounds)  # (R, vocab)
 
 
 def round_to_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x (..., n) -> whole numbers of at most 127 (as float32) and a scale (..., 1), whose product is nearly x."""
-    largest = np.abs(x).max(axis=-1, keepdims=True)
-    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    """Round x (..., n) to whole numbers from -127 to 127 times a scale (..., 1), which is max(abs(x)) / 127.
+
+    Return the whole numbers as float32, and the scale.
+    """
+    largest = np.abs(x).max(axis=-1, keepdims=True)  # (..., 1)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)  # (..., 1)
     return np.floor(x * inverse + np.float32(0.5)), largest * np.float32(1 / 127)
 
 
 def linear(x: np.ndarray, weight: Matrix, rounds: bool) -> np.ndarray:
-    """x (T, in) times the transpose of weight (out, in) -> (T, out); `rounds`: of 8-bit x, one scale a token.
+    """Return x (T, in) times the transpose of weight (out, in), which is (T, out).
 
-    Sums of up to 1,040 products of 8-bit numbers stay below 2^24, so that float32 holds them exactly.
+    rounds: round x to 8 bits first, with one scale a token. float32 holds sums of up to 1,040 products of 8-bit numbers
+    exactly, since they stay below 2^24.
     """
     if rounds:
-        x, scale = round_to_int8(x)
+        x, scale = round_to_int8(x)  # (T, in), (T, 1)
         return (x @ weight.values.T) * (weight.scale * scale)
     return (x @ weight.values.T) * weight.scale
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019)."""
-    mean_square = np.einsum("th,th->t", x, x) / np.float32(x.shape[1])
+    """Return x / sqrt(mean(x^2) + eps) * weight for x (T, n) and weight (n,) (Zhang & Sennrich 2019)."""
+    mean_square = np.einsum("th,th->t", x, x) / np.float32(x.shape[1])  # (T,)
     return x * (1 / np.sqrt(mean_square + np.float32(eps)))[:, None] * weight
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """x * 0.5 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)."""
-    inner = x * x
-    inner *= GELU_CUBIC
-    inner += 1
-    inner *= x
-    inner *= GELU_SCALE
-    np.tanh(inner, out=inner)
-    inner += 1
-    inner *= x
-    inner *= np.float32(0.5)
-    return inner
+    """Return x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), element by element (Hendrycks & Gimpel 2016)."""
+    return (np.tanh((x * x * GELU_CUBIC + 1) * x * GELU_SCALE) + 1) * x * np.float32(0.5)
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Rotate x (T, heads, head_dim) by its tokens' tables (T, head_dim) (Su et al. 2021, halves as in GPT-NeoX)."""
+    """Rotate x (T, heads, head_dim) by the angles of its tokens, given as cos and sin (T, head_dim) (Su et al. 2021).
+
+    Element i of the first half and element i of the second half form a pair, as in GPT-NeoX.
+    """
     half = x.shape[-1] // 2
-    swapped = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    swapped = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)  # (T, heads, head_dim)
     return x * cos[:, None] + swapped * sin[:, None]
 
 
 def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Causal attention of one sequence's newest tokens over all that it has cached.
+    """Return the causal attention (n, heads, head_dim) of the last n of a sequence's L tokens.
 
-    q (n, heads, head_dim): the last n of the sequence's L tokens. keys, values (heads, L, head_dim).
-    Returns (n, heads, head_dim).
+    q (n, heads, head_dim); keys and values (heads, L, head_dim) (Vaswani et al. 2017).
     """
     n, _, head_dim = q.shape
     length = keys.shape[1]
@@ -240,63 +247,56 @@ def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray
 
 
 def sample(scratch: None, batch: Batch, n_rows: int) -> None:
-    """batch.chosen: for each row the likeliest token at temperature 0 (the lower id on a tie), else one that is drawn.
+    """Choose one token for each row of batch.logits and write it to batch.chosen.
 
-    In turn: repetition penalty, temperature, top_k, top_p, min_p, each on what the last left; then the first of the
-    tokens that are kept, in the order of their ids, up to which their probabilities exceed the row's uniform number.
+    Apply in turn repetition penalty, temperature, top_k, top_p and min_p, each to what the previous one left. Then take
+    the first token, in the order of their ids, at which the sum of the probabilities exceeds the row's uniform number.
+    Temperature 0 takes the likeliest token instead, and of equal ones the lowest id.
     """
-    slots = batch.slots[batch.rows[:n_rows]]
-    scores = batch.logits[:n_rows, : batch.seen.shape[1]]
+    slots = batch.slots[batch.rows[:n_rows]]  # (R,)
+    scores = batch.logits[:n_rows, : batch.seen.shape[1]]  # (R, vocab)
     scores = penalize(scores, batch.seen[slots], batch.penalty[slots, None])
-    temperature = batch.temperature[slots]
-    shifted = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)
-    weights = np.exp(shifted / np.maximum(temperature, LEAST_TEMPERATURE)[:, None])  # (R, vocab), the likeliest's 1
-    keep(weights, batch.top_k[slots], batch.top_p[slots], batch.min_p[slots])
-    cumulative = np.cumsum(weights, axis=1)
-    drawn = (cumulative <= (batch.uniforms[:n_rows] * cumulative[:, -1])[:, None]).sum(axis=1)
+    temperature = batch.temperature[slots]  # (R,)
+    shifted = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)  # (R, vocab)
+    weights = np.exp(shifted / np.maximum(temperature, LEAST_TEMPERATURE)[:, None])  # (R, vocab): the likeliest has 1
+    weights = keep(weights, batch.top_k[slots], batch.top_p[slots], batch.min_p[slots])
+    cumulative = np.cumsum(weights, axis=1)  # (R, vocab)
+    drawn = (cumulative <= (batch.uniforms[:n_rows] * cumulative[:, -1])[:, None]).sum(axis=1)  # (R,)
     batch.chosen[:n_rows] = np.where(temperature == 0, scores.argmax(axis=1), drawn)
 
 
 def penalize(scores: np.ndarray, seen: np.ndarray, penalty: np.ndarray) -> np.ndarray:
-    """Repetition penalty (Keskar et al. 2019): scores of seen tokens are divided by it if positive, else multiplied.
+    """Divide the positive scores of seen tokens by the penalty, multiply the negative ones (Keskar et al. 2019).
 
-    scores (R, vocab); seen (R, vocab) bool; penalty (R, 1).
+    scores (R, vocab), seen (R, vocab) bool, penalty (R, 1). Return the new scores (R, vocab).
     """
     penalty = penalty.astype(np.float32)
     return np.where(seen, np.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
-def keep(weights: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray) -> None:
-    """Zero the weights (R, vocab) of tokens that the settings (R,) leave out; of equal ones the lower ids are kept.
+def keep(weights: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray) -> np.ndarray:
+    """Return the weights (R, vocab), with zeros for the tokens that the settings (R,) leave out.
 
-    top_k: so many of the likeliest, 0 for all. top_p (Holtzman et al. 2019): the fewest of the likeliest that reach
-    this share. min_p (Nguyen et al. 2024): those at least this share as likely as the likeliest.
+    The likeliest token of each row has weight 1. Of equal tokens the lower ids are kept.
+    top_k: keep this many of the likeliest tokens; 0 keeps all.
+    top_p: keep the fewest of the likeliest tokens whose share is at least this (Holtzman et al. 2019).
+    min_p: keep the tokens at least this share as likely as the likeliest (Nguyen et al. 2024).
     """
-    n = weights.shape[1]
-    for row, k, p, least in zip(weights, top_k, top_p, min_p, strict=True):
-        if k or p < 1:
-            for few in (min(max(FEW, k), n), n):  # the likeliest few are enough, but for flat distributions
-                likeliest = np.argpartition(-row, few - 1)[:few] if few < n else np.arange(n)
-                bound = row[likeliest].min()
-                if few < n and np.count_nonzero(row >= bound) > few:
-                    continue  # equal ones were left out, and with them perhaps a lower id
-                order = likeliest[np.lexsort((likeliest, -row[likeliest]))]
-                if k:
-                    order = order[:k]
-                reached = np.cumsum(row[order])
-                wanted = p * (reached[-1] if k else row.sum())
-                if p < 1 and reached[-1] >= wanted:
-                    order = order[: np.searchsorted(reached, wanted) + 1]
-                    break
-                if k:
-                    break
-            kept = np.zeros(n, bool)
-            kept[order] = True
-            row[~kept] = 0
-        row[row < least] = 0
+    order = np.argsort(-weights, axis=1, kind="stable")  # (R, vocab): token ids, the likeliest first
+    ranked = np.take_along_axis(weights, order, axis=1)  # (R, vocab)
+    rank = np.arange(weights.shape[1])  # (vocab,)
+    ranked[(top_k > 0)[:, None] & (rank >= top_k[:, None])] = 0
+    reached = np.cumsum(ranked, axis=1)  # (R, vocab): by the tokens up to each rank
+    before = np.pad(reached[:, :-1], ((0, 0), (1, 0)))  # (R, vocab): by the tokens before each rank
+    wanted = top_p * reached[:, -1]  # (R,)
+    ranked[(top_p < 1)[:, None] & (before >= wanted[:, None])] = 0
+    ranked[ranked < min_p[:, None]] = 0
+    kept = np.empty_like(weights)  # (R, vocab)
+    np.put_along_axis(kept, order, ranked, axis=1)
+    return kept
 
 
 def step(weights: Weights, cache: KVCache, scratch: None, batch: Batch, n_tokens: int, n_rows: int) -> None:
-    """`forward`, then `sample`."""
+    """Call `forward`, then `sample`."""
     forward(weights, cache, scratch, batch, n_tokens, n_rows)
     sample(scratch, batch, n_rows)

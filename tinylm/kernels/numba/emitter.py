@@ -1,14 +1,17 @@
-"""A builder of LLVM IR that speaks of vectors of LANES numbers: sums, exponentials, dot products of bytes.
+"""A builder of LLVM IR for vectors of LANES numbers: sums, exponentials and dot products of bytes.
 
-Which instructions a dot product becomes is decided when it is compiled, from the CPU's features as Numba sees them
-(the variables NUMBA_CPU_NAME and NUMBA_CPU_FEATURES override those). All of them give the same numbers, bit for bit,
-but for GELU's inverse under AVX-512, which may differ in its last bit: sums of bytes are exact, and all else is what
-IEEE 754 says, in one order. The loops are in `tinylm.kernels.simd`.
+The processor's features, as Numba sees them, decide which instructions a dot product becomes. The variables
+NUMBA_CPU_NAME and NUMBA_CPU_FEATURES override them. All forms give the same numbers bit for bit, since sums of bytes
+are exact and all else follows IEEE 754 in one order. The one exception is GELU's division under AVX-512, where the last
+bit may differ. `tinylm.kernels.numba.simd` has the loops.
 """
 
 from __future__ import annotations
 
+from functools import wraps
+
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
 
@@ -20,11 +23,11 @@ INTS = ir.VectorType(I32, LANES)
 FLOATS = ir.VectorType(F32, LANES)
 
 LOG2_E = 1.4426950408889634
-ROUNDER = 1.5 * 2**23  # added to a small float32, it leaves no bits for a fraction
-# 2^x on [-1/2, 1/2], constant term first: minimax with 2^0 = 1 held, relative error 1e-7.
+ROUNDER = 1.5 * 2**23  # adding it to a small float32 rounds that to a whole number
+# A minimax polynomial for 2^x on [-1/2, 1/2], constant term first, with 2^0 = 1: the relative error is 1e-7.
 EXP2 = (1.0, 0.6931469775991349, 0.24022242084970577, 0.05550733743352955, 0.00967151265822045, 0.0013264727160435896)
 
-# The forms of a dot product, best first, and the features of the CPU that each needs.
+# The forms of a dot product, fastest first, and the CPU features that each needs.
 FORMS = {
     "avx512-vnni": {"avx512f", "avx512bw", "avx512vnni"},
     "avx-vnni": {"avxvnni"},
@@ -35,24 +38,24 @@ FORMS = {
 
 
 def cpu_features() -> frozenset[str]:
-    """The instruction sets that code is compiled for, in LLVM's names."""
+    """Return the instruction sets that code is compiled for, in LLVM's names."""
     features = cpu_target.target_context.codegen().magic_tuple()[2]
     return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
 
 
 def dot_product() -> str:
-    """The form that dot products of bytes take: one of FORMS."""
+    """Return the form of dot products of bytes on this processor, a key of FORMS."""
     features = cpu_features()
     return next(form for form, needed in FORMS.items() if needed <= features)
 
 
 class Emitter:
-    """An IR builder with the few operations that the loops below are made of. Offsets count an array's elements."""
+    """An IR builder with the operations that the intrinsics are made of. Offsets count elements of an array."""
 
     def __init__(self, context, builder, signature, args) -> None:
         self.b = builder
         self.form = dot_product()
-        self.args = []  # the intrinsic's own, an array's as a pointer to its first element
+        self.args = []  # the intrinsic's arguments; of an array, a pointer to its first element
         self._shapes = {}
         for kind, value in zip(signature.args, args, strict=True):
             if isinstance(kind, types.Array):
@@ -64,16 +67,18 @@ class Emitter:
                 self.args.append(value)
 
     def load(self, array, offset, kind):
+        """Load a number or vector of type `kind` from array[offset :]."""
         return self.b.load(self._at(array, offset, kind), align=1)
 
     def store(self, value, array, offset):
+        """Store a number or vector to array[offset :]."""
         self.b.store(value, self._at(array, offset, value.type), align=1)
 
     def _at(self, array, offset, kind):
         return self.b.bitcast(self.b.gep(array, [offset]), kind.as_pointer())
 
     def index(self, base, step, times):
-        """base + step * times."""
+        """Return base + step * times."""
         step = I64(step) if isinstance(step, int) else step
         times = I64(times) if isinstance(times, int) else times
         return self.b.add(base, self.b.mul(step, times))
@@ -85,7 +90,7 @@ class Emitter:
         return ir.Constant(INTS, [number] * LANES)
 
     def splat(self, scalar):
-        """A vector with `scalar` in each lane."""
+        """Return a vector with `scalar` in each lane."""
         vector = ir.VectorType(scalar.type, LANES)
         first = self.b.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
         return self._shuffle(first, first, [0] * LANES)
@@ -98,7 +103,7 @@ class Emitter:
         return self.b.call(cgutils.get_or_insert_function(self.b.module, function_type, name), args)
 
     def fma(self, a, b, c):
-        """a * b + c."""
+        """Return a * b + c, rounded once."""
         return self.call("llvm.fma.v16f32", FLOATS, a, b, c)
 
     def smaller(self, a, b):
@@ -117,36 +122,36 @@ class Emitter:
         return self.reduce(vector, self.larger)
 
     def reduce(self, vector, combine):
-        """One number from all lanes, halves first: the same order on every machine."""
+        """Combine all lanes to one number, halves first: in the same order on every machine."""
         for n in (8, 4, 2, 1):
             low, high = (self._shuffle(vector, vector, list(range(i, i + n))) for i in (0, n))
             vector = combine(low, high)
         return self.b.extract_element(vector, I32(0))
 
     def blocks(self, n):
-        """How many vectors hold n elements."""
+        """Return how many vectors hold n elements."""
         return self.b.sdiv(self.b.add(n, I64(LANES - 1)), I64(LANES))
 
     def first_lanes(self, n):
-        """(LANES,) bool: the lanes below `n`."""
+        """Return (LANES,) bool: whether a lane's number is below `n`."""
         return self.b.icmp_signed("<", ir.Constant(INTS, list(range(LANES))), self.splat(self.b.trunc(n, I32)))
 
     def inverse_scale(self, largest, steps: float):
-        """steps / largest, or 0 for 0: what numbers up to `largest` are multiplied by to be rounded."""
+        """Return steps / largest, or 0 if largest is 0: the factor that scales numbers up to `largest` to `steps`."""
         some = self.b.fcmp_ordered(">", largest, F32(0))
         return self.b.select(some, self.b.fdiv(F32(steps), largest), F32(0))
 
     def to_ints(self, x, inverse, offset: float = 0.0):
-        """floor(x * inverse + offset + 1/2) as int32, for what is not negative then."""
+        """Return floor(x * inverse + offset + 1/2) as int32. This sum must not be negative."""
         return self.b.fptosi(self.fma(x, inverse, self.floats(offset + 0.5)), INTS)
 
     def to_bytes(self, ints):
         return self.b.trunc(ints, ir.VectorType(I8, LANES))
 
     def exp2(self, x):
-        """2^x, relative error 2e-7, for any x: the ends of float32's range are held."""
+        """Return 2^x with a relative error of 2e-7. x is clipped to -126..126, the range of float32."""
         bounded = self.larger(self.smaller(x, self.floats(126.0)), self.floats(-126.0))
-        shifted = self.b.fadd(bounded, self.floats(ROUNDER))  # its low bits are the nearest whole number
+        shifted = self.b.fadd(bounded, self.floats(ROUNDER))  # its low bits hold x rounded to a whole number
         rest = self.b.fsub(bounded, self.b.fsub(shifted, self.floats(ROUNDER)))
         power = self.floats(EXP2[-1])
         for coefficient in reversed(EXP2[:-1]):
@@ -156,11 +161,11 @@ class Emitter:
 
     @property
     def sums(self):
-        """The type that `dot` adds up in: LANES sums, or twice as many halves of them."""
+        """Return the type that `dot` adds up in: LANES sums, or 2 * LANES halves of sums."""
         return INTS if self.form.endswith("vnni") else ir.VectorType(I32, 2 * LANES)
 
     def dot(self, total, unsigned, signed):
-        """total + for each of LANES the sum of four products of bytes, (4 * LANES,) each; `folded` gives the sums."""
+        """Add four products of bytes to each lane's total, of operands (4 * LANES,). `folded` returns the sums."""
         if self.form == "avx512-vnni":
             return self.call("llvm.x86.avx512.vpdpbusd.512", INTS, total, unsigned, signed)
         if self.form == "avx-vnni":
@@ -170,11 +175,13 @@ class Emitter:
         return self.b.add(total, self._sums_of_pairs(unsigned, signed))
 
     def _sums_of_pairs(self, unsigned, signed):
-        """(2 * LANES,) sums of two products each, of bytes made 16-bit words: even SSE2 has an instruction for it."""
+        """Return (2 * LANES,) sums of two products. Bytes become 16-bit words, for which SSE2 has an instruction."""
         pairs = {"avx2": ("llvm.x86.avx2.pmadd.wd", 16), "sse2": ("llvm.x86.sse2.pmadd.wd", 8)}.get(self.form)
         if pairs is None:
             words = ir.VectorType(I16, 4 * LANES)
-            products = self.b.mul(self.b.zext(unsigned, words), self.b.sext(signed, words))  # below 2^15: no overflow
+            products = self.b.mul(
+                self.b.zext(unsigned, words), self.b.sext(signed, words)
+            )  # they stay below 2^15: no overflow
             products = self.b.sext(products, ir.VectorType(I32, 4 * LANES))
             odd, even = (self._shuffle(products, products, list(range(i, 4 * LANES, 2))) for i in (1, 0))
             return self.b.add(even, odd)
@@ -184,7 +191,7 @@ class Emitter:
         return self._joined([self.call(name, ints, self.b.zext(a, words), self.b.sext(b, words)) for a, b in parts])
 
     def folded(self, total):
-        """LANES sums of what `dot` added up."""
+        """Return the LANES sums of what `dot` added up."""
         if self.sums is INTS:
             return total
         even, odd = (self._shuffle(total, total, list(range(i, 2 * LANES, 2))) for i in (0, 1))
@@ -201,28 +208,50 @@ class Emitter:
         return vectors[0]
 
     def sum_of(self, pointers):
-        """The sum of four totals of `dot`, folded."""
+        """Return the folded sum of four totals of `dot`."""
         a, b, c, d = (self.b.load(pointer) for pointer in pointers)
         return self.folded(self.b.add(self.b.add(a, b), self.b.add(c, d)))
 
     def count(self, chosen):
-        """How many lanes are chosen."""
+        """Return the number of lanes that are chosen."""
         return self.b.zext(self.call("llvm.ctpop.i16", I16, self.b.bitcast(chosen, I16)), I64)
 
     def store_chosen(self, vector, array, offset, chosen):
-        """Store the lanes that are chosen, side by side."""
+        """Store the chosen lanes next to each other."""
         name = "llvm.masked.compressstore.v16" + ("f32" if vector.type is FLOATS else "i32")
         pointer = self.b.bitcast(self.b.gep(array, [offset]), vector.type.element.as_pointer())
         self.call(name, ir.VoidType(), vector, pointer, chosen)
 
     def totals(self, kind, n: int):
-        """Where `n` vectors add up, zeros to begin with; the optimizer keeps them in registers."""
+        """Return pointers to `n` vectors of zeros to add up in. The optimizer keeps them in registers."""
         pointers = [cgutils.alloca_once(self.b, kind) for _ in range(n)]
         for pointer in pointers:
             self.b.store(ir.Constant(kind, None), pointer)
         return pointers
 
     def row(self, array, i, columns: int | ir.Value = 0):
-        """The offset of a (rows, columns) array's element in row `i`; `array` is an argument of the intrinsic."""
+        """Return the offset of element (i, columns) of a 2-D array, which is an argument of the intrinsic."""
         width = self._shapes[array][1]
         return self.index(I64(columns) if isinstance(columns, int) else columns, width, i)
+
+
+def intrinsic(returns=types.void):
+    """Make a function for compiled code of one that emits LLVM IR: `emit(e, *parameters)`, with `e` an Emitter.
+
+    The parameters are LLVM values, an array's being a pointer to its first element. `emit` returns the result's value,
+    or None where `returns` is void.
+    """
+
+    def decorate(emit):
+        @wraps(emit)
+        def define(typing, *kinds):
+            def codegen(context, builder, signature, args):
+                e = Emitter(context, builder, signature, args)
+                result = emit(e, *e.args)
+                return context.get_dummy_value() if result is None else result
+
+            return returns(*kinds), codegen
+
+        return extending.intrinsic(define)
+
+    return decorate

@@ -1,0 +1,412 @@
+"""The inner loops: dot products of bytes and functions of whole vectors, which Numba can't express.
+
+Compiled code calls these intrinsics with arrays and offsets into them. An offset counts elements from the beginning of
+the array, and `n_blocks` counts vectors of LANES elements. Nothing is checked.
+
+Each lane of a vector holds one output, so that no sum runs across a vector. A dot product multiplies four bytes of each
+operand at a time. Weights, keys and values are stored so that these four bytes lie next to each other:
+
+    weights  (rows / TILE, in / 4, TILE, 4) int8
+    keys     (tokens / LANES, head_dim / 4, LANES, 4) uint8, with 128 added
+    values   (tokens / 4, head_dim, 4) int8
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils, types
+
+from tinylm.kernels.batch import COLUMNS
+from tinylm.kernels.numba.emitter import BYTES, F32, FLOATS, I32, I64, INTS, LANES, LOG2_E, intrinsic
+
+TILE = COLUMNS  # the rows of a tile of weights, and the columns that a matmul writes at a time
+BLOCKS = TILE // LANES
+NEVER = -1e30  # the score of what is no token: its exponential is next to 0
+
+
+def _matmul(n_tokens: int, exact: bool):
+    """Make the matmul of `n_tokens` tokens and one tile of weights."""
+
+    @intrinsic()
+    def matmul(e, weights, at, n_steps, x, scales_of_x, t, scales, corrections, row, out, column, add):
+        """Multiply rows t to t + n_tokens of x by a tile, and write or `add` the products to out from `column` on.
+
+        The tile begins at byte `at`. Its rows' scales and corrections (128 times the sum of a row) begin at `row`.
+        x holds bytes with 128 added and a scale for each row. If exact, x holds floats and scales_of_x is not used.
+        """
+        tokens = [e.b.add(t, I64(i)) for i in range(n_tokens)]
+        wide = e.form == "avx512-vnni"  # its 32 registers of 64 bytes hold all sums at once; 16 of 32 bytes hold 2 or 4
+        for group in _in_parts(tokens, n_tokens if wide else 2):
+            for blocks in _in_parts(range(BLOCKS), BLOCKS if wide else 2 if e.sums is INTS or exact else 1):
+                totals = _multiply(e, weights, at, n_steps, x, group, blocks, exact)
+                for token, sums in zip(group, totals, strict=True):
+                    scale_of_x = None if exact else e.splat(e.load(scales_of_x, token, F32))
+                    for block, total in zip(blocks, sums, strict=True):
+                        rows = e.index(row, LANES, block)
+                        total = e.b.load(total)
+                        scale = e.load(scales, rows, FLOATS)
+                        if not exact:
+                            product = e.b.sub(e.folded(total), e.load(corrections, rows, INTS))
+                            total = e.b.sitofp(product, FLOATS)
+                            scale = e.b.fmul(scale, scale_of_x)
+                        target = e.row(out, token, e.index(column, LANES, block))
+                        before = e.b.select(add, e.load(out, target, FLOATS), e.floats(0.0))
+                        e.store(e.fma(total, scale, before), out, target)
+
+    return matmul
+
+
+def _in_parts(items, n: int) -> list:
+    """Split items into lists of n."""
+    return [items[i : i + n] for i in range(0, len(items), n)]
+
+
+def _multiply(e, weights, at, n_steps, x, tokens, blocks, exact: bool):
+    """Multiply tokens by some blocks of a tile. Return, for each token, pointers to the sums of these blocks."""
+    totals = [e.totals(FLOATS if exact else e.sums, len(blocks)) for _ in tokens]
+    with cgutils.for_range(e.b, n_steps) as loop:
+        here = e.index(at, 4 * TILE, loop.index)
+        tiles = [e.load(weights, e.index(here, 4 * LANES, block), BYTES) for block in blocks]
+        for token, sums in zip(tokens, totals, strict=True):
+            inputs = e.row(x, token, e.index(I64(0), 4, loop.index))
+            for k in range(4 if exact else 1):
+                value = e.splat(e.load(x, e.index(inputs, 1, k), F32 if exact else I32))
+                for tile, total in zip(tiles, sums, strict=True):
+                    if exact:
+                        byte = e.b.ashr(e.b.shl(e.b.bitcast(tile, INTS), e.ints(24 - 8 * k)), e.ints(24))
+                        result = e.fma(value, e.b.sitofp(byte, FLOATS), e.b.load(total))
+                    else:
+                        result = e.dot(e.b.load(total), e.b.bitcast(value, BYTES), tile)
+                    e.b.store(result, total)
+    return totals
+
+
+matmul_1, matmul_2, matmul_4 = (_matmul(n, exact=False) for n in (1, 2, 4))
+matmul_exact_1, matmul_exact_4 = (_matmul(n, exact=True) for n in (1, 4))
+
+
+# --- rows of floats
+
+
+def _combined(e, x, at, n_blocks, combine, first=None):
+    """Return what combine(result, vector) gives for all vectors of x in turn, starting with `first` or zeros."""
+    (result,) = e.totals(FLOATS, 1)
+    if first is not None:
+        e.b.store(first, result)
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        value = e.load(x, e.index(at, LANES, loop.index), FLOATS)
+        e.b.store(combine(e.b.load(result), value), result)
+    return e.b.load(result)
+
+
+@intrinsic(types.float32)
+def sum_of_squares(e, x, at, n_blocks):
+    """Return the sum of the squares of x[at : at + n_blocks * LANES]."""
+    return e.sum_of_lanes(_combined(e, x, at, n_blocks, lambda sums, value: e.fma(value, value, sums)))
+
+
+@intrinsic(types.float32)
+def total(e, x, at, n_blocks):
+    """Return the sum of x[at : at + n_blocks * LANES]."""
+    return e.sum_of_lanes(_combined(e, x, at, n_blocks, e.b.fadd))
+
+
+@intrinsic()
+def scale_by(e, x, at, factor, weights, weights_at, out, out_at, n_blocks):
+    """Write x * factor * weights to out."""
+    factor = e.splat(factor)
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        value = e.b.fmul(e.load(x, e.index(at, LANES, loop.index), FLOATS), factor)
+        value = e.b.fmul(value, e.load(weights, e.index(weights_at, LANES, loop.index), FLOATS))
+        e.store(value, out, e.index(out_at, LANES, loop.index))
+
+
+@intrinsic(types.float32)
+def round_to_bytes(e, x, at, n_blocks, out, out_at):
+    """Write round(x / scale) + 128 to out as uint8, and return the scale: max(abs(x)) / 127."""
+    magnitudes = _combined(e, x, at, n_blocks, lambda best, value: e.larger(e.magnitude(value), best))
+    largest = e.largest_lane(magnitudes)
+    inverse = e.splat(e.inverse_scale(largest, 127.0))
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        ints = e.to_ints(e.load(x, e.index(at, LANES, loop.index), FLOATS), inverse, 128.0)
+        e.store(e.to_bytes(ints), out, e.index(out_at, LANES, loop.index))
+    return e.b.fmul(largest, F32(1 / 127))
+
+
+@intrinsic(types.float32)
+def exponentials(e, x, at, n_blocks, shift, factor, out):
+    """Write e^(factor * (x[at :] - shift)) to out[0 :], and return the sum of these."""
+    shift, factor = e.splat(shift), e.splat(e.b.fmul(factor, F32(LOG2_E)))
+    (total,) = e.totals(FLOATS, 1)
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        value = e.load(x, e.index(at, LANES, loop.index), FLOATS)
+        result = e.exp2(e.b.fmul(e.b.fsub(value, shift), factor))
+        e.store(result, out, e.index(I64(0), LANES, loop.index))
+        e.b.store(e.b.fadd(e.b.load(total), result), total)
+    return e.sum_of_lanes(e.b.load(total))
+
+
+@intrinsic(types.float32)
+def largest(e, x, at, n_blocks):
+    """Return the largest of x[at : at + n_blocks * LANES]."""
+    first = e.load(x, at, FLOATS)
+    return e.largest_lane(_combined(e, x, at, n_blocks, lambda best, value: e.larger(value, best), first))
+
+
+@intrinsic(types.int64)
+def gather(e, x, n_blocks, bound, indices, values):
+    """Copy the elements of x that are at least `bound`, and their indices (int32), in order. Return their number."""
+    bound = e.splat(bound)
+    count = cgutils.alloca_once(e.b, I64)
+    e.b.store(I64(0), count)
+    lanes = ir.Constant(INTS, list(range(LANES)))
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        first = e.index(I64(0), LANES, loop.index)
+        value = e.load(x, first, FLOATS)
+        chosen = e.b.fcmp_ordered(">=", value, bound)
+        n = e.b.load(count)
+        e.store_chosen(e.b.add(lanes, e.splat(e.b.trunc(first, I32))), indices, n, chosen)
+        e.store_chosen(value, values, n, chosen)
+        e.b.store(e.b.add(n, e.count(chosen)), count)
+    return e.b.load(count)
+
+
+@intrinsic(types.int64)
+def keep(e, indices, values, n_blocks, bound):
+    """Move the values that are at least `bound`, and their indices (int32), to the front. Return their number."""
+    bound = e.splat(bound)
+    count = cgutils.alloca_once(e.b, I64)
+    e.b.store(I64(0), count)
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        here = e.index(I64(0), LANES, loop.index)
+        value, index = e.load(values, here, FLOATS), e.load(indices, here, INTS)
+        chosen = e.b.fcmp_ordered(">=", value, bound)
+        n = e.b.load(count)
+        e.store_chosen(index, indices, n, chosen)
+        e.store_chosen(value, values, n, chosen)
+        e.b.store(e.b.add(n, e.count(chosen)), count)
+    return e.b.load(count)
+
+
+@intrinsic(types.float32)
+def threshold(e, x, n_blocks, wanted, counts):
+    """Return the largest number for which the elements of x that are at least as large add up to `wanted`, or 0.
+
+    The elements are 0 to 1. counts: each element counts as 1. The search bisects the bits of the number, since the bits
+    of positive floats are in the order of the floats.
+    """
+    low, high = (cgutils.alloca_once(e.b, I32) for _ in range(2))
+    e.b.store(I32(0), low)
+    e.b.store(I32(0x3F800001), high)  # the next float32 after 1
+    (total,) = e.totals(FLOATS, 1)
+    with cgutils.for_range(e.b, I64(30)):  # the bits of 1 are a number below 2^30
+        middle = e.b.lshr(e.b.add(e.b.load(low), e.b.load(high)), I32(1))
+        bound = e.splat(e.b.bitcast(middle, F32))
+        e.b.store(e.floats(0.0), total)
+        with cgutils.for_range(e.b, n_blocks) as loop:
+            value = e.load(x, e.index(I64(0), LANES, loop.index), FLOATS)
+            worth = e.b.select(counts, e.floats(1.0), value)
+            worth = e.b.select(e.b.fcmp_ordered(">=", value, bound), worth, e.floats(0.0))
+            e.b.store(e.b.fadd(worth, e.b.load(total)), total)
+        enough = e.b.fcmp_ordered(">=", e.sum_of_lanes(e.b.load(total)), wanted)
+        e.b.store(e.b.select(enough, middle, e.b.load(low)), low)
+        e.b.store(e.b.select(enough, e.b.load(high), middle), high)
+    return e.b.bitcast(e.b.load(low), F32)
+
+
+@intrinsic()
+def gelu(e, x, at, n_blocks, out):
+    """Write x / (1 + e^(-2 u)) to out[at :] for x[at :], with u = sqrt(2 / pi) (x + 0.044715 x^3).
+
+    This is the tanh form of GELU (Hendrycks & Gimpel 2016), since (1 + tanh(u)) / 2 = 1 / (1 + e^(-2 u)).
+    """
+    linear = -2 * (2 / 3.141592653589793) ** 0.5 * LOG2_E
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        here = e.index(at, LANES, loop.index)
+        value = e.load(x, here, FLOATS)
+        slope = e.fma(e.b.fmul(value, value), e.floats(0.044715 * linear), e.floats(linear))
+        denominator = e.b.fadd(e.exp2(e.b.fmul(value, slope)), e.floats(1.0))
+        e.store(e.b.fdiv(value, denominator), out, here)
+
+
+@intrinsic()
+def rotate(e, x, at, half, cos, sin, tables_at, n_blocks):
+    """Replace each x and the y that is `half` elements after it by x cos - y sin and y cos + x sin."""
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        first = e.index(at, LANES, loop.index)
+        second = e.b.add(first, half)
+        angle = e.index(tables_at, LANES, loop.index)
+        c, s = e.load(cos, angle, FLOATS), e.load(sin, angle, FLOATS)
+        a, b = e.load(x, first, FLOATS), e.load(x, second, FLOATS)
+        e.store(e.fma(a, c, e.b.fneg(e.b.fmul(b, s))), x, first)
+        e.store(e.fma(b, c, e.b.fmul(a, s)), x, second)
+
+
+# --- attention of one head: `size` is its head_dim, and `width` is head_dim padded to LANES
+
+
+@intrinsic()
+def put_key(e, x, at, size, width, keys, block_at, lane, scales, scale_at):
+    """Round a key, x[at : at + size], to bytes, and write it to its lane of a block of keys. Write its scale too."""
+    inverse = _put_scale(e, x, at, size, width, scales, scale_at)
+    with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as loop:
+        four_at = e.index(e.index(block_at, 4, lane), LANES * LANES, loop.index)
+        ints = e.to_ints(_head(e, x, at, size, loop.index), inverse, 128.0)
+        fours = e.b.bitcast(e.to_bytes(ints), ir.VectorType(I32, LANES // 4))
+        for i in range(LANES // 4):
+            e.store(e.b.extract_element(fours, I32(i)), keys, e.index(four_at, 4 * LANES, i))
+
+
+@intrinsic()
+def put_value(e, x, at, size, width, values, quad_at, lane, scales, scale_at):
+    """Round a value, x[at : at + size], to bytes, and write it to its lane of a group of four. Write its scale too."""
+    inverse = _put_scale(e, x, at, size, width, scales, scale_at)
+    shift = e.splat(e.b.trunc(e.b.mul(lane, I64(8)), I32))
+    others = e.b.not_(e.b.shl(e.ints(255), shift))
+    with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as loop:
+        here = e.index(quad_at, 4 * LANES, loop.index)
+        ints = e.b.sub(e.to_ints(_head(e, x, at, size, loop.index), inverse, 128.0), e.ints(128))
+        mine = e.b.shl(e.b.and_(ints, e.ints(255)), shift)
+        e.store(e.b.or_(e.b.and_(e.load(values, here, INTS), others), mine), values, here)
+
+
+def _head(e, x, at, size, block):
+    """Return a vector of a head's elements, with zeros after its last one."""
+    first = e.index(I64(0), LANES, block)
+    value = e.load(x, e.b.add(at, first), FLOATS)
+    return e.b.select(e.first_lanes(e.b.sub(size, first)), value, e.floats(0.0))
+
+
+def _largest_of_head(e, x, at, size, width):
+    """Return the largest absolute value of a head's elements."""
+    (greatest,) = e.totals(FLOATS, 1)
+    with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as loop:
+        value = e.magnitude(_head(e, x, at, size, loop.index))
+        e.b.store(e.larger(value, e.b.load(greatest)), greatest)
+    return e.largest_lane(e.b.load(greatest))
+
+
+def _put_scale(e, x, at, size, width, scales, scale_at):
+    """Write the scale of a head's elements, and return its inverse in each lane."""
+    largest = _largest_of_head(e, x, at, size, width)
+    e.store(e.b.fmul(largest, F32(1 / 127)), scales, scale_at)
+    return e.splat(e.inverse_scale(largest, 127.0))
+
+
+@intrinsic()
+def round_query(e, x, at, size, width, out, out_at, factors, offsets, head):
+    """Round a query, x[at : at + size], to bytes in out[out_at :].
+
+    factors[head]: what makes its dot products with keys scores for powers of 2, softmax's scaling included.
+    offsets[head]: what a dot product gains because 128 is added to the bytes of keys.
+    """
+    largest = _largest_of_head(e, x, at, size, width)
+    inverse = e.splat(e.inverse_scale(largest, 127.0))
+    (offset,) = e.totals(INTS, 1)
+    e.b.store(e.ints(0), offset)
+    with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as loop:
+        ints = e.b.sub(e.to_ints(_head(e, x, at, size, loop.index), inverse, 128.0), e.ints(128))
+        e.store(e.to_bytes(ints), out, e.index(out_at, LANES, loop.index))
+        e.b.store(e.b.add(e.b.load(offset), e.b.shl(ints, e.ints(7))), offset)
+    root = e.call("llvm.sqrt.f32", F32, e.b.sitofp(size, F32))
+    e.store(e.b.fdiv(e.b.fmul(largest, F32(LOG2_E / 127)), root), factors, head)
+    e.store(e.reduce(e.b.load(offset), e.b.add), offsets, head)
+
+
+@intrinsic()
+def key_scores(e, query, query_at, width, factors, offsets, head, keys, at, scales, scales_at, n, scores, scores_at):
+    """Write the scores of a rounded query (width,) with the keys of the block at byte `at`: NEVER from key n on."""
+    totals = e.totals(e.sums, LANES // 4)
+    with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
+        for i, total in enumerate(totals):
+            step = e.index(I64(i), LANES // 4, group.index)
+            part = e.splat(e.load(query, e.index(query_at, 4, step), I32))
+            block = e.load(keys, e.index(at, 4 * LANES, step), BYTES)
+            e.b.store(e.dot(e.b.load(total), block, e.b.bitcast(part, BYTES)), total)
+    product = e.b.sub(e.sum_of(totals), e.splat(e.load(offsets, head, I32)))
+    scale = e.b.fmul(e.load(scales, scales_at, FLOATS), e.splat(e.load(factors, head, F32)))
+    score = e.b.fmul(e.b.sitofp(product, FLOATS), scale)
+    e.store(e.b.select(e.first_lanes(n), score, e.floats(NEVER)), scores, scores_at)
+
+
+@intrinsic()
+def soften(e, scores, at, length, scales, scales_at, stride, high, low, factors, head):
+    """Turn scores into the 16-bit weights of values: 2^(score - largest score) times the scale of the value.
+
+    The scales of the next block of values are `stride` after those of a block. high, low: (tokens,) uint8, the two
+    bytes of the weights, of which the largest is 65535. factors[head]: what makes the weights add up to 1.
+    """
+    n_blocks = e.blocks(length)
+    best, total, heaviest = (e.totals(FLOATS, 1)[0] for _ in range(3))
+    e.b.store(e.floats(NEVER), best)
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        score = e.load(scores, e.index(at, LANES, loop.index), FLOATS)
+        e.b.store(e.larger(score, e.b.load(best)), best)
+    shift = e.splat(e.largest_lane(e.b.load(best)))
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        here = e.index(at, LANES, loop.index)
+        weight = e.exp2(e.b.fsub(e.load(scores, here, FLOATS), shift))
+        e.b.store(e.b.fadd(weight, e.b.load(total)), total)
+        weight = e.b.fmul(weight, e.load(scales, e.index(scales_at, stride, loop.index), FLOATS))
+        left = e.b.sub(length, e.index(I64(0), LANES, loop.index))
+        weight = e.b.select(e.first_lanes(left), weight, e.floats(0.0))
+        e.store(weight, scores, here)
+        e.b.store(e.larger(weight, e.b.load(heaviest)), heaviest)
+    largest = e.largest_lane(e.b.load(heaviest))
+    sums = e.sum_of_lanes(e.b.load(total))
+    e.store(e.b.fdiv(e.b.fmul(largest, F32(1 / 65535)), sums), factors, head)
+    inverse = e.splat(e.inverse_scale(largest, 65535.0))
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        here = e.index(at, LANES, loop.index)
+        ints = e.to_ints(e.load(scores, here, FLOATS), inverse)
+        e.store(e.to_bytes(e.b.lshr(ints, e.ints(8))), high, here)
+        e.store(e.to_bytes(ints), low, here)
+
+
+@intrinsic()
+def weigh_values(e, high, low, weights_at, values, at, width, sums, sums_at):
+    """Add a block of values times the high and the low bytes of its weights to sums[sums_at :], (2, width) int32."""
+    with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
+        column = e.index(I64(0), LANES, group.index)
+        quads = [e.index(at, e.b.mul(width, I64(4)), quad) for quad in range(LANES // 4)]
+        blocks = [e.load(values, e.index(quad, 4, column), BYTES) for quad in quads]
+        for half, weights in enumerate((high, low)):
+            here = e.b.add(e.index(sums_at, width, half), column)
+            chains = [ir.Constant(e.sums, None)] * 2
+            for quad, block in enumerate(blocks):
+                four = e.splat(e.load(weights, e.index(weights_at, 4, quad), I32))
+                chains[quad % 2] = e.dot(chains[quad % 2], e.b.bitcast(four, BYTES), block)
+            e.store(e.b.add(e.load(sums, here, INTS), e.folded(e.b.add(*chains))), sums, here)
+
+
+@intrinsic()
+def put_sums(e, sums, sums_at, width, factors, head, out, out_at):
+    """Write (256 * high sums + low sums) * the head's factor to out[out_at : out_at + width]. Set the sums to 0."""
+    factor = e.splat(e.load(factors, head, F32))
+    with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
+        column = e.index(I64(0), LANES, group.index)
+        halves = [e.b.add(e.index(sums_at, width, half), column) for half in range(2)]
+        high, low = (e.b.sitofp(e.load(sums, half, INTS), FLOATS) for half in halves)
+        e.store(e.b.fmul(e.fma(high, e.floats(256.0), low), factor), out, e.b.add(out_at, column))
+        for half in halves:
+            e.store(e.ints(0), sums, half)
+
+
+@intrinsic(types.int64)
+def multiply_adds(e, n, out):
+    """Compute n rounds of independent dot products, as fast as the processor can.
+
+    Write their sums to out (LANES,) int32, so that the compiler can't leave them out. Return the number of products of
+    bytes in a round.
+    """
+    n_chains = 16 if e.form == "avx512-vnni" else 4
+    totals = e.totals(e.sums, n_chains)
+    unsigned = e.b.bitcast(e.load(out, I64(0), INTS), BYTES)  # a value that the compiler can't know
+    with cgutils.for_range(e.b, n):
+        for total in totals:
+            e.b.store(e.dot(e.b.load(total), unsigned, unsigned), total)
+    result = e.folded(e.b.load(totals[0]))
+    for total in totals[1:]:
+        result = e.b.add(result, e.folded(e.b.load(total)))
+    e.store(result, out, I64(0))
+    return I64(n_chains * 4 * LANES)
