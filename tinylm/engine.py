@@ -13,17 +13,16 @@ from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Literal, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 
+from tinylm.logprobs import token_logprobs
 from tinylm.model import Model, ModelRunner
-from tinylm.sampling import SamplingParams, TokenLogprobs, token_logprobs
+from tinylm.sampling import FinishReason, SamplingParams, TokenLogprobs
 from tinylm.stats import EngineStats
 
 LEAST_TO_COPY = 16  # tokens of a prefix that another slot holds: fewer are sooner computed again
-
-FinishReason = Literal["stop", "length", "timeout", "cancelled"]
 
 
 class EngineFull(RuntimeError):

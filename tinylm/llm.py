@@ -14,6 +14,7 @@ from threadpoolctl import ThreadpoolController
 from tinylm.completion import Completion, CompletionBuilder
 from tinylm.engine import Engine
 from tinylm.model import Chunk, Model, ModelRunner
+from tinylm.paths import DEFAULT_MODEL
 from tinylm.sampling import SamplingParams
 from tinylm.stream import Stream, Update
 from tinylm.tokenizer import Tokenizer
@@ -42,13 +43,13 @@ def load(directory: Path | str, kernels: str = "auto", precision: str = "auto") 
 class LLM:
     """A model to generate with:
 
-    >>> llm = LLM("models/stories-8m")
+    >>> llm = LLM()
     >>> llm.generate("Once upon a time", SamplingParams(max_tokens=16, temperature=0))[0].text
     """
 
     def __init__(
         self,
-        model: Path | str = "models/stories-8m",
+        model: Path | str = DEFAULT_MODEL,
         n_slots: int = 16,
         threads: int = 1,
         kernels: str = "auto",

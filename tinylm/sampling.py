@@ -1,6 +1,6 @@
-"""The settings by which a user chooses tokens, and log-probabilities.
+"""The settings of one request, and the types of what it returns per token. No NumPy here, so that clients stay light.
 
-Choosing tokens by those settings is the kernels' business (`sample` there); when to end, the engine's.
+The kernels choose tokens by these settings. The engine decides when an answer ends.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
-
-import numpy as np
+from typing import Literal
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_SEED = 2**63 - 1
+
+# Why an answer ended. "stop": the model or a stop string; "length": max_tokens or the context.
+FinishReason = Literal["stop", "length", "timeout", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,3 @@ class TokenLogprobs:
 
     logprob: float  # of the token that was chosen
     top: tuple[tuple[int, float], ...]  # (token, logprob) of the likeliest, best first
-
-
-def token_logprobs(logits: np.ndarray, token: int, n_top: int) -> TokenLogprobs:
-    """The chosen token's log-probability and the `n_top` likeliest, by the model's own logits (vocab,)."""
-    shifted = logits.astype(np.float64) - float(logits.max())
-    logs = shifted - np.log(np.exp(shifted).sum())
-    top = np.argsort(-logits, kind="stable")[:n_top]
-    return TokenLogprobs(float(logs[token]), tuple((int(t), float(logs[t])) for t in top))

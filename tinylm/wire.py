@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tinylm.engine import FinishReason
-from tinylm.sampling import SamplingParams
+from tinylm.sampling import FinishReason, SamplingParams
 from tinylm.v1 import tinylm_pb2 as pb
 
 if TYPE_CHECKING:  # only the service makes completions, and clients need no tokenizer

@@ -15,8 +15,7 @@ from typing import Any
 
 import grpc
 
-from tinylm.engine import FinishReason
-from tinylm.sampling import SamplingParams, TokenLogprobs
+from tinylm.sampling import FinishReason, SamplingParams, TokenLogprobs
 from tinylm.stream import Update
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.wire import FINISH_REASON_NAMES

@@ -19,6 +19,7 @@ from tinylm.completion import Completion, CompletionBuilder
 from tinylm.engine import Engine, check_ids, check_length
 from tinylm.kernels import KernelName, Precision
 from tinylm.llm import load
+from tinylm.paths import DEFAULT_MODEL
 from tinylm.sampling import SamplingParams, TokenLogprobs
 from tinylm.serving.access import Access
 from tinylm.serving.calls import Answer, Call, answering
@@ -34,7 +35,7 @@ class AppArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: Path = Path("models/stories-8m")  # a model directory, from the directory that Serve was started in
+    model: Path = DEFAULT_MODEL  # a model directory; relative to the directory that Serve was started in
     slots: int = Field(default=16, ge=1, le=1024)  # requests decoded together
     max_waiting: int = Field(default=64, ge=0)  # requests queued behind them; more are refused
     prefill_tokens: int = Field(default=64, ge=1)  # prompt tokens a step takes while others decode

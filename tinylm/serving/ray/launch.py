@@ -28,11 +28,12 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tinylm.client import CHANNEL_OPTIONS, METADATA
+from tinylm.paths import CONFIGS
 from tinylm.serving.ray.haproxy import BINARY_VARIABLE as HAPROXY_BINARY
 from tinylm.serving.ray.haproxy import SLOTS_VARIABLE as HAPROXY_SLOTS
 
-HAPROXY_CONFIG = Path("configs/serve.yaml")
-PYTHON_PROXY_CONFIG = Path("configs/serve-python-proxy.yaml")
+HAPROXY_CONFIG = CONFIGS / "serve.yaml"
+PYTHON_PROXY_CONFIG = CONFIGS / "serve-python-proxy.yaml"
 # Set unless the user has: workers at normal priority (Ray's default is nice 15), a dashboard on loopback that opens
 # without a token, no usage reports.
 ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -58,7 +59,7 @@ def launch(config: Path | None, wait_s: float) -> int:
     """Serve until interrupted; returns the exit status. Raises ValueError when the config is unusable."""
     config = config or pick_config()
     if not config.is_file():
-        raise ValueError(f"no Serve config at {config}: run this from TinyLM's own directory, or give --config")
+        raise ValueError(f"config is {config}: there is no such file")
     host, grpc_port, http_port, slots = read_config(config)
     address = f"{host}:{grpc_port}"
     for port in (grpc_port, http_port):

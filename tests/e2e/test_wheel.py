@@ -1,0 +1,114 @@
+"""The built wheel, unpacked into an empty directory and used from another one, with only the libraries it names."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "serve_app.py", "tinylm", "models", "configs")
+# What `import tinylm.client` needs. The command line needs Typer, too.
+CLIENT = ("grpc", "google", "typing_extensions.py")
+TYPER = (  # typer and what it needs
+    "typer", "click", "rich", "shellingham", "pygments", "markdown_it", "mdurl", "annotated_doc", "pydantic",
+    "pydantic_core", "annotated_types", "typing_inspection",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, built in a copy of it."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*command, "--wheel-dir", str(out)], cwd=source, check=True)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(directory)
+    return directory
+
+
+def run(unpacked: Path, libraries: list[str], code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code that sees the standard library, the unpacked wheel, and these libraries alone."""
+    site = cwd / "libraries"
+    site.mkdir(exist_ok=True)
+    for name in libraries:
+        spec = importlib.util.find_spec(name.removesuffix(".py"))
+        assert spec is not None, name
+        origin = Path(spec.origin) if name.endswith(".py") else Path(next(iter(spec.submodule_search_locations or ())))
+        if not (site / origin.name).exists():
+            (site / origin.name).symlink_to(origin)
+    place = cwd / "empty"
+    place.mkdir(exist_ok=True)
+    paths = f"import sys; sys.path[:0] = [{str(unpacked)!r}, {str(site)!r}]\n"
+    environment = {"PATH": os.defpath, "HOME": str(cwd)}
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", paths + code], capture_output=True, text=True, cwd=place, env=environment
+    )
+
+
+def test_wheel_installs_no_training_or_load_test(unpacked: Path) -> None:
+    tops = {path.name for path in unpacked.iterdir() if not path.name.endswith(".dist-info")}
+    assert tops == {"tinylm", "serve_app.py"}
+
+
+def test_wheel_contains_model_configs_licences_and_types(unpacked: Path) -> None:
+    names = {str(path.relative_to(unpacked / "tinylm")) for path in (unpacked / "tinylm").rglob("*")}
+    assert {"models/stories-8m/model.safetensors", "configs/serve.yaml", "web/index.html", "py.typed"} <= names
+    (information,) = unpacked.glob("*.dist-info")
+    assert {path.name for path in (information / "licenses").rglob("*") if path.is_file()} >= {"LICENSE"}
+
+
+def test_client_needs_grpcio_and_protobuf_alone(unpacked: Path, tmp_path: Path) -> None:
+    code = "import tinylm.client, sys\nprint([name for name in ('numpy', 'numba', 'ray') if name in sys.modules])"
+    result = run(unpacked, list(CLIENT), code, tmp_path)
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_generate_from_a_server_needs_no_engine(unpacked: Path, tmp_path: Path) -> None:
+    """Nothing listens on the port: the command gets as far as asking, and says so in one line."""
+    code = "sys.argv = ['tinylm', 'generate', 'Once', '--server', 'localhost:1']\nimport tinylm.cli\ntinylm.cli.app()"
+    result = run(unpacked, [*CLIENT, *TYPER], code, tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: UNAVAILABLE"), result.stderr
+
+
+def test_serve_without_ray_names_the_extra(unpacked: Path, tmp_path: Path) -> None:
+    code = "sys.argv = ['tinylm', 'serve']\nimport tinylm.cli\ntinylm.cli.app()"
+    result = run(unpacked, [*CLIENT, *TYPER], code, tmp_path)
+    assert result.returncode == 1
+    assert "tinylm[serve]" in result.stderr, result.stderr
+
+
+def test_packaged_model_is_used_from_any_directory(unpacked: Path, tmp_path: Path, stories) -> None:
+    """With all libraries of this environment, but TinyLM from the wheel."""
+    code = (
+        "import json, sys\nsys.path.insert(0, sys.argv[1])\nimport tinylm\n"
+        "text = tinylm.LLM(kernels='numpy').generate('Once upon a time', tinylm.SamplingParams(4, 0))[0].text\n"
+        "print(json.dumps([tinylm.__file__, text]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(unpacked)],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    file, text = json.loads(result.stdout)
+    assert Path(file).is_relative_to(unpacked)
+    assert text.startswith(",")
