@@ -20,7 +20,7 @@ INSTALL = "pip install -e '.[bench]'"
 
 app = typer.Typer(
     help="Load on a running service, measured from outside like any user. `run` may be left out: "
-    "python -m loadtest --concurrency 4. Figures are defined in docs/loadtest.md.",
+    "python -m loadtest --concurrency 4. Figures are defined in docs/speed.md.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

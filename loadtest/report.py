@@ -79,7 +79,7 @@ def _section(result: Mapping[str, Any]) -> str:
     return (
         f"<h2>{html.escape(result['label'])}</h2><p class=facts>{html.escape(', '.join(facts))}<br>"
         f"<code>{html.escape(result['command'])}</code></p><table><tr>{head}</tr>{rows}</table>{hints}"
-        "<p class=facts>Milliseconds; definitions are in docs/loadtest.md.</p>"
+        "<p class=facts>Milliseconds; definitions are in docs/speed.md.</p>"
     )
 
 

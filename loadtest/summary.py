@@ -1,4 +1,4 @@
-"""From single calls to the figures of a run. Every definition stands in docs/loadtest.md."""
+"""From single calls to the figures of a run. Every definition stands in docs/speed.md."""
 
 from __future__ import annotations
 

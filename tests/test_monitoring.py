@@ -35,7 +35,7 @@ DASHBOARD = json.loads((DIRECTORY / "grafana-dashboard.json").read_text(encoding
 ALERTS = [
     rule for group in yaml.safe_load((DIRECTORY / "alerts.yml").read_text("utf-8"))["groups"] for rule in group["rules"]
 ]
-PAGE = Path("docs/monitoring.md").read_text(encoding="utf-8")
+PAGE = Path("docs/operate.md").read_text(encoding="utf-8")
 METADATA = (("application", "tinylm"),)
 LIMIT_S = 60
 N_REPLICAS = 2
@@ -392,12 +392,11 @@ def test_every_metric_is_on_the_dashboard() -> None:
     assert [metric.exported for metric in metrics.METRICS if metric.exported not in text] == []
 
 
-def test_the_page_has_every_metric_and_a_section_for_every_alert() -> None:
-    assert metrics.table() in PAGE
+def test_every_alert_has_a_section_in_the_docs() -> None:
     sections = re.findall(r"^### (TinyLM\w+)$", PAGE, re.MULTILINE)
     assert sections == [alert["alert"] for alert in ALERTS]
     for alert in ALERTS:
-        assert alert["annotations"]["runbook"] == f"docs/monitoring.md#{alert['alert'].lower()}"
+        assert alert["annotations"]["runbook"] == f"docs/operate.md#{alert['alert'].lower()}"
     for section in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]:
         if section.startswith("TinyLM"):
             assert [part for part in ("**Means**", "**Look at**", "**Do**") if part not in section] == []

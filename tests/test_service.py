@@ -231,16 +231,6 @@ def test_the_asynchronous_client_gives_what_the_plain_one_does_also_in_many_stre
     asyncio.run(all_at_once())
 
 
-def test_the_examples_of_the_clients_page_run(service: Service) -> None:
-    page = Path("docs/client.md").read_text(encoding="utf-8")
-    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 2
-    for example in examples:
-        code = example.replace("localhost:9000", service.address)
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert len(result.stdout) > 40
-
-
 def test_the_story_prompt_writes_by_the_service(service: Service, client: Client, tmp_path: Path) -> None:
     story = "Once upon a time" + client.generate("Once upon a time", GREEDY).text
     story += client.generate(story, GREEDY).text

@@ -70,7 +70,7 @@ def test_a_session_at_a_terminal(tmp_path: Path, numpy_stories):
 
 def test_the_transcript_of_the_page_is_what_happens(tmp_path: Path):
     """Speeds aside."""
-    page = Path("docs/client.md").read_text(encoding="utf-8")
+    page = Path("docs/use.md").read_text(encoding="utf-8")
     (transcript,) = re.findall(r"```console\n\$ tinylm write (.*?)```", page, re.DOTALL)
     options, *turns = re.split(r"^> ?", transcript, flags=re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""Pictures of the web page on a running service, under a little load of its own that makes the live view live.
+"""Write a picture of the web page on a running service, with some load for its live view.
 
 python tests/web_screenshots.py http://localhost:8000/ docs/images
 """
@@ -12,31 +12,21 @@ import time
 import urllib.request
 from pathlib import Path
 
-from browser_fixtures import DESKTOP, PHONE, chromium, visit
+from browser_fixtures import DESKTOP, chromium, visit
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
 PROMPTS = ("Once upon a time", "The little dog", "It was raining, and Tom was sad.")
 CLIENTS = 12
-SIZES = {"web-desktop": (DESKTOP, 1.5), "web-phone": (PHONE, 2)}  # px of the style sheet, and of the screen for each
+SCALE = 1.5  # screen pixels per CSS pixel
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def take(browser: Browser, url: str, directory: Path, load_s: float) -> list[Path]:
-    """A picture of each size, after `load_s` seconds of load."""
-    paths = []
-    for name, (size, scale) in SIZES.items():
-        path = directory / f"{name}.png"
-        path.write_bytes(_compressed(_picture(browser, url, size, scale, load_s)))
-        paths.append(path)
-    return paths
-
-
-def _picture(browser: Browser, url: str, size: dict[str, int], scale: float, load_s: float) -> bytes:
-    is_phone = size == PHONE
+def take(browser: Browser, url: str, load_s: float) -> bytes:
+    """Return a PNG of the page with a finished story, after `load_s` seconds of load."""
     ended = threading.Event()
     clients = [threading.Thread(target=_ask_until, args=(url, ended), daemon=True) for _ in range(CLIENTS)]
-    with visit(browser, url, viewport=size, device_scale_factor=scale, is_mobile=is_phone, has_touch=is_phone) as page:
+    with visit(browser, url, viewport=DESKTOP, device_scale_factor=SCALE) as page:
         for client in clients:
             client.start()
         time.sleep(load_s)
@@ -52,7 +42,7 @@ def _picture(browser: Browser, url: str, size: dict[str, int], scale: float, loa
 
 
 def _ask_until(url: str, ended: threading.Event) -> None:
-    """One client: a story, a pause, another."""
+    """Ask for one story after another, with pauses, until `ended` is set."""
     while not ended.wait(random.expovariate(3)):
         body = {"prompt": random.choice(PROMPTS), "max_tokens": random.randint(20, 200), "temperature": 0.8}
         request = urllib.request.Request(
@@ -62,7 +52,7 @@ def _ask_until(url: str, ended: threading.Event) -> None:
 
 
 def _compressed(png: bytes) -> bytes:
-    """The same picture with a palette: a page has few colours."""
+    """Return the same picture with a palette, which suffices for a page with few colours."""
     out = io.BytesIO()
     Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()
@@ -71,9 +61,10 @@ def _compressed(png: bytes) -> bytes:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="of the page, with its last slash")
-    parser.add_argument("directory", type=Path, help="where the pictures go")
-    parser.add_argument("--load-s", type=float, default=62.0, help="seconds of load before each picture")
+    parser.add_argument("directory", type=Path, help="where web-desktop.png goes")
+    parser.add_argument("--load-s", type=float, default=62.0, help="seconds of load before the picture")
     arguments = parser.parse_args()
+    target = arguments.directory / "web-desktop.png"
     with chromium() as chosen:
-        for written in take(chosen, arguments.url, arguments.directory, arguments.load_s):
-            print(f"{written} ({written.stat().st_size // 1024} kB)")
+        target.write_bytes(_compressed(take(chosen, arguments.url, arguments.load_s)))
+    print(f"{target} ({target.stat().st_size // 1024} kB)")

@@ -1,8 +1,8 @@
-"""docs/how-it-works.md from its template, the committed results and the code itself.
+"""Write docs/how-it-works.md from its template, the committed results and excerpts of the code.
 
     python -m docs.making.page [--check]
 
-So every figure and every excerpt on the page is what stands in those files; `--check` fails when the page is stale.
+`--check` writes nothing and fails when the page is stale.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from docs.making.pictures import RESULTS, load_results
-from loadtest.bench.speed_page import PartResult
+from docs.making.pictures import load_results
 
 TEMPLATE = Path("docs/making/how-it-works.md.j2")
 OUT = Path("docs/how-it-works.md")
 
 
 def excerpt(path: str, first: str, last: str, after: str = "") -> str:
-    """The lines of a file from one that begins with `first` to the next that begins with `last`, as a fenced block.
+    """Return lines of a file as a fenced block: from one that begins with `first` to the next that begins with `last`.
 
-    after: look behind the line that this stands in. Raises ValueError when the file has no such lines.
+    The search starts at the first line that contains `after`. Raises ValueError if the file has no such lines.
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     try:
@@ -37,8 +36,10 @@ def excerpt(path: str, first: str, last: str, after: str = "") -> str:
 
 
 def render() -> str:
+    """Return the page."""
     results = load_results()
     pictures, bench = results["pictures"], results["bench"]
+    served = next(row for row in results["quantization"]["formats"] if row["arithmetic"] == "as served")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         pictures=pictures,
@@ -50,8 +51,7 @@ def render() -> str:
         line=pictures["timeline"],
         bench=bench,
         batch=lambda size: next(row for row in bench["decode"] if row["batch"] == size),
-        quantization=results["quantization"],
-        served=PartResult(RESULTS / "standard", "haproxy", "unary"),
+        cost_of_int8=served["collections"]["tinystories"]["more_than_float32"],
         code=excerpt,
         n=lambda number: f"{number:,.0f}",
         ms=lambda number: f"{number:.2f}",
@@ -59,12 +59,13 @@ def render() -> str:
 
 
 def main() -> None:
+    """Write the page, or check it."""
     parser = argparse.ArgumentParser(prog="python -m docs.making.page", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail when the page is stale")
     page = render()
     if parser.parse_args().check:
         stale = page != OUT.read_text(encoding="utf-8")
-        sys.exit(f"{OUT} is stale: make pictures, or python -m docs.making.page" if stale else 0)
+        sys.exit(f"{OUT} is stale: run python -m docs.making.page" if stale else 0)
     OUT.write_text(page, encoding="utf-8")
     print(f"wrote {OUT}")
 

@@ -3,7 +3,7 @@
     python -m tinylm.serving.ray.monitor
 
 Starts what configs/monitoring describes, on loopback and on the ports where Ray's dashboard looks for them, until it is
-interrupted. Neither program comes with TinyLM: docs/monitoring.md says how to install them.
+interrupted. Neither program comes with TinyLM: docs/operate.md says how to install them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(
             processes["Prometheus"] = start_prometheus(written, data, prometheus_port)
             print(f"Prometheus: http://localhost:{prometheus_port}/alerts", flush=True)
             if (grafana := grafana_command()) is None:
-                print("Grafana is not installed (docs/monitoring.md): Prometheus has graphs of its own", flush=True)
+                print("Grafana is not installed (docs/operate.md): Prometheus has graphs of its own", flush=True)
             else:
                 processes["Grafana"] = start_grafana(grafana, config.parent, data, prometheus_port, grafana_port)
                 print(f"Grafana:    http://localhost:{grafana_port}/d/tinylm", flush=True)
