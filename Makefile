@@ -11,7 +11,7 @@ STAGES := prepare tokenizer encode tell teach run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve tls certificate monitor test chaos walkthrough check format proto bench peers parts pictures reference train train-demo clean
+.PHONY: help setup setup-dev serve tls certificate monitor test chaos walkthrough check format proto bench peers parts pictures docs train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -42,14 +42,14 @@ certificate: ## Make a self-signed certificate for localhost, to try TLS with; c
 test: $(VENV)/development ## Run every test but the slow ones of `make chaos` and `make walkthrough`
 	$(BIN)/python -m pytest
 
-chaos: $(VENV)/development ## Kill parts of the service under load, for minutes (SOAK_S=20); writes docs/chaos.md
+chaos: $(VENV)/development ## Kill parts of the service under load, for minutes (SOAK_S=20)
 	CHAOS_REPORT=docs/results/chaos.json CHAOS_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m chaos
 	$(BIN)/python -m loadtest.bench.pages
 
 walkthrough: $(VENV)/development ## Execute the commands of README.md and docs/ in a fresh clone of HEAD, as they stand there
-	$(BIN)/python -m pytest -m walkthrough --tb=short --durations=0 tests/walkthrough
+	$(BIN)/python -m pytest -m walkthrough --tb=short --durations=0 tests/docs/test_walkthrough.py
 
-check: $(VENV)/development ## Lint, formatting, types
+check: $(VENV)/development ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -73,13 +73,14 @@ parts: $(VENV)/serving ## Where the time of a decode step goes; writes docs/resu
 	$(BIN)/python -m loadtest.parts --out docs/results/parts.json
 	$(BIN)/python -m loadtest.bench.pages
 
-pictures: $(VENV)/development ## Measure, draw and write docs/how-it-works.md anew
+pictures: $(VENV)/development ## Measure, draw and write docs/how-it-works.md again
 	$(BIN)/python -m docs.making.measure
 	$(BIN)/python -m docs.making.pictures
 	$(BIN)/python -m docs.making.page
 
-reference: $(VENV)/development ## Make docs/reference/ from the proto, the docstrings and the command line
-	$(BIN)/python -m docs.making.reference
+docs: $(VENV)/development ## Build the documentation as a site in site/, with every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file configs/mkdocs.yml
+	@echo "wrote site/index.html"
 
 train: $(VENV)/development ## Prepare, tokenize, encode, train, evaluate and export (CONFIG=configs/train.yaml)
 	$(foreach stage,$(STAGES),$(BIN)/python -m train.$(stage) --config $(CONFIG) &&) true
@@ -89,7 +90,7 @@ train-demo: $(VENV)/development ## The same in two minutes, on text that it make
 	$(MAKE) train CONFIG=$(DEMO)
 
 clean: ## Remove .venv and caches, never data or models
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("TinyLM needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -100,7 +101,7 @@ $(VENV)/serving: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/development: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[serve,train,export,bench,test,dev]'
+	$(PIP) --editable '.[serve,train,export,bench,test,dev,docs]'
 	touch $@ $(VENV)/serving
 
 $(VENV)/bench: pyproject.toml constraints.txt | $(VENV)/bin/python

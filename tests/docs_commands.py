@@ -1,6 +1,6 @@
-"""Every command that README.md and docs/*.md show, and what executes it. A table, and what reads the pages.
+"""Read every command that README.md and docs/*.md show, and say in a table what executes it.
 
-A new command on a page needs a row here, unless one fits already: `tests/test_docs_commands.py` says so.
+A new command on a page needs a row here, unless one fits already. `tests/docs/test_docs_commands.py` checks that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class Until(Enum):
     """What a walk waits for, and how the command ends."""
 
     END = auto()  # by itself, with status 0
-    REFUSED = auto()  # by itself, with an error of one line: it needs what is not in the repository
     AT_WORK = auto()  # it takes long: by Ctrl-C, once it is at work
     SERVES = auto()  # by Ctrl-C, once it has been asked
     LEFT_RUNNING = auto()  # by itself; what it leaves running is asked, and then ended
@@ -71,11 +70,11 @@ HELD_OUT = {"FILE.parquet": "data/demo/text/demo.validation.parquet"}
 # Pattern of whole commands (the first that fits counts) -> HERE, CI, the test that executes that very command, or how
 # `make walkthrough` does. It does them in this order; a server's row comes after those beside it, and ends it.
 TABLE: dict[str, str | Walk] = {
-    r".* --help|make help|python -m loadtest standard --list": HERE,
+    r".* --help|make help|python -m loadtest standard --list|python -m tinylm.serving.metrics": HERE,
     r"tinylm write --seed 1 -n 40": "tests/test_terminal.py::test_the_transcript_of_the_page_is_what_happens",
     r"(printf .* \| )?tinylm (generate|info|tokenize|key|write|--version)\b(?!.*--server).*": HERE,
     r"cat fullchain.pem privkey.pem > server.pem.*": HERE,
-    r"make (test|check)": CI,
+    r"make (test|check|docs)": CI,
     r"make walkthrough": ITSELF,
     # With what serving needs and nothing else.
     r"make setup": Walk(Until.END, asked="! python -c 'import torch'", limit_s=1200),
@@ -101,7 +100,7 @@ TABLE: dict[str, str | Walk] = {
     # With everything, on the same service.
     r"make setup-dev": Walk(Until.END, asked="python -c 'import torch'", limit_s=1800),
     r"pip install -e '.\[\w+\]'": Walk(Until.END, "Successfully installed"),
-    r"python tests/web_screenshots.py .*": Walk(Until.END, "web-phone.png", beside=(SERVE,), rewrites=(IMAGES,)),
+    r"python tests/web_screenshots.py .*": Walk(Until.END, "web-desktop.png", beside=(SERVE,), rewrites=(IMAGES,)),
     r"python -m loadtest( -.*)?(?<!localhost:9100 --duration 5)": Walk(
         Until.END, "requests/s", beside=(SERVE,), on_service=True
     ),
@@ -114,9 +113,6 @@ TABLE: dict[str, str | Walk] = {
     # Other ways to serve.
     r"tinylm serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),
     r"(\w+=\S+ )*serve run configs/serve.yaml": Walk(Until.SERVES, "Submitted deploy config", asked=ASK),
-    r"python -m loadtest.bare_server": Walk(
-        Until.SERVES, r"ready on (\S+)", asked="tinylm info --server $SAID"
-    ),
     r"python -m loadtest --server localhost:9100 .*": Walk(
         Until.END,
         "requests/s",
@@ -150,7 +146,7 @@ TABLE: dict[str, str | Walk] = {
     # Training.
     r"make train-demo": Walk(Until.END, asked="test -s data/demo/models/demo/model.safetensors", limit_s=900),
     r"python -m train.demo_text": Walk(Until.END),
-    r"python -m train.(prepare|tokenizer|encode|tell|run|export) --config configs/train-demo.yaml.*": Walk(
+    r"python -m train.(prepare|tokenizer|encode|run|export) --config configs/train-demo.yaml.*": Walk(
         Until.END, filled=PLACE
     ),
     r"python -m train.evaluate .*": Walk(Until.END, '"bits_per_byte"', filled=HELD_OUT),
@@ -159,15 +155,12 @@ TABLE: dict[str, str | Walk] = {
     ),
     r"python -m train.export_(onnx|huggingface) .*": Walk(Until.END, "logits at most"),
     r"make train": Walk(Until.AT_WORK, r"tinystories .* [1-9]\d*/", refused=NO_TINYSTORIES),
-    r"make train CONFIG=configs/stories-8m.yaml": Walk(
-        Until.REFUSED, r"error: collection 'tinystories': no file matches 'corpus/tinystories.parquet'"
-    ),
     # Measuring, and making pages: what is made of committed results alone must be what is committed.
     r"python -m loadtest selftest": Walk(Until.END, "highest rate, stream"),
     r"tinylm bench": Walk(Until.END, r'"decode":'),
     r"make parts": Walk(Until.END, "whole step", rewrites=(RESULTS,)),
     r"make pictures": Walk(Until.END, "how-it-works.md", rewrites=(RESULTS, IMAGES, "docs/how-it-works.md")),
-    r"make (reference|proto)": Walk(Until.END),
+    r"make proto": Walk(Until.END),
     r"python -m (loadtest.bench.pages|docs.making.page)": Walk(Until.END),
     r"(SOAK_S=\d+ )?make chaos": Walk(Until.AT_WORK, r"tests/chaos/\w+\.py \.", limit_s=400),
     r"make bench( ONLY=.*)?|python -m loadtest standard": Walk(Until.AT_WORK, BUSY, limit_s=400),

@@ -6,7 +6,6 @@ import math
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from browser_fixtures import DESKTOP, PHONE, chromium, visit

@@ -24,6 +24,7 @@ from typer.cli import get_docs_for_click
 import tinylm
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 COPIES = "repository"  # the folder of the site that holds files from outside docs/
 LINK = re.compile(r"(\]\()([^)#\s:]+)([)#])")
 PROTO = "protos/tinylm/v1/tinylm.proto"
@@ -35,15 +36,21 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     pages |= {file.src_uri: file.content_string for file in files.documentation_pages()}
     copied: set[Path] = set()
     for uri, text in pages.items():
-        base = ROOT if uri == "index.md" else ROOT / "docs" / Path(uri).parent
-        copied |= linked(text, base)
+        copied |= linked(text, source_of(uri).parent)
     for path in sorted(copied):
         uri = f"{COPIES}/{path.relative_to(ROOT)}"
         files.append(File.generated(config, uri, abs_src_path=str(path)))
     files.append(File.generated(config, "index.md", content=pages["index.md"]))
-    for name, text in {"python": python(), "command-line": command_line(), "grpc": grpc(), "metrics": metrics()}.items():
-        files.append(File.generated(config, f"reference/{name}.md", content=text))
+    for name, write in REFERENCE.items():
+        files.append(File.generated(config, f"reference/{name}.md", content=write()))
     return files
+
+
+def source_of(uri: str) -> Path:
+    """Return the file in the repository that a page of the site comes from."""
+    if uri == "index.md":
+        return ROOT / "README.md"
+    return ROOT / uri.removeprefix(f"{COPIES}/") if uri.startswith(COPIES) else DOCS / uri
 
 
 def linked(text: str, base: Path) -> set[Path]:
@@ -51,7 +58,7 @@ def linked(text: str, base: Path) -> set[Path]:
     found: set[Path] = set()
     for _, target, _ in LINK.findall(text):
         path = (base / target).resolve()
-        if path.is_file() and path != ROOT / "README.md" and not path.is_relative_to(ROOT / "docs"):
+        if path.is_file() and path != ROOT / "README.md" and not path.is_relative_to(DOCS):
             found.add(path)
             if path.suffix == ".md":
                 found |= linked(path.read_text(encoding="utf-8"), path.parent)
@@ -59,20 +66,16 @@ def linked(text: str, base: Path) -> set[Path]:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Rewrite links that leave docs/, or that README.md has into it."""
+    """Rewrite links between docs/ and the rest of the repository."""
     uri = page.file.src_uri
-    if uri.startswith(COPIES):
-        return markdown
-    base = Path("docs") / uri if uri != "index.md" else Path("README.md")
+    base = source_of(uri).parent
     up = "../" * uri.count("/")
 
     def rewritten(match: re.Match[str]) -> str:
-        path = (ROOT / base.parent / match[2]).resolve()
-        if path.is_relative_to(ROOT / "docs"):
-            inside = str(path.relative_to(ROOT / "docs"))
-        else:
-            inside = f"{COPIES}/{path.relative_to(ROOT)}" if path.is_file() else match[2]
-        return f"{match[1]}{up}{inside}{match[3]}"
+        path = (base / match[2]).resolve()
+        if path.is_relative_to(DOCS):
+            return f"{match[1]}{up}{path.relative_to(DOCS)}{match[3]}"
+        return f"{match[1]}{up}{COPIES}/{path.relative_to(ROOT) if path.is_file() else 'missing'}{match[3]}"
 
     return LINK.sub(rewritten, markdown)
 
@@ -117,8 +120,7 @@ def grpc() -> str:
 
     for i, service in enumerate(file.service):
         methods = [
-            [f"`{m.name}`", _link(m.input_type), "stream of " * m.server_streaming + _link(m.output_type)]
-            + [comments.get((6, i, 2, j), "")]
+            [f"`{m.name}`", _link(m.input_type), _link(m.output_type, m.server_streaming), comments[6, i, 2, j]]
             for j, m in enumerate(service.method)
         ]
         section(f"Service `{service.name}`", "| method | request | response | meaning |", (6, i), methods)
@@ -152,6 +154,9 @@ def _type(field: FieldDescriptorProto) -> str:
     return f"optional {name}" if field.proto3_optional else name
 
 
-def _link(name: str) -> str:
+def _link(name: str, streamed: bool = False) -> str:
     name = name.rpartition(".")[2]
-    return f"[{name}](#{name.lower()})"
+    return f"{'stream of ' if streamed else ''}[{name}](#{name.lower()})"
+
+
+REFERENCE = {"python": python, "command-line": command_line, "grpc": grpc, "metrics": metrics}  # page -> what makes it

@@ -1,4 +1,4 @@
-"""Fill the tables of docs/speed.md, docs/engine.md and docs/chaos.md from docs/results.
+"""Fill the tables of docs/speed.md, docs/engine.md and docs/operate.md from docs/results.
 
 python -m loadtest.bench.pages
 """
@@ -17,7 +17,6 @@ from loadtest.bench.markdown import fill, table
 
 DOCS = Path("docs")
 CHAOS_COLUMNS = {
-    "revision": "revision",
     "requests": "requests",
     "answered": "answered",
     "answered_after_retries": "of these after retries",
@@ -38,7 +37,7 @@ PEER_LABELS = {
 
 
 def chaos_blocks(results: Path) -> dict[str, str]:
-    """Return the blocks of docs/chaos.md: where the faults were tried, and the account of each."""
+    """Return the block of docs/operate.md: where the faults were tried, and the account of each."""
     report = _read(results / "chaos.json")
     machine = report["machine"]
     where = f"{report['date'][:10]}, {machine['processor']}, {machine['cores']} cores, Ray {report['versions']['ray']}."
@@ -115,12 +114,12 @@ def _read(path: Path) -> Any:
 PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "speed.md": speed_page.blocks,
     "engine.md": engine_blocks,
-    "chaos.md": chaos_blocks,
+    "operate.md": chaos_blocks,
 }
 
 
 def main() -> None:
-    """Fill the tables of docs/speed.md, docs/engine.md and docs/chaos.md from docs/results."""
+    """Fill the tables of docs/speed.md, docs/engine.md and docs/operate.md from docs/results."""
     for name, blocks in PAGES.items():
         page = DOCS / name
         page.write_text(fill(page.read_text(encoding="utf-8"), blocks(DOCS / "results")), encoding="utf-8")

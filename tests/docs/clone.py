@@ -221,10 +221,6 @@ class Clone:
                 terminal.interrupt()
             elif not (how.refused and re.search(how.refused, terminal.output)):
                 terminal.fail(f"ended with status {terminal.status} before it was at work")
-        elif how.until is Until.REFUSED:
-            terminal.wait_for("", how.limit_s)
-            if not terminal.status or not re.search(how.says, terminal.output) or "Traceback" in terminal.output:
-                terminal.fail(f"was to be refused with {how.says!r}")
         else:
             self._expect_end(terminal, how)
             if how.asked:

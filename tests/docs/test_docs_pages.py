@@ -6,10 +6,10 @@ from statistics import median
 from typing import Any
 
 import pytest
+from docs_commands import PAGES
 from matplotlib.image import imread
 
 from docs.making import measure, page, pictures
-from docs_commands import PAGES
 from loadtest import result
 from train.quantization_study import markdown
 
