@@ -1,9 +1,9 @@
-"""What the pictures and figures of docs/how-it-works.md show, measured on the committed model.
+"""Measure what the pictures and figures of docs/how-it-works.md show, on the released model.
 
     python -m docs.making.measure
 
-Writes docs/results/pictures.json; drawing it is `docs.making.pictures`, telling it `docs.making.page`. Times are CPU
-time of the thread that computes, so that other work on the machine counts little; all else is the same each time.
+Writes docs/results/pictures.json. `docs.making.pictures` and `docs.making.page` use it. Times are
+CPU times of one thread, so that other work on the machine matters little. Everything else is deterministic.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ PENALIZED = "The dog saw a big dog. The"
 TEMPERATURES = (0.0, 0.5, 0.8, 1.5)
 LENGTHS = (16, 32, 64, 96, 128, 160, 192, 224, 255)
 ROUNDS = 9
-SHOWN_STEP = 4  # of the timeline: two sequences decode, and a third comes to the end of its prompt
 MATRIX = "model.layers.8.mlp.up_proj.weight"
 
 
 def shape(model: Model) -> dict:
-    """Where the parameters are."""
+    """Return the numbers of the model's shape, and where its parameters are."""
     c = model.config
     return {
         "parameters": c.n_parameters,
@@ -62,7 +61,7 @@ def shape(model: Model) -> dict:
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """Each token's text, for people; bytes of unfinished characters as hexadecimal numbers."""
+    """Return each token's text, or its bytes in hexadecimal if they are part of a character."""
 
     def show(token: int) -> str:
         data = tokenizer.piece_bytes[token]
@@ -75,16 +74,16 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 def tokens(tokenizer: Tokenizer) -> list[dict]:
-    """How texts, common and rare, fall into tokens."""
+    """Return the tokens of common and of rare texts."""
     encoded = {text: tokenizer.encode(text) for text in TEXTS}
     return [{"text": t, "bytes": len(t.encode()), "ids": i, "pieces": pieces(tokenizer, i)} for t, i in encoded.items()]
 
 
 @contextmanager
 def watched() -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
-    """While it lasts, the reference kernels leave here what each layer attends to, (n, heads, L), and each norm takes.
+    """Record each layer's attention weights, (n, heads, L), and each norm's input in the reference kernels.
 
-    Attention over the rows of the identity matrix, as values, gives its own weights.
+    With the identity matrix as values, attention returns its own weights.
     """
     attention, rms_norm = kernels.attention, kernels.rms_norm
     attended: list[np.ndarray] = []
@@ -107,7 +106,7 @@ def watched() -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
 
 
 def inside(tokenizer: Tokenizer, model: Model) -> dict:
-    """One story through the reference kernels: attention maps of telling heads, and the guess after every layer."""
+    """Return attention maps of three heads, and the ranks of the answer after every layer, for one story."""
     ids = tokenizer.encode_document(STORY)
     n = len(ids)
     runner = ModelRunner(model, 1, n, n)
@@ -135,11 +134,11 @@ def inside(tokenizer: Tokenizer, model: Model) -> dict:
             }
         )
 
-    # What each layer would answer if it were the last: its output through the final norm and the embedding.
+    # The answer after each layer: its output through the final norm and the embedding.
     chosen = logits.argmax(-1)
     w = model.weights
     ranks, guesses = [], []
-    for x in normed[2::2]:  # two norms a layer: what the next layer's first takes, and at last the final one
+    for x in normed[2::2]:  # two norms per layer: the input of the next layer's first norm, and of the final one
         scores = kernels.linear(kernels.rms_norm(x, w.norm, w.config.norm_eps), w.embedding, False)
         best = scores.argmax(-1)
         ranks.append(((scores > scores[np.arange(n), chosen][:, None]).sum(-1) + 1).tolist())
@@ -154,7 +153,7 @@ def inside(tokenizer: Tokenizer, model: Model) -> dict:
 
 
 def rounded_activation(x: np.ndarray, norm: np.ndarray, eps: float) -> dict:
-    """What enters a matmul for the last token, before and after its rounding to 8 bits."""
+    """Return a matmul's input for the last token, before and after rounding to 8 bits."""
     before = kernels.rms_norm(x[None], norm, eps)
     values, scale = kernels.round_to_int8(before)
     error = before - values * scale
@@ -168,7 +167,7 @@ def rounded_activation(x: np.ndarray, norm: np.ndarray, eps: float) -> dict:
 
 
 def weights() -> dict:
-    """Rows of one matrix as the model directory holds them: whole numbers and a scale."""
+    """Return a row of one matrix as the model directory stores it: integers and a scale."""
     matrix = load_model(MODEL)[1][MATRIX]
     assert isinstance(matrix, QuantizedMatrix)
     row = int(np.argsort(matrix.scale)[len(matrix.scale) // 2])
@@ -185,7 +184,7 @@ def weights() -> dict:
 
 
 def next_token(tokenizer: Tokenizer, model: Model) -> dict:
-    """The likeliest next tokens of a prompt under several temperatures, and how many top_p leaves."""
+    """Return the most likely next tokens at several temperatures, and how many top_p keeps."""
     logits = _last_logits(tokenizer, model, PROMPT)
     likeliest = np.argsort(-logits, kind="stable")[:12]
     settings = []
@@ -229,7 +228,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def cache_times(model: Model) -> dict:
-    """CPU milliseconds for the next token of a text of each length, with the cache and reading everything again."""
+    """Return the CPU time in ms of the next token by text length, with and without the cache."""
     context = model.config.context
     runner = ModelRunner(model, 1, context, 1)
     ids = np.random.default_rng(0).integers(2, model.config.vocab_size, context)
@@ -254,7 +253,7 @@ def cache_times(model: Model) -> dict:
 
 
 def timeline(tokenizer: Tokenizer, model: Model) -> dict:
-    """Eight requests on four slots of a real engine: for each step, what went through the model for whom."""
+    """Run eight requests on four slots, and return what each step processed of each request."""
     prompts = (
         "Once upon a time",
         STORY,
@@ -270,7 +269,7 @@ def timeline(tokenizer: Tokenizer, model: Model) -> dict:
     engine = Engine(model, n_slots=4, prefill_tokens=12)
     sequences: list[Sequence] = []
     rows: list[dict] = []
-    step, shown = 0, {}
+    step = 0
     while len(sequences) < len(prompts) or engine.has_work:
         while len(sequences) < len(prompts) and arrivals[len(sequences)] <= step:
             number = len(sequences)
@@ -278,37 +277,20 @@ def timeline(tokenizer: Tokenizer, model: Model) -> dict:
             sequences.append(engine.submit(tokenizer.encode_document(prompts[number]), params))
             rows.append({"arrived": step, "prompt_tokens": len(sequences[-1].prompt), "steps": []})
         before = [sequence.n_cached for sequence in sequences]
-        gained = engine.step()
+        engine.step()
         for sequence, row, cached in zip(sequences, rows, before, strict=True):
             begin = max(cached, sequence.n_reused)
             if sequence.n_cached > begin:
                 kind = "prompt" if begin < len(sequence.prompt) else "answer"
                 row["steps"].append([step, sequence.n_cached - begin, kind])
-        if step == SHOWN_STEP:
-            n_tokens = sum(count for row in rows for at, count, _ in row["steps"] if at == step)
-            shown = filled(tokenizer, engine._runner.batch, n_tokens, n_rows=len(gained))
         step += 1
     for sequence, row in zip(sequences, rows, strict=True):
         row |= {"reused": sequence.n_reused, "tokens": len(sequence.tokens), "ended": sequence.finish_reason}
-    return {"slots": 4, "prefill_tokens": 12, "n_steps": step, "sequences": rows, "batch": shown}
-
-
-def filled(tokenizer: Tokenizer, batch: Batch, n_tokens: int, n_rows: int) -> dict:
-    """What the kernels were handed for a step, and what they gave back."""
-    handed = {name: getattr(batch, name)[:n_tokens].tolist() for name in ("ids", "slots", "positions")}
-    chosen = batch.chosen[:n_rows].tolist()
-    return {
-        "step": SHOWN_STEP,
-        **handed,
-        "pieces": pieces(tokenizer, handed["ids"]),
-        "rows": batch.rows[:n_rows].tolist(),
-        "chosen": chosen,
-        "chosen_pieces": pieces(tokenizer, chosen),
-    }
+    return {"slots": 4, "prefill_tokens": 12, "n_steps": step, "sequences": rows}
 
 
 def computed() -> dict:
-    """All that does not depend on the machine."""
+    """Return everything that does not depend on the machine."""
     tokenizer, reference = load(MODEL, "numpy", "float32")
     return {
         "shape": shape(reference),
@@ -321,7 +303,7 @@ def computed() -> dict:
 
 
 def measured() -> dict:
-    """The times."""
+    """Return the times, which depend on the machine."""
     return {"cache": cache_times(load(MODEL)[1])}
 
 

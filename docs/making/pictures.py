@@ -1,8 +1,8 @@
-"""The pictures of docs/how-it-works.md, drawn from committed results alone.
+"""Draw the pictures of docs/how-it-works.md from committed results.
 
     python -m docs.making.pictures [--out docs/images]
 
-Measures nothing: `docs.making.measure` and `tinylm bench` do.
+`docs.making.measure` and `tinylm bench` write these results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLUE, ORANGE, GREY = "#2f6db3", "#d9822b", "#9aa5b1"
 
 
 def attention(results: dict) -> Figure:
-    """Which tokens three heads look at, on one story."""
+    """Draw which tokens three heads attend to, on one story."""
     inside = results["pictures"]["inside"]
     labels = [piece.strip() or "␣" for piece in inside["pieces"]]
     figure = Figure((13, 4.9), layout="constrained")
@@ -32,13 +32,13 @@ def attention(results: dict) -> Figure:
         axes.set_title(f"layer {head['layer']}, head {head['head']}: {head['looks_at']}", fontsize=10)
         axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
         axes.set_yticks(range(len(labels)), labels, fontsize=6)
-        axes.set_xlabel("is looked at", fontsize=8)
-    figure.axes[0].set_ylabel("looks", fontsize=8)
+        axes.set_xlabel("attended token", fontsize=8)
+    figure.axes[0].set_ylabel("token", fontsize=8)
     return figure
 
 
 def lens(results: dict) -> Figure:
-    """Where the answer stands among all tokens after each layer."""
+    """Draw the rank of the answer among all tokens after each layer."""
     inside = results["pictures"]["inside"]
     ranks = np.array(inside["lens"]["ranks"])  # (layers, positions)
     layers = np.arange(1, len(ranks) + 1)
@@ -51,19 +51,19 @@ def lens(results: dict) -> Figure:
     axes.invert_yaxis()
     axes.set_xticks(layers)
     axes.set_xlabel("layer")
-    axes.set_ylabel("rank (1 is the likeliest)")
+    axes.set_ylabel("rank (1 is the most likely)")
     axes.legend()
     return figure
 
 
 def rotation(results: dict) -> Figure:
-    """How four of a head's pairs of numbers turn with the position."""
+    """Draw how four of a head's pairs of numbers rotate with the position."""
     shape = results["pictures"]["shape"]
     positions = np.arange(shape["context"])
-    figure, axes = _axes("rotary positions: the cosine of the angle by which a pair is turned")
+    figure, axes = _axes("rotary positions: cosine of a pair's rotation angle")
     speeds = shape["radians_a_token"]
     for pair, colour in zip((1, 3, 6, len(speeds) - 1), (GREY, BLUE, ORANGE, "black"), strict=True):
-        label = f"pair {pair + 1}: {speeds[pair]:.2g} radians a token"
+        label = f"pair {pair + 1}: {speeds[pair]:.2g} radians per token"
         width = 0.7 if pair < 3 else 1.6
         axes.plot(positions, np.cos(speeds[pair] * positions), color=colour, linewidth=width, label=label)
     axes.set_xlabel("position in the context")
@@ -72,32 +72,32 @@ def rotation(results: dict) -> Figure:
 
 
 def cache(results: dict) -> Figure:
-    """CPU time of the next token by the length of the text, with and without a KV cache."""
+    """Draw the CPU time of the next token by text length, with and without a KV cache."""
     cache = results["pictures"]["cache"]
     figure, axes = _axes("the next token: with the cache, and reading the whole text again")
     axes.plot(cache["lengths"], cache["without_ms"], "o-", color=ORANGE, label="without a cache")
     axes.plot(cache["lengths"], cache["with_ms"], "o-", color=BLUE, label="with the KV cache")
     axes.set_ylim(0)
     axes.set_xlabel("tokens so far")
-    axes.set_ylabel("CPU ms a token")
+    axes.set_ylabel("CPU ms per token")
     axes.legend()
     return figure
 
 
 def eight_bits(results: dict) -> Figure:
-    """A stored row of weights, and what enters a matmul before and after rounding."""
+    """Draw a stored row of weights, and a matmul's input before and after rounding."""
     pictures = results["pictures"]
     weights, activation = pictures["weights"], pictures["inside"]["activation"]
     figure = Figure((11, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.hist(weights["values"], np.arange(-128, 129, 8), color=BLUE)
     left.set_title(f"row {weights['row']} of a matrix, as stored", fontsize=10)
-    left.set_xlabel(f"whole number (times {weights['scale']:.5f})", fontsize=8)
+    left.set_xlabel(f"integer (times {weights['scale']:.5f})", fontsize=8)
     left.set_ylabel("weights", fontsize=8)
     before = np.array(activation["before"])
     after = np.array(activation["after"]) * activation["scale"]
     middle.plot(before, after, ".", color=BLUE, markersize=4)
-    middle.set_title("what enters a matmul, and its rounding", fontsize=10)
+    middle.set_title("a matmul's input and its rounding", fontsize=10)
     middle.set_xlabel("before", fontsize=8)
     middle.set_ylabel("after", fontsize=8)
     right.plot(before, before - after, ".", color=ORANGE, markersize=4)
@@ -109,7 +109,7 @@ def eight_bits(results: dict) -> Figure:
 
 
 def next_token(results: dict) -> Figure:
-    """The likeliest next tokens under several temperatures."""
+    """Draw the most likely next tokens at several temperatures."""
     shown = results["pictures"]["next_token"]
     figure = Figure((11, 3.4), layout="constrained")
     for axes, setting in zip(figure.subplots(1, len(shown["settings"]), sharey=True), shown["settings"], strict=True):
@@ -124,7 +124,7 @@ def next_token(results: dict) -> Figure:
 
 
 def timeline(results: dict) -> Figure:
-    """Eight requests on four slots: what each step of a real engine took of whom."""
+    """Draw what each step of an engine with four slots processes of eight requests."""
     line = results["pictures"]["timeline"]
     figure = Figure((11, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -136,8 +136,8 @@ def timeline(results: dict) -> Figure:
             axes.barh(number, 1, left=step, color=ORANGE if kind == "prompt" else BLUE, edgecolor="white")
             if kind == "prompt":
                 axes.text(step + 0.5, number, count, ha="center", va="center", fontsize=7, color="white")
-    for colour, hatch, label in ((GREY, "///", "waits for a slot"), (ORANGE, "", "tokens of the prompt"),
-                                 (BLUE, "", "one token of the answer")):  # fmt: skip
+    for colour, hatch, label in ((GREY, "///", "waiting for a slot"), (ORANGE, "", "prompt tokens"),
+                                 (BLUE, "", "one answer token")):  # fmt: skip
         axes.barh([0], [0], color="none" if hatch else colour, edgecolor=colour, hatch=hatch, label=label)
     axes.set_yticks(range(len(line["sequences"])), [f"request {n + 1}" for n in range(len(line["sequences"]))])
     axes.invert_yaxis()
@@ -147,16 +147,16 @@ def timeline(results: dict) -> Figure:
 
 
 def batches(results: dict) -> Figure:
-    """Tokens a second by batch size, under the two roofs: reading bytes and multiplying."""
+    """Draw tokens per second by batch size, below two limits: reading bytes and multiplying."""
     bench = results["bench"]
     sizes = np.array([row["batch"] for row in bench["decode"]])
     rate = np.array([row["tokens_per_s"] for row in bench["decode"]])
     reading = rate / np.array([row["share_of_bandwidth"] for row in bench["decode"]])
     multiplying = rate / np.array([row["share_of_peak"] for row in bench["decode"]])
-    figure, axes = _axes("one core: tokens a second against the number of sequences decoded at once")
-    axes.plot(sizes, reading, "--", color=ORANGE, label="if reading weights and cache were all")
-    axes.plot(sizes, multiplying, "--", color=GREY, label="if multiplying were all")
-    axes.plot(sizes, rate, "o-", color=BLUE, label="measured, sampling and Python included")
+    figure, axes = _axes("one core: tokens per second by number of sequences decoded at once")
+    axes.plot(sizes, reading, "--", color=ORANGE, label="limit: reading weights and cache")
+    axes.plot(sizes, multiplying, "--", color=GREY, label="limit: multiplying")
+    axes.plot(sizes, rate, "o-", color=BLUE, label="measured, with sampling and Python")
     for size, value in zip(sizes, rate, strict=True):
         axes.annotate(f"{value:,.0f}", (size, value), (0, -13), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xscale("log", base=2)
@@ -182,12 +182,12 @@ PICTURES: dict[str, Callable[[dict], Figure]] = {
 
 
 def load_results() -> dict:
-    """Result files by name."""
+    """Return the contents of the result files by name."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def draw(directory: Path) -> list[Path]:
-    """Every picture, as a PNG in the directory."""
+    """Draw every picture as a PNG file in the directory, and return their paths."""
     results = load_results()
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.png" for name in PICTURES]

@@ -11,6 +11,8 @@ from matplotlib.image import imread
 
 from docs.making import measure, page, pictures
 from loadtest import result
+from loadtest.bench import pages
+from loadtest.bench.markdown import fill
 from train.quantization_study import markdown
 
 RESULTS = Path("docs/results")
@@ -26,6 +28,12 @@ def load(name: str) -> Any:
 
 def test_how_it_works_matches_code_and_results() -> None:
     assert page.OUT.read_text(encoding="utf-8") == page.render(), "run python -m docs.making.page"
+
+
+@pytest.mark.parametrize("name", sorted(pages.PAGES))
+def test_tables_show_the_committed_results(name: str) -> None:
+    text = (pages.DOCS / name).read_text(encoding="utf-8")
+    assert text == fill(text, pages.PAGES[name](RESULTS)), "run python -m loadtest.bench.pages"
 
 
 def test_an_excerpt_that_code_lacks_is_an_error() -> None:
