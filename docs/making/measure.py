@@ -20,7 +20,6 @@ from threadpoolctl import ThreadpoolController
 
 from tinylm.engine import Engine, Sequence
 from tinylm.kernels import numpy as kernels
-from tinylm.kernels.batch import Batch
 from tinylm.llm import load
 from tinylm.machine import describe
 from tinylm.model import Chunk, Model, ModelRunner
