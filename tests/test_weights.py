@@ -310,13 +310,33 @@ def test_a_failed_save_leaves_the_old_model_and_nothing_else(model_dir, tiny_con
 
 
 def test_a_new_model_replaces_the_old_one_whole(model_dir, tiny_config, tiny_tensors, tokenizer_bytes):
-    (model_dir / "notes-on-the-old-one.md").write_text("gone with it")
     doubled = {name: tensor * 2 for name, tensor in tiny_tensors.items()}
+    save_model(model_dir, tiny_config, tiny_tensors, tokenizer_bytes, extra_files={"README.md": b"of the old one"})
     save_model(model_dir, tiny_config, doubled, tokenizer_bytes)
     _, tensors = load_model(model_dir)
     np.testing.assert_array_equal(tensors["model.norm.weight"], tiny_tensors["model.norm.weight"] * 2)
     assert sorted(path.name for path in model_dir.iterdir()) == sorted([*FILES, "manifest.json"])
     assert list(model_dir.parent.iterdir()) == [model_dir]
+
+
+@pytest.mark.parametrize("name", ["notes.md", "README.md", "evaluation.json"])
+def test_a_model_with_a_file_of_the_user_is_not_replaced(model_dir, tiny_config, tiny_tensors, tokenizer_bytes, name):
+    if name == "evaluation.json":  # a new manifest lists all files, so that this is no older model
+        save_model(model_dir, tiny_config, tiny_tensors, tokenizer_bytes, extra_files={"README.md": b""})
+    before = {path.name: path.read_bytes() for path in model_dir.iterdir()}
+    (model_dir / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"it holds {name}"):
+        save_model(model_dir, tiny_config, tiny_tensors, tokenizer_bytes)
+    assert {path.name: path.read_bytes() for path in model_dir.iterdir()} == before | {name: b"mine"}
+    assert list(model_dir.parent.iterdir()) == [model_dir]
+
+
+def test_a_model_of_an_older_release_is_replaced(tmp_path, stories_dir, tiny_config, tiny_tensors, tokenizer_bytes):
+    """Its manifest lists three files; the pages of `train.export` lie beside them."""
+    older = shutil.copytree(stories_dir, tmp_path / "model")
+    assert set(json.loads((older / "manifest.json").read_text())) == set(FILES)
+    save_model(older, tiny_config, tiny_tensors, tokenizer_bytes)
+    assert sorted(path.name for path in older.iterdir()) == sorted([*FILES, "manifest.json"])
 
 
 def test_others_may_read_a_saved_model(model_dir, tiny_config, tiny_tensors, tokenizer_bytes):

@@ -1,27 +1,30 @@
 """A model directory on disk: quantized tensors, tokenizer, config, and the manifest that proves them whole.
 
-`models/<name>/` holds config.json, model.safetensors, tokenizer.model and manifest.json (sizes and sha256 sums of the
-other three); anything else there, such as the model card, is for people. What the tensors mean is `tinylm.model`'s.
+`models/<name>/` holds config.json, model.safetensors, tokenizer.model and manifest.json, which lists the size and the
+sha256 sum of every file that was written with it. The sums of these three are checked when a model is loaded. Other
+files, such as the model card, are for people. `tinylm.model` defines what the tensors mean.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from tinylm.config import ModelConfig
+from tinylm.files import check_directory, manifest_names, replaced_directory
 
 CONFIG, TENSORS, TOKENIZER, MANIFEST = "config.json", "model.safetensors", "tokenizer.model", "manifest.json"
+EXPORTED_PAGES = {
+    "README.md", "ATTRIBUTION.md", "evaluation.json", "samples.md", "prompts.md", "metrics.jsonl", "curve.png",
+}  # fmt: skip
 SCALE_SUFFIX = ".scale"
 
 
@@ -85,11 +88,14 @@ def save_model(
     quantize: bool = True,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a model directory: complete under a temporary name first, then renamed into place.
+    """Write a model directory, as a whole or not at all.
 
     tensors: float32 by name, as `tensor_shapes` lists them. With `quantize` the matrices become int8 per row.
-    Raises ModelError when a tensor is missing, unknown, of the wrong shape, or not finite.
+    extra_files: content by name; the manifest lists them too. An existing directory is replaced if it is empty or holds
+    only files that its manifest lists. Raises ModelError when a tensor is missing, unknown, of the wrong shape, or not
+    finite, and FileExistsError when the directory holds anything else.
     """
+    check_directory(directory, model_files)
     _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, "the tensors to save")
     stored: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
@@ -101,6 +107,7 @@ def save_model(
         else:
             stored[name] = np.ascontiguousarray(tensor, np.float32)
     files = {
+        **(extra_files or {}),
         CONFIG: config.to_json().encode(),
         TENSORS: safetensors.numpy.save(stored),
         TOKENIZER: tokenizer,
@@ -108,27 +115,24 @@ def save_model(
     sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     files[MANIFEST] = (json.dumps(sums, indent=2) + "\n").encode()
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        for name, data in {**(extra_files or {}), **files}.items():
-            with (partial / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        partial.chmod(0o755)
-        old = partial.with_name(partial.name + ".old")
-        if directory.exists():
-            directory.rename(old)
-        try:
-            partial.rename(directory)
-        except OSError:
-            if old.exists():
-                old.rename(directory)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with replaced_directory(directory, model_files) as partial:
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+
+
+def model_files(directory: Path) -> set[str] | None:
+    """Return the names of the files of a model directory that were written with it; None when it is not one.
+
+    Older manifests list three files and not the pages that `train.export` wrote, evaluation.json among them.
+    """
+
+    def names(manifest: dict[str, dict[str, Any]]) -> set[str]:
+        if not {CONFIG, TENSORS, TOKENIZER} <= set(manifest) or not all(entry["sha256"] for entry in manifest.values()):
+            raise KeyError("a file without its sum")
+        is_older = len(manifest) == 3 and (directory / "evaluation.json").is_file()
+        return set(manifest) | (EXPORTED_PAGES if is_older else set())
+
+    return manifest_names(directory / MANIFEST, names)
 
 
 def load_model(directory: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:

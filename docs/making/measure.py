@@ -19,6 +19,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from tinylm.engine import Engine, Sequence
+from tinylm.files import write_file
 from tinylm.kernels import numpy as kernels
 from tinylm.llm import load
 from tinylm.machine import describe
@@ -310,7 +311,7 @@ def main() -> None:
     result = {"command": "python -m docs.making.measure", "clock": "CPU time of the thread", **describe()}
     with ThreadpoolController().limit(limits=1, user_api="blas"):
         result |= computed() | measured()
-    OUT.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    write_file(OUT, json.dumps(result) + "\n")
     print(f"wrote {OUT}")
 
 

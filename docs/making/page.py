@@ -15,6 +15,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from docs.making.pictures import load_results
+from tinylm.files import write_file
 
 TEMPLATE = Path("docs/making/how-it-works.md.j2")
 OUT = Path("docs/how-it-works.md")
@@ -66,7 +67,7 @@ def main() -> None:
     if parser.parse_args().check:
         stale = page != OUT.read_text(encoding="utf-8")
         sys.exit(f"{OUT} is stale: run python -m docs.making.page" if stale else 0)
-    OUT.write_text(page, encoding="utf-8")
+    write_file(OUT, page)
     print(f"wrote {OUT}")
 
 

@@ -1,6 +1,6 @@
 """Draw the pictures of docs/how-it-works.md from committed results.
 
-    python -m docs.making.pictures [--out docs/images]
+    python -m docs.making.pictures
 
 `docs.making.measure` and `tinylm bench` write these results.
 """
@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from tinylm.files import write_file
 
 RESULTS = Path("docs/results")
 OUT = Path("docs/images")
@@ -189,11 +192,12 @@ def load_results() -> dict:
 def draw(directory: Path) -> list[Path]:
     """Draw every picture as a PNG file in the directory, and return their paths."""
     results = load_results()
-    directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.png" for name in PICTURES]
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.5}):
         for path, make in zip(paths, PICTURES.values(), strict=True):
-            make(results).savefig(path, dpi=110, metadata={"Software": None})
+            picture = io.BytesIO()
+            make(results).savefig(picture, dpi=110, metadata={"Software": None})
+            write_file(path, picture.getvalue())
     return paths
 
 
@@ -206,8 +210,8 @@ def _axes(title: str) -> tuple[Figure, Axes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m docs.making.pictures", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=OUT, help="a directory for the PNG files")
-    for path in draw(parser.parse_args().out):
+    parser.parse_args()
+    for path in draw(OUT):
         print(f"wrote {path}")
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tinylm.files import write_file
+
 
 def shared(array: np.ndarray) -> np.ndarray:
     """The same bytes, mapped from a file that is made by whoever comes first; the array itself where that can't be.
@@ -26,7 +28,7 @@ def shared(array: np.ndarray) -> np.ndarray:
     try:
         path = _directory() / hashlib.sha256(data).hexdigest()
         if not path.exists():
-            _write(path, data)
+            write_file(path, data)
         with path.open("rb") as file:
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError):
@@ -44,15 +46,3 @@ def _directory() -> Path:
     if status.st_uid != os.getuid() or status.st_mode & 0o077 or directory.is_symlink():
         raise PermissionError(f"{directory} is not this user's alone")
     return directory
-
-
-def _write(path: Path, data: memoryview) -> None:
-    """Whole or not at all, whoever else writes the same."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise

@@ -15,6 +15,8 @@ import secrets
 import time
 from pathlib import Path
 
+from tinylm.files import check_file
+
 logger = logging.getLogger("ray.serve")
 
 LOOK_AGAIN_S = 1.0  # a change of the file counts after at most so long
@@ -60,11 +62,15 @@ def read_keys(path: Path) -> dict[str, str]:
 
 
 def add_key(path: Path, name: str) -> str:
-    """Make a key and append its line to the file, made if need be (mode 0600); returns the key.
+    """Make a key, append its line to the file and return the key. A new file has mode 0600.
 
-    Raises ValueError when the name can't be, KeyFileError when the file has it already or can't be used.
+    Raises ValueError for a name that a line can't hold, KeyFileError when the file has a key of that name or can't be
+    read, and OSError when it can't be written. A device or a FIFO would lose the line and raises KeyFileError.
     """
     key, line = make_key(name)
+    check_file(path)
+    if path.exists() and not path.is_file():
+        raise KeyFileError(f"{path} is not a regular file: a key file must be one")
     if path.exists() and name in read_keys(path):
         raise KeyFileError(f"{path} has a key of the name {name!r} already: remove its line first")
     with os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "rb+") as file:

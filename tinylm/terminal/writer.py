@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.client import ServiceError
+from tinylm.files import write_file
 from tinylm.sampling import SamplingParams
 from tinylm.terminal import settings
 from tinylm.terminal.lines import Lines
@@ -115,9 +116,10 @@ class Writer:
         return self._story.turns[-1]
 
     def _save(self, path: Path) -> None:
-        if path not in self._saved_as and path.exists():
+        """Write the story to a new file, or again to one that this session wrote, or into a device or a FIFO."""
+        if path not in self._saved_as and (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is there already: give another name")
-        path.write_text(self._story.text + "\n", encoding="utf-8")
+        write_file(path, self._story.text + "\n")
         self._saved_as.add(path)
         self._screen.about(f"saved as {path}")
 
