@@ -32,7 +32,10 @@ ApiKey = Annotated[
     ),
 ]
 Output = Annotated[
-    Optional[Path], typer.Option("--output", "-o", metavar="FILE", help="The result as JSON; of runs, a CSV beside it.")
+    Optional[Path],
+    typer.Option(
+        "--output", "-o", metavar="FILE.json", help="Write the result as JSON, and that of runs as CSV beside it."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view and no table.")]
 
@@ -142,6 +145,8 @@ def run(
             raise ValueError(f"--arrivals is {arrivals!r}: it must be poisson or constant")
         if prompts and prompt_words:
             raise ValueError("--prompt-words is for built-in prompts: it can't be given with --prompts")
+        if output:
+            results.check_output(output, {"--prompts": prompts, "--ca": ca})
         for name, number in (("--repeat", repeat), ("--processes", processes), ("--replicas", replicas)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} is {number}: it must be at least 1")
@@ -217,14 +222,16 @@ def selftest(
     """Measure the load generator itself on a stub service: its highest rates, and whether it finds known delays."""
     with one_line_errors():
         from loadtest import selftest as testing
-        from loadtest.result import own_command
+        from loadtest.result import check_output, own_command
+        from tinylm.files import write_file
 
+        if output:
+            check_output(output, with_csv=False)
         if duration < 0.5:
             raise ValueError(f"--duration is {duration}: it must be at least 0.5")
         result = {"command": own_command(sys.argv[1:]), **testing.carry_out(duration, quiet or as_json)}
         if output:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_file(output, json.dumps(result, indent=1) + "\n")
         if as_json:
             typer.echo(json.dumps(result, indent=1))
         elif not quiet:
@@ -258,6 +265,8 @@ def overload(
         from loadtest.server import facts
 
         factors = _numbers("--factor", factor, float)
+        if output:
+            results.check_output(output)
         if min(factors) <= 1 or repeat < 1:
             raise ValueError(f"--factor is {factor} and --repeat {repeat}: they must be above 1 and at least 1")
         wanted = Mix((max_tokens,), (1.0,))
@@ -292,6 +301,8 @@ def overhead(
 
         if repeat < 1:
             raise ValueError(f"--repeat is {repeat}: it must be at least 1")
+        if output:
+            results.check_output(output)
         wanted = Mix((max_tokens,), (1.0,))
         lone = Load(server, wanted, 1, duration_s=duration, warmup_s=warmup, api_key=api_key)
         about = facts(lone)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinylm.engine import Engine
+from tinylm.files import check_file, write_file
 from tinylm.kernels.numba import ops, simd
 from tinylm.kernels.numba.emitter import LANES
 from tinylm.kernels.numba.layout import aligned_zeros
@@ -171,6 +172,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     arguments = parser.parse_args()
+    if arguments.out:
+        check_file(arguments.out)
     results = {n: measure(n) for n in arguments.batches}
     table = Table("part", *(f"batch {n}, us" for n in results), *(f"batch {n}" for n in results))
     for name in next(iter(results.values())):
@@ -181,7 +184,7 @@ def main() -> None:
     if arguments.out:
         facts = {**describe(), "command": "python -m loadtest.parts", "tokens_cached": LENGTH}
         micros = {str(n): {name: round(value, 1) for name, value in parts.items()} for n, parts in results.items()}
-        arguments.out.write_text(json.dumps({**facts, "microseconds": micros}, indent=2) + "\n", encoding="utf-8")
+        write_file(arguments.out, json.dumps({**facts, "microseconds": micros}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,12 @@ from matplotlib.figure import Figure
 
 from loadtest import plots
 from loadtest.table import load_name, ms, notes
+from tinylm.files import check_file, check_own, write_file
 
 DPI = 110
+HEAD = '<!doctype html><html lang="en"><meta charset="utf-8"><title>'
+PNG = b"\x89PNG\r\n\x1a\n"
+MAKER = b"Software\0TinyLM"  # in our pictures
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
@@ -28,23 +32,49 @@ MORE_COLUMNS = ("itl p50", "p99", "not OK", "replicas", "spread", "client cores"
 
 
 def write(results: Sequence[Mapping[str, Any]], directory: Path) -> Path:
-    """Write report.html and a PNG a picture; returns the page's path."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write report.html and one PNG for each picture; return the page's path.
+
+    Raises FileExistsError, and writes nothing, when a file of these names is there that no report wrote.
+    """
+    pictures: dict[str, bytes] = {}
     body = ["<h1>Load test</h1>"]
-    body += [_picture(directory, name, figure) for name, figure in _overview(results)]
+    body += [_picture(pictures, name, figure) for name, figure in _overview(results)]
     for result in results:
         body.append(_section(result))
         slug = re.sub(r"[^\w.-]+", "-", result["label"]).strip("-")
         for quantity in plots.TITLES:
             if figure := plots.histograms(result, quantity):
-                body.append(_picture(directory, f"{slug}-{quantity}-histogram", figure))
+                body.append(_picture(pictures, f"{slug}-{quantity}-histogram", figure))
             if figure := plots.percentiles(result, quantity):
-                body.append(_picture(directory, f"{slug}-{quantity}-percentiles", figure))
+                body.append(_picture(pictures, f"{slug}-{quantity}-percentiles", figure))
     page = directory / "report.html"
     title = html.escape(", ".join(result["label"] for result in results))
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    page.write_text(head + "\n".join(body) + "</html>\n", encoding="utf-8")
+    head = f"{HEAD}{title}</title><style>{STYLE}</style>"
+    check_own(page, lambda content: content.startswith(HEAD.encode()) and b"<h1>Load test</h1>" in content)
+    check_file(page)
+    shown = page.read_text(encoding="utf-8") if page.exists() else ""
+    for name in pictures:
+        check_picture(directory / name, f'alt="{html.escape(Path(name).stem)}"' in shown)
+    for name, picture in pictures.items():
+        write_file(directory / name, picture)
+    write_file(page, head + "\n".join(body) + "</html>\n")
     return page
+
+
+def check_picture(path: Path, is_shown: bool = False) -> None:
+    """Raise OSError when something is at `path` that is not a picture of a result, or can't be written.
+
+    is_shown: a report beside it shows a picture of this name. The pictures of older reports do not name their maker.
+    """
+    check_own(path, lambda content: content.startswith(PNG) and (is_shown or MAKER in content[:256]))
+    check_file(path)
+
+
+def as_png(figure: Figure, dpi: int) -> bytes:
+    """Return the figure as a PNG that names TinyLM as its maker."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": "TinyLM"})
+    return buffer.getvalue()
 
 
 def _overview(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Figure]]:
@@ -56,11 +86,10 @@ def _overview(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Figur
             yield f"replicas-{kind}", figure
 
 
-def _picture(directory: Path, name: str, figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    (directory / f"{name}.png").write_bytes(buffer.getvalue())
-    data = base64.b64encode(buffer.getvalue()).decode()
+def _picture(pictures: dict[str, bytes], name: str, figure: Figure) -> str:
+    """Add the figure to the pictures by file name; return its HTML."""
+    pictures[f"{name}.png"] = picture = as_png(figure, DPI)
+    data = base64.b64encode(picture).decode()
     return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>'
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shlex
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.table import load_name
+from tinylm.files import check_file, check_own, write_file
 from tinylm.machine import describe
 
-FORMAT = "tinylm-loadtest-2"
+FORMAT_PREFIX = "tinylm-loadtest-"
+FORMAT = FORMAT_PREFIX + "2"
 SECRET_OPTIONS = ("--api-key",)
+FIRST_COLUMNS = ("server", "protocol", "stream", "concurrency", "rate_per_s", "arrivals", "max_tokens")  # of the CSV
 
 
 def assemble(
@@ -48,24 +52,51 @@ def own_command(arguments: list[str]) -> str:
     return shlex.join(["python", "-m", "loadtest", *shown])
 
 
+def check_output(path: Path, inputs: Mapping[str, Path | None] | None = None, with_csv: bool = True) -> None:
+    """Raise ValueError or OSError when a result can't be written to `--output`, before anything is measured.
+
+    inputs: by option, files that the command reads and must not overwrite.
+    """
+    check_file(path)
+    for option, read_from in (inputs or {}).items():
+        if read_from and path.exists() and path.samefile(read_from):
+            raise ValueError(f"--output is {path}, which {option} reads: choose another name")
+    if not _is_special(path):
+        if path.suffix != ".json":
+            raise ValueError(f"--output is {path}: the name must end in .json, for example {path.with_suffix('.json')}")
+        if with_csv:
+            _check_csv(path.with_suffix(".csv"))
+
+
 def write(path: Path, result: dict[str, Any]) -> None:
-    """The JSON, and beside it a CSV of the same name; each is replaced whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(result, indent=1) + "\n")
+    """Write the JSON, and a CSV of the same name beside it. A device or a FIFO gets the JSON alone."""
+    write_file(path, json.dumps(result, indent=1) + "\n")
+    if _is_special(path):
+        return
+    _check_csv(path.with_suffix(".csv"))
     rows = [row(run) for run in result["runs"]]
-    columns = list(dict.fromkeys(name for one in rows for name in one))
-    temporary = path.with_suffix(".csv.part")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path.with_suffix(".csv"))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for one in rows for name in one)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path.with_suffix(".csv"), text.getvalue())
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def check_own_result(path: Path) -> None:
+    """Raise OSError when something other than a result is at `path` or at its CSV, or they can't be written."""
+    check_own(path, lambda content: FORMAT_PREFIX.encode() in content)
+    check_file(path)
+    _check_csv(path.with_suffix(".csv"))
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not path.is_file()
+
+
+def _check_csv(path: Path) -> None:
+    """Raise OSError when something is at `path` that is not the CSV of a result, or can't be written."""
+    check_own(path, lambda content: content.startswith(",".join(FIRST_COLUMNS).encode()))
+    check_file(path)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -94,10 +125,7 @@ def point(run: Mapping[str, Any]) -> str:
 def row(run: Mapping[str, Any]) -> dict[str, Any]:
     """A run in one flat row."""
     load = run["load"]
-    flat: dict[str, Any] = {
-        name: load[name]
-        for name in ("server", "protocol", "stream", "concurrency", "rate_per_s", "arrivals", "max_tokens")
-    }
+    flat: dict[str, Any] = {name: load[name] for name in FIRST_COLUMNS}
     flat |= {"repeat": run["repeat"], "errors": run["requests"] - run["statuses"].get("OK", 0)}
     for name, value in run.items():
         if name in ("load", "histograms", "statuses", "replicas", "repeat"):

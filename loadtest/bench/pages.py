@@ -14,6 +14,7 @@ import typer
 
 from loadtest.bench import speed_page
 from loadtest.bench.markdown import fill, table
+from tinylm.files import write_file
 
 DOCS = Path("docs")
 CHAOS_COLUMNS = {
@@ -122,7 +123,7 @@ def main() -> None:
     """Fill the tables of docs/speed.md, docs/engine.md and docs/operate.md from docs/results."""
     for name, blocks in PAGES.items():
         page = DOCS / name
-        page.write_text(fill(page.read_text(encoding="utf-8"), blocks(DOCS / "results")), encoding="utf-8")
+        write_file(page, fill(page.read_text(encoding="utf-8"), blocks(DOCS / "results")))
         typer.echo(f"wrote {page}")
 
 

@@ -28,7 +28,9 @@ from loadtest.peers.model import float32_tensors, reference_logits, save_random_
 from loadtest.peers.peer import Case
 from loadtest.peers.report import make_table, rates_of, ratios, save_plot, summarize
 from loadtest.peers.worker import PEERS, Entry, Measurement, PeerError, Worker
+from loadtest.report import check_picture
 from tinylm.config import ModelConfig
+from tinylm.files import check_file, write_file
 from tinylm.machine import describe
 
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -61,8 +63,20 @@ def parse() -> argparse.Namespace:
     arguments.peers = {name: entry for name, entry in PEERS.items() if name.startswith(prefixes)}
     if unknown := [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in PEERS)]:
         parser.error(f"--only names {unknown[0]!r}: the peers are {', '.join(PEERS)}")
-    if arguments.plot is None and arguments.out is not None:
-        arguments.plot = arguments.out.with_suffix(".png")
+    try:
+        if arguments.out:
+            check_file(arguments.out)
+        if arguments.plot:
+            check_file(arguments.plot)
+        elif arguments.out:
+            arguments.plot = arguments.out.with_suffix(".png")
+            check_picture(arguments.plot)
+    except OSError as error:
+        parser.error(str(error))
+    if arguments.plot and arguments.plot.suffix != ".png":
+        parser.error(f"--plot is {arguments.plot}: the name must end in .png")
+    if arguments.out and arguments.plot and os.path.realpath(arguments.out) == os.path.realpath(arguments.plot):
+        parser.error(f"--out and --plot are both {arguments.out}: choose two names")
     return arguments
 
 
@@ -192,8 +206,7 @@ def main() -> None:
         sys.exit("error: no peer is left to measure")
     text = json.dumps(result, indent=2)
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        write_file(arguments.out, text + "\n")
     if arguments.plot:
         save_plot(arguments.plot, result, arguments.batches)
     if arguments.json:

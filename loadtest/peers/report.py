@@ -11,6 +11,8 @@ from rich.table import Table
 
 from loadtest.peers.peer import PREFILL_TOKENS, Case
 from loadtest.peers.worker import Measurement
+from loadtest.report import as_png
+from tinylm.files import write_file
 
 OURS, LLAMA = "tinylm", "llama.cpp"
 
@@ -87,6 +89,5 @@ def save_plot(path: Path, result: dict[str, Any], batches: list[int]) -> None:
     right.set(title=f"prefill of {PREFILL_TOKENS} tokens: CPU milliseconds")
     right.margins(x=0.12)
     figure.suptitle(f"{result['machine']['processor']}, one core, {result['date'][:10]}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_file(path, as_png(figure, 150))
     pyplot.close(figure)

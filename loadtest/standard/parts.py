@@ -22,13 +22,15 @@ from rich.table import Table
 from loadtest import result
 from loadtest.load import Load, Mix
 from loadtest.plots import against_load
-from loadtest.report import DPI
+from loadtest.report import DPI, as_png, check_picture
 from loadtest.server import facts
 from loadtest.standard import services
 from loadtest.sweep import Sweep
 from loadtest.sweep import carry_out as run_sweep
+from tinylm.files import write_file
 
 TOKENS = Mix((64,), (1.0,))
+PICTURE = "load-unary.png"
 REPLICAS = 4
 START_S = 30  # about what starting and stopping a service takes
 FEW = 2  # of the numbers of clients, the highest: for parts of which the trend is wanted
@@ -146,6 +148,10 @@ def carry_out(parts: list[Part], settings: Settings, again: bool, quiet: bool) -
     """Measure what is still to do, then draw everything. Raises RuntimeError at the end when a part has failed."""
     planned = [(part, to_do(part, settings, again)) for part in parts if not part.missing]
     planned = [(part, modes) for part, modes in planned if modes]
+    for part, modes in planned:
+        for stream in modes:
+            result.check_own_result(_path(part, settings, stream))
+    check_picture(settings.out / PICTURE)
     failed: dict[str, str] = {}
     busy = os.getloadavg()[0]
     if planned and busy > 0.3 * CORES:
@@ -162,7 +168,7 @@ def carry_out(parts: list[Part], settings: Settings, again: bool, quiet: bool) -
             failed[part.name] = str(error)
     files = [_path(part, settings, stream) for part in PARTS for stream in (False, True)]
     if found := [result.read(path) for path in files if path.exists()]:
-        draw(found, settings.out / "load-unary.png")
+        draw(found, settings.out / PICTURE)
     if failed:
         raise RuntimeError(f"{len(failed)} parts failed: {', '.join(failed)}; the same command tries them again")
 
@@ -170,7 +176,8 @@ def carry_out(parts: list[Part], settings: Settings, again: bool, quiet: bool) -
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the picture of docs/speed.md: throughput and p99 of all parts against the number of clients."""
     if figure := against_load(results, stream=False):
-        figure.savefig(path, dpi=DPI)
+        check_picture(path)
+        write_file(path, as_png(figure, DPI))
         console.print(f"wrote {path}")
 
 
