@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MADE_OF_EXCERPTS = {"how-it-works.md"}  # its Python is cut out of files, which `test_docs_pages` checks
-SHELL = {"", "bash", "sh", "console"}  # languages of blocks that hold commands
+MADE_OF_EXCERPTS = {"how-it-works.md"}  # its Python consists of excerpts, which `test_docs_pages` checks
+SHELL = {"", "bash", "sh", "console"}  # languages of blocks with commands
 PROGRAMS = (
     *("make", "tinylm", "python", "pip", "serve", "ray", "curl", "grpcurl", "printf", "export", "kill", "git"),
     *("sudo", "apt", "apt-get", "brew", "systemctl", "docker", "kubectl", "helm"),
@@ -25,32 +25,32 @@ PROGRAMS = (
 
 HERE = "executed by test_docs_commands"
 CI = "a line of .ci/run"
-ITSELF = "executes the walks of this table"
+ITSELF = "the command that executes the walks"
 
 
 class Until(Enum):
-    """What a walk waits for, and how the command ends."""
+    """What a walk waits for, and how it ends the command."""
 
-    END = auto()  # by itself, with status 0
-    AT_WORK = auto()  # it takes long: by Ctrl-C, once it is at work
-    SERVES = auto()  # by Ctrl-C, once it has been asked
-    LEFT_RUNNING = auto()  # by itself; what it leaves running is asked, and then ended
+    END = auto()  # it ends by itself with status 0
+    AT_WORK = auto()  # it takes long: Ctrl-C ends it once it prints `says`
+    SERVES = auto()  # Ctrl-C ends it once `asked` succeeds
+    LEFT_RUNNING = auto()  # it ends by itself, and leaves processes that the walk ends once `asked` succeeds
 
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """Executed as the page shows it, at a terminal, in a fresh clone, by `make walkthrough`."""
+    """`make walkthrough` executes the command as shown, at a terminal, in a fresh clone."""
 
     until: Until
-    says: str = ""  # pattern of what it has printed by then
-    asked: str = ""  # shell command that succeeds then, for a server while it runs; $SAID is the group of `says`
-    beside: tuple[str, ...] = ()  # commands of this table that serve, or have left something running, meanwhile
-    before: str = ""  # shell command that makes what the page takes for granted
-    filled: Mapping[str, str] = field(default_factory=dict)  # what the page leaves open -> what stands there instead
+    says: str = ""  # pattern of its output
+    asked: str = ""  # shell command that must succeed afterwards, or while a server runs; $SAID is the group of `says`
+    beside: tuple[str, ...] = ()  # commands of this table that must run meanwhile
+    before: str = ""  # shell command that prepares what the page assumes
+    filled: Mapping[str, str] = field(default_factory=dict)  # placeholder of the page -> value
     environment: Mapping[str, str] = field(default_factory=dict)
-    rewrites: tuple[str, ...] = ()  # committed files, or their directories, that it makes anew: no others change
-    refused: str = ""  # at work: pattern of the error with which it may end instead, where the text can't be had
-    on_service: bool = False  # executed too by test_service: on the ports of its own service, loads for a moment
+    rewrites: tuple[str, ...] = ()  # committed files or directories that it may change
+    refused: str = ""  # AT_WORK: pattern of an error that is accepted, for text that cannot be downloaded
+    on_service: bool = False  # test_service executes it too, on its own service and with short loads
     limit_s: float = 240
 
 
@@ -67,8 +67,8 @@ PLACE = {"/somewhere/with/space": "../elsewhere"}
 DEMO = {"CONFIG": "configs/train-demo.yaml"}
 HELD_OUT = {"FILE.parquet": "data/demo/text/demo.validation.parquet"}
 
-# Pattern of whole commands (the first that fits counts) -> HERE, CI, the test that executes that very command, or how
-# `make walkthrough` does. It does them in this order; a server's row comes after those beside it, and ends it.
+# Pattern of whole commands (the first match counts) -> HERE, CI, the test that executes it, or a walk. Walks run in
+# this order. The row of a server comes after the rows that need it, and ends it.
 TABLE: dict[str, str | Walk] = {
     r".* --help|make help|python -m loadtest standard --list|python -m tinylm.serving.metrics": HERE,
     r"tinylm write --seed 1 -n 40": "tests/test_terminal.py::test_the_transcript_of_the_page_is_what_happens",
@@ -76,7 +76,7 @@ TABLE: dict[str, str | Walk] = {
     r"cat fullchain.pem privkey.pem > server.pem.*": HERE,
     r"make (test|check|docs)": CI,
     r"make walkthrough": ITSELF,
-    # With what serving needs and nothing else.
+    # With the packages of `make setup` only.
     r"make setup": Walk(Until.END, asked="! python -c 'import torch'", limit_s=1200),
     r"tinylm --install-completion": Walk(
         Until.END, "completion installed", asked="grep --quiet _TINYLM_COMPLETE ~/.bash_completions/tinylm.sh"
@@ -97,7 +97,7 @@ TABLE: dict[str, str | Walk] = {
     r"serve deploy configs/serve.yaml": Walk(Until.END, "Sent deploy request successfully", beside=(SERVE,)),
     r"serve status": Walk(Until.END, "RUNNING: 4", beside=(SERVE,)),
     r"ray status": Walk(Until.END, "Active:", beside=(SERVE,)),
-    # With everything, on the same service.
+    # With all packages, on the same service.
     r"make setup-dev": Walk(Until.END, asked="python -c 'import torch'", limit_s=1800),
     r"pip install -e '.\[\w+\]'": Walk(Until.END, "Successfully installed"),
     r"python tests/web_screenshots.py .*": Walk(Until.END, "web-desktop.png", beside=(SERVE,), rewrites=(IMAGES,)),
@@ -155,7 +155,7 @@ TABLE: dict[str, str | Walk] = {
     ),
     r"python -m train.export_(onnx|huggingface) .*": Walk(Until.END, "logits at most"),
     r"make train": Walk(Until.AT_WORK, r"tinystories .* [1-9]\d*/", refused=NO_TINYSTORIES),
-    # Measuring, and making pages: what is made of committed results alone must be what is committed.
+    # Measuring and making pages.
     r"python -m loadtest selftest": Walk(Until.END, "highest rate, stream"),
     r"tinylm bench": Walk(Until.END, r'"decode":'),
     r"make parts": Walk(Until.END, "whole step", rewrites=(RESULTS,)),
@@ -172,16 +172,16 @@ TABLE: dict[str, str | Walk] = {
 class Command:
     page: str
     shown: str  # without prompt and comment
-    output: str = ""  # what the page shows under it
+    output: str = ""  # the output that the page shows
 
     @property
     def text(self) -> str:
-        """Without the path to the virtual environment, which some pages show and others take to be on the PATH."""
+        """The command without the path of the virtual environment."""
         return self.shown.replace(".venv/bin/", "")
 
 
 def commands() -> list[Command]:
-    """Those of blocks, then those within sentences, page by page; each once a page."""
+    """Return the commands of blocks and of sentences, page by page, each once per page."""
     found: dict[tuple[str, str], Command] = {}
     for path in PAGES:
         page, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
@@ -198,12 +198,12 @@ def commands() -> list[Command]:
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """(language, content) of a page's fenced blocks."""
+    """Return (language, content) of a page's fenced blocks."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def programs() -> list[tuple[str, str]]:
-    """(page, source) of the Python examples that stand by themselves."""
+    """Return (page, source) of the complete Python examples."""
     pages = [path for path in PAGES if path.name not in MADE_OF_EXCERPTS]
     return [
         (str(p.relative_to(ROOT)), b) for p in pages for lang, b in blocks(p.read_text("utf-8")) if lang == "python"
@@ -211,7 +211,7 @@ def programs() -> list[tuple[str, str]]:
 
 
 def executed_by(command: Command) -> str | Walk | None:
-    """HERE, CI, a test, a walk, or None when nothing says."""
+    """Return HERE, CI, a test or a walk; None if no row matches."""
     return next((how for pattern, how in TABLE.items() if re.fullmatch(pattern, command.text)), None)
 
 
@@ -221,9 +221,9 @@ def is_for_a_service(command: Command) -> bool:
 
 
 def filled(text: str, how: Walk) -> str:
-    """With what the page leaves open."""
-    for left_open, given in how.filled.items():
-        text = text.replace(left_open, given)
+    """Return the command with its placeholders replaced."""
+    for placeholder, value in how.filled.items():
+        text = text.replace(placeholder, value)
     return text
 
 
@@ -232,7 +232,7 @@ def needs_service(source: str) -> bool:
 
 
 def run(command: str | list[str], directory: Path) -> str:
-    """Standard output of a shell command, or of a program's arguments; it must succeed."""
+    """Run a shell command, or a program with arguments; assert that it succeeds, and return its standard output."""
     binaries = Path(sys.executable).parent
     environment = {
         **os.environ,
@@ -245,7 +245,7 @@ def run(command: str | list[str], directory: Path) -> str:
         shell,
         cwd=directory,
         env=environment,
-        stdin=subprocess.DEVNULL,  # what asks for more gets none
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=120,
@@ -256,7 +256,7 @@ def run(command: str | list[str], directory: Path) -> str:
 
 
 def make_workplace(directory: Path) -> Path:
-    """A directory that looks like the repository's, in which commands may leave files."""
+    """Fill a directory with links to the repository's files, so that commands can write into it."""
     directory.mkdir(exist_ok=True)
     for path in ROOT.iterdir():
         if path.name not in {".git", ".venv"}:

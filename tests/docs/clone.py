@@ -1,7 +1,7 @@
-"""A fresh clone of HEAD, and commands executed in it as a person at a terminal would: typed, waited for, Ctrl-C.
+"""Execute commands in a fresh clone of HEAD as a person at a terminal does: type, wait, press Ctrl-C.
 
-The clone, its virtual environment, the home directory and Ray's files lie in one temporary directory. Whatever a
-command starts is found by a mark in its environment, and ended at the latest when the clone is closed.
+The clone, its virtual environment, the home directory and Ray's files are in one temporary directory. A mark in the
+environment identifies every process that a command starts. Closing the clone ends them all.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ PORTS = {
     "stub": 9100,
 }
 END_LIMIT_S = 90  # after Ctrl-C
-LEFT_LIMIT_S = 30  # until what it started has ended too
+LEFT_LIMIT_S = 30  # until the processes that it started end
 LOOK_AGAIN_S = 0.3
 INTERRUPTED = {0, 130}  # exit status; the second is a shell's for SIGINT
 SHOWN = 6000  # characters of output in an error
-# What a shell with this test's own environment would hand on, and a person's has not.
+# Variables of the test run that a person's shell does not have.
 NOT_INHERITED = re.compile(
     r"(VIRTUAL_ENV|PYTHON|PYTEST_|MAKE|MFLAGS|RAY_(?!USAGE)|CHAOS_|TLS_|TINYLM_|NUMBA_|OPENBLAS_).*"
 )
@@ -46,16 +46,16 @@ CONTROL = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07|[()][A-Z0-9])|\r(?
 
 
 class WalkError(AssertionError):
-    """A command did not do what its page promises; the message says which, and what it printed."""
+    """A command did not do what its page promises. The message has the command and its output."""
 
 
 class Terminal:
-    """A shell command on a terminal of its own."""
+    """A shell command on its own terminal."""
 
     def __init__(self, text: str, directory: Path, environment: dict[str, str]) -> None:
         self.text = text
         self.mark = Mark("TINYLM_WALK_MARK")
-        # As at an interactive shell, which is not the command itself: a job of its own, which Ctrl-C reaches alone.
+        # A separate job, as in an interactive shell, so that Ctrl-C reaches the command only.
         self._child = pexpect.spawn(
             "bash", ["-m", "-c", f"{text}\nexit $?"], cwd=str(directory), env=environment | self.mark.environment,
             encoding="utf-8", codec_errors="replace", timeout=None, dimensions=(50, 160),
@@ -72,18 +72,18 @@ class Terminal:
 
     @property
     def output(self) -> str:
-        """What it has printed, without control sequences."""
+        """The output so far, without control sequences."""
         return CONTROL.sub("", "".join(self._pieces))
 
     @property
     def status(self) -> int | None:
-        """None while it runs."""
+        """The exit status; None while it runs."""
         if self._child.isalive():
             return None
         return self._child.exitstatus if self._child.exitstatus is not None else -(self._child.signalstatus or 0)
 
     def wait_for(self, pattern: str, limit_s: float) -> bool:
-        """Whether it has printed this; False when it ended without. An empty pattern waits for the end."""
+        """Return True once the output has the pattern, False if it ends first. An empty pattern waits for the end."""
         deadline = time.monotonic() + limit_s
         while True:
             ended = self.status is not None
@@ -98,7 +98,7 @@ class Terminal:
             time.sleep(LOOK_AGAIN_S)
 
     def interrupt(self) -> None:
-        """Ctrl-C; it must end, and all that it started with it, without a traceback."""
+        """Press Ctrl-C. The command and its processes must end without a traceback."""
         before = len(self.output)
         self._child.sendintr()
         self.wait_for("", END_LIMIT_S)
@@ -127,7 +127,7 @@ class Terminal:
 
 
 class Clone:
-    """Use it in a `with`; at its end nothing is left of it."""
+    """A context manager that removes the clone and its processes at the end."""
 
     def __enter__(self) -> Self:
         for name, port in PORTS.items():
@@ -151,7 +151,7 @@ class Clone:
         shutil.rmtree(self._place, ignore_errors=True)
 
     def environment(self) -> dict[str, str]:
-        """A person's: the clone's programs on the PATH, a home with nothing in it; pip keeps its settings and cache."""
+        """Return a person's environment: the clone's programs on the PATH, an empty home, pip's settings and cache."""
         home, own = Path.home(), str(Path(sys.executable).parent)
         path = [entry for entry in os.environ["PATH"].split(os.pathsep) if entry != own]
         return {
@@ -159,7 +159,7 @@ class Clone:
             "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(home / ".cache")),
             "XDG_CONFIG_HOME": os.environ.get("XDG_CONFIG_HOME", str(home / ".config")),
             "PATH": os.pathsep.join([str(self.directory / ".venv/bin"), *path]),
-            "PYTHON": f"{sys.base_prefix}/bin/python3",  # of which `make setup` makes the virtual environment
+            "PYTHON": f"{sys.base_prefix}/bin/python3",  # for `make setup`
             "HOME": str(self._place / "home"),
             "TMPDIR": str(self._place / "tmp"),
             "RAY_TMPDIR": str(self._place / "ray"),
@@ -168,7 +168,7 @@ class Clone:
         }
 
     def walk(self, shown: str, text: str, how: Walk, rows: dict[str, Walk]) -> None:
-        """Execute a command as the table says, and hold it to that. rows: those of the commands that it is beside."""
+        """Execute a command as its walk says. rows: the walks of the commands that must run beside it."""
         for server in how.beside:
             self.keep_running(server, rows)
         if how.until in (Until.SERVES, Until.LEFT_RUNNING):
@@ -178,7 +178,7 @@ class Clone:
             if how.until is Until.SERVES:
                 terminal.interrupt()
             terminal.kill()
-            if not self._running:  # what `ray stop` would remove; but it would stop every Ray of the machine
+            if not self._running:  # `ray stop` would end every Ray of the machine
                 (self._place / "ray/ray/ray_current_cluster").unlink(missing_ok=True)
         else:
             terminal = self._start(shown, how)
@@ -189,7 +189,7 @@ class Clone:
         self._expect_as_committed(terminal, [how, *(rows[server] for server in how.beside)])
 
     def keep_running(self, text: str, rows: dict[str, Walk], shown: str = "") -> None:
-        """Start it unless it runs; raises WalkError, the same one each time, when it can't be asked."""
+        """Start it unless it runs. Raise the same WalkError each time if it does not answer."""
         if text not in self._running:
             how = rows[text]
             for server in how.beside:
@@ -235,7 +235,7 @@ class Clone:
             terminal.fail(f"did not print {how.says!r}")
 
     def _ask_until_answered(self, terminal: Terminal, how: Walk) -> None:
-        """At once, if it has ended; of a server, until it answers."""
+        """Ask once if it ended, and until it answers if it is a server."""
         deadline = time.monotonic() + (how.limit_s if how.until is not Until.END else 0)
         while True:
             try:
@@ -257,7 +257,7 @@ class Clone:
         )  # fmt: skip
 
     def _expect_as_committed(self, terminal: Terminal, ran: list[Walk]) -> None:
-        """Every committed file but those that what ran is to make anew; and they are put back."""
+        """Fail if committed files changed that the walks may not rewrite. Restore them all."""
         anew = tuple(path for how in ran for path in how.rewrites)
         git = ["git", "-C", str(self.directory)]
         changed = subprocess.run(

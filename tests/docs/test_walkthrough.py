@@ -1,8 +1,7 @@
-"""What README.md and docs/*.md show is executed as it stands there, in a fresh clone of HEAD: `make walkthrough`.
+"""`make walkthrough`: every command of README.md and docs/*.md is executed as shown, in a fresh clone of HEAD.
 
-Commands and how each is executed are in `docs_commands.TABLE`. A row's commands come in the pages' order, rows in the
-table's. It needs the pages' ports, no other Ray on the machine, and a network that has the packages. It takes half an
-hour on two busy cores.
+`docs_commands.TABLE` says how. Rows run in the order of the table, and the commands of a row in the order of the pages.
+This needs the ports that the pages use, no other Ray on the machine, and the package index. It takes half an hour.
 """
 
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ ROWS: dict[str, Walk] = {c.text: how for c in COMMANDS if isinstance(how := exec
 
 
 def steps() -> dict[str, list[Command]]:
-    """What is shown -> where, in the order of execution."""
+    """Return the commands by what the pages show, in the order of execution."""
     rows, found = list(TABLE.values()), {}
     for command in sorted(COMMANDS, key=lambda c: rows.index(ROWS[c.text])):
         found.setdefault(command.shown, []).append(command)
@@ -35,5 +34,5 @@ def clone() -> Iterator[Clone]:
 @pytest.mark.parametrize(
     "commands", [pytest.param(found, id=f"{found[0].page}: {shown}") for shown, found in steps().items()]
 )
-def test_the_command_does_what_its_page_says(clone: Clone, commands: list[Command]) -> None:
+def test_a_command_does_what_its_page_says(clone: Clone, commands: list[Command]) -> None:
     clone.walk(commands[0].shown, commands[0].text, ROWS[commands[0].text], ROWS)
