@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 SOAK_S ?= 20
 DEMO := configs/train-demo.yaml
 export TLS_CERT ?= tls/server.pem
-STAGES := prepare tokenizer encode tell teach run export
+STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 

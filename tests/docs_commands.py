@@ -155,6 +155,8 @@ TABLE: dict[str, str | Walk] = {
     ),
     r"python -m train.export_(onnx|huggingface) .*": Walk(Until.END, "logits at most"),
     r"make train": Walk(Until.AT_WORK, r"tinystories .* [1-9]\d*/", refused=NO_TINYSTORIES),
+    r"python -m train.demo_text --out data/my-text/.*": Walk(Until.END),
+    r"make train CONFIG=configs/fine-tune.yaml": Walk(Until.AT_WORK, r"training .* [1-9]\d*/", limit_s=400),
     # Measuring and making pages.
     r"python -m loadtest selftest": Walk(Until.END, "highest rate, stream"),
     r"tinylm bench": Walk(Until.END, r'"decode":'),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_fixtures import write_tokens
 
-from train.config import ConfigError, Lengths, Phase
+from train.config import ConfigError
 from train.data import MIXTURE_BLOCK, Documents, Rows, TokenData
 from train.encode import _ShardWriter
 
@@ -49,17 +48,6 @@ def documents_on_disk(directory: Path, shards: list[list[list[int]]]) -> Documen
 
 DOCUMENT = st.lists(st.integers(2, 500), max_size=9).map(lambda tokens: [BOUNDARY, *tokens])
 SHARDS = st.lists(st.lists(DOCUMENT, min_size=1, max_size=4), min_size=1, max_size=3)
-
-
-@settings(deadline=None)
-@given(shards=SHARDS, least=st.integers(1, 10), more=st.integers(0, 9))
-def test_documents_of_some_lengths_are_those(shards: list[list[list[int]]], least: int, more: int):
-    with tempfile.TemporaryDirectory() as directory:
-        documents = documents_on_disk(Path(directory), shards)
-        part = documents.of(Lengths(least=least, most=least + more))
-        found = [part.tokens(i).tolist() for i in range(len(part))]
-        assert found == [document for document in flat(shards) if least <= len(document) <= least + more]
-        assert len(documents) == len(flat(shards))  # the whole is as it was
 
 
 def laid_out(documents: list[list[int]], context: int) -> list[int]:
@@ -139,8 +127,8 @@ def tokens_dir(tmp_path: Path) -> Path:
     return tmp_path / "tokens"
 
 
-def data_in(directory: Path, seed: int = 1, phases: Sequence[Phase] = ()) -> TokenData:
-    return TokenData(directory, CONTEXT, seed, {**WEIGHTS, "never": 0}, phases)
+def data_in(directory: Path, seed: int = 1) -> TokenData:
+    return TokenData(directory, CONTEXT, seed, {**WEIGHTS, "never": 0})
 
 
 def collection_of(row: np.ndarray) -> str:
@@ -167,52 +155,13 @@ def own_rows(tokens_dir: Path, name: str, count: int) -> list[list[int]]:
 
 def test_a_mixture_has_its_collections_rows_in_their_order(tokens_dir: Path):
     """None is left out, over the end of a block as well."""
-    rows = data_in(tokens_dir).mixture.rows(0, MIXTURE_BLOCK + 300)
+    mixture = data_in(tokens_dir).mixture
+    rows = mixture.rows(0, MIXTURE_BLOCK + 300)
+    assert mixture.collections(0, len(rows)) == [collection_of(row) for row in rows]
     for name in MARKS:
         own = [row.tolist() for row in rows if collection_of(row) == name]
         assert own == own_rows(tokens_dir, name, len(own))
-
-
-PHASES = [
-    Phase(from_tokens=700 * CONTEXT, weights={"much": 0.1, "little": 0.9}),
-    Phase(from_tokens=1300 * CONTEXT, weights={"little": 1.0}),
-]
-
-
-def test_phases_change_the_weights_and_leave_nothing_out(tokens_dir: Path):
-    """Before the first phase rows are as without any; across each border a collection's rows go on where they were."""
-    data = data_in(tokens_dir, phases=PHASES)
-    rows = data.mixture.rows(0, 2400)
-    assert (rows[:700] == data_in(tokens_dir).mixture.rows(0, 700)).all()
-    assert {collection_of(row) for row in rows[1300:]} == {"little"}
-    first_phase = Counter(map(collection_of, rows[700:1300]))
-    assert first_phase["little"] > 0.8 * 600
-    assert set(first_phase) == {"much", "little"}
-    assert data.mixture.collections(0, 2400) == [collection_of(row) for row in rows]
-    for name in MARKS:
-        own = [row.tolist() for row in rows if collection_of(row) == name]
-        assert own == own_rows(tokens_dir, name, len(own))
-        assert data.mixture.tokens(2400)[name] == len(own) * CONTEXT
-    again = data_in(tokens_dir, phases=PHASES).mixture
-    for number in (0, 699, 700, 1299, 1300, 2399):
-        assert (again.rows(number, 1)[0] == rows[number]).all()
-
-
-def test_a_phase_can_read_documents_of_some_lengths_only(tokens_dir: Path):
-    """What came before is as without, and such rows are their collection's where rows are counted."""
-    only = Lengths(least=5, most=6)
-    phases = [PHASES[0], Phase(from_tokens=1300 * CONTEXT, weights={"much": 1, "little": 1}, lengths={"much": only})]
-    mixture = data_in(tokens_dir, phases=phases).mixture
-    rows = mixture.rows(0, 2300)
-    assert (rows[:1300] == data_in(tokens_dir, phases=phases[:1]).mixture.rows(0, 1300)).all()
-    part = Rows(Documents([tokens_dir / "much.train-00000.npy"], BOUNDARY).of(only), CONTEXT, (1, 0, 5, 6))
-    ours = [row.tolist() for row in rows[1300:] if collection_of(row) == "much"]
-    assert ours == [part.row(number).tolist() for number in range(500)]
-    assert mixture.names == list(MARKS)
-    assert mixture.collections(0, 2300) == [collection_of(row) for row in rows]
-    counts = Counter(map(collection_of, rows))
-    assert mixture.tokens(2300) == {name: counts[name] * CONTEXT for name in MARKS}
-    assert mixture.epochs(2300)["much of 5 to 6 tokens"] == part.epochs(500)
+        assert mixture.tokens(len(rows))[name] == len(own) * CONTEXT
 
 
 @settings(max_examples=10, deadline=None)
@@ -274,19 +223,13 @@ def test_too_little_text_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("weights", "phases", "named"),
+    ("weights", "named"),
     [
-        ({"much": 1, "never": 0.1}, (), "'never' is to be trained on, but .* has no tokens of it to train on"),
-        ({"much": 1, "other": 0.1}, (), "'other' is to be trained on"),
-        ({"much": 1}, [Phase(from_tokens=0, weights={"never": 1})], "'never' is to be trained on"),
-        (
-            {"much": 1},
-            [Phase(from_tokens=8, weights={"much": 1}, lengths={"much": Lengths(least=8, most=9)})],
-            "run.phases, lengths: collection 'much of 8 to 9 tokens' has fewer tokens than one row of 9",
-        ),
-        ({"much": 1, "some": 4e-4}, (), "'some' has a weight of 0.0004 of 1.0004: too little for a row in 1000"),
+        ({"much": 1, "never": 0.1}, "'never' is to be trained on, but .* has no tokens of it to train on"),
+        ({"much": 1, "other": 0.1}, "'other' is to be trained on"),
+        ({"much": 1, "some": 4e-4}, "'some' has a weight of 0.0004 of 1.0004: too little for a row in 1000"),
     ],
 )
-def test_weights_that_can_not_hold_are_named(tokens_dir: Path, weights: dict, phases: list, named: str):
+def test_weights_that_can_not_hold_are_named(tokens_dir: Path, weights: dict, named: str):
     with pytest.raises(ConfigError, match=named):
-        TokenData(tokens_dir, CONTEXT, 1, weights, phases)
+        TokenData(tokens_dir, CONTEXT, 1, weights)

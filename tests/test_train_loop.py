@@ -15,15 +15,14 @@ from train_fixtures import encoded_stories, short_run, train_rank, write_tokens
 from tinylm.config import ModelConfig
 from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer
-from train.config import ConfigError, Lengths, Phase, Run, TrainConfig
+from train.config import ConfigError, Run, TrainConfig
 from train.data import TokenData
-from train.evaluate import WINDOWS_A_BATCH, make_runner, score_document
+from train.evaluate import WINDOWS_A_BATCH, make_runner, score_document, windows
 from train.loop import bits_per_byte, lr_factor, total_steps, train
 from train.model import GPT, attention_in_blocks, dropout_noise, gelu_by_sigmoid
 from train.muon import Muon, orthogonalize
 from train.stage import load_tokens
 from train.state import averaged_weights
-from train.windows import windows
 
 STEPS = 24
 RUN = short_run(STEPS, validate_every_steps=1000, validate_rows=8, checkpoint_every_steps=5, checkpoint_every_s=0)
@@ -67,18 +66,14 @@ def assert_close(ours: dict, theirs: dict, atol: float) -> None:
 
 
 def test_the_learning_rate_warms_up_stays_and_decays_to_its_end():
-    run = Run(warmup_steps=9, constant_share=0.4, final_lr=0.02)
+    run = Run(warmup_steps=9, constant_share=0.4)
     factors = [lr_factor(step, 200, run) for step in range(201)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert factors[9:81] == [1.0] * 72
     assert np.diff(factors[80:]) == pytest.approx(np.full(120, -0.98 / 120))  # a straight line
     assert factors[200] == pytest.approx(0.02)
-    # Optimizers that began anew at a step warm up from there, and to what the decay has left.
-    begun = [lr_factor(step, 200, run, begun_at=150) for step in range(150, 201)]
-    assert begun[:9] == pytest.approx([(i + 1) / 10 * factors[150 + i] for i in range(9)])
-    assert begun[9:] == factors[159:]
     # The edges of the settings: all decay, no decay, more warm-up than steps.
-    assert lr_factor(0, 10, Run(warmup_steps=0, constant_share=0, final_lr=0)) == 1
+    assert lr_factor(0, 10, Run(warmup_steps=0, constant_share=0)) == 1
     assert lr_factor(9, 10, Run(warmup_steps=0, constant_share=1)) == 1
     assert lr_factor(4, 5, Run(warmup_steps=99, constant_share=1)) == pytest.approx(0.05)
 
@@ -226,35 +221,10 @@ def test_a_run_goes_on_by_the_settings_it_was_begun_with(config: TrainConfig):
         trained(config, states[-1], batch_rows=16)
     with pytest.raises(ConfigError, match="seed is 2, but the checkpoint was trained with 1"):
         trained(config.model_copy(update={"seed": 2}), states[-1])
-    seen = {"stories": 8 * 8 * 32 - 32}  # as if a phase before this step had been another
-    with pytest.raises(ConfigError, match="not the mixture that the checkpoint saw in its 2,048 tokens"):
-        trained(config, {**states[-1], "tokens_by_collection": seen})
-
-
-def test_a_run_goes_on_with_the_lengths_it_was_begun_with(config: TrainConfig):
-    """As many tokens of each collection as before, and other rows."""
-
-    def phases(first: int, second: int) -> list[Phase]:
-        return [
-            Phase(from_tokens=start, weights={"stories": 1}, lengths={"stories": Lengths(most=most)})
-            for start, most in ((2 * 8 * 32, first), (6 * 8 * 32, second))
-        ]
-
-    states: list[dict] = []
-    trained(config, save=states.append, tokens=4 * 8 * 32, phases=phases(270, 260))
-    with pytest.raises(ConfigError, match="not the mixture that the checkpoint saw in its 1,024 tokens"):
-        trained(config, states[-1], tokens=8 * 8 * 32, phases=phases(280, 260))
-    trained(config, states[-1], tokens=8 * 8 * 32, phases=phases(270, 250))  # what is yet to come may change
-
-
-def test_plain_adamw_trains_too_and_its_state_is_no_other_s(config: TrainConfig):
-    states: list[dict] = []
-    _, lines = trained(config, save=states.append, optimizer="adamw", weight_decay=0.1)
-    by_step = losses(lines)
-    assert np.mean(by_step[-3:]) < by_step[0] - 1.0
-    assert len(states[-1]["optimizers"]) == 1
-    with pytest.raises(ConfigError, match="'muon', but the checkpoint was trained with 'adamw'"):
-        trained(config, states[-1])
+    collections = [{**collection.model_dump(), "weight": 2} for collection in config.prepare.collections]
+    heavier = config.model_copy(update={"prepare": config.prepare.model_validate({"collections": collections})})
+    with pytest.raises(ConfigError, match=r"weight is \{'stories': 2\.0\}, but the checkpoint was trained with"):
+        trained(heavier, states[-1])
 
 
 def test_settings_that_do_not_fit_are_named(config: TrainConfig, tmp_path: Path):

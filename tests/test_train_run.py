@@ -19,25 +19,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from train_fixtures import DEMO_STEPS as STEPS
 from train_fixtures import ROOT, SHARD_TOKENS, Demo, command_env, encode_plainly, python, texts_of, tree_bytes
 
 from tinylm import LLM, SamplingParams
 from tinylm.tokenizer import Tokenizer
-from tinylm.weights import TENSORS
+from train.alone import run_alone
 from train.card import attribution_page
 from train.config import ConfigError, load_config
+from train.demo_text import demo_text
 from train.encode import encode
 from train.export import export
-from train.files import file_sha256
 from train.metrics import read_metrics, write_metrics
+from train.prepare import prepare
 from train.prompts import load_prompts
 from train.run import run
-from train.teach import teach
-from train.tell import tell
+from train.stage import load_tokens
+from train.start_from import load_start
 from train.tokenizer import train_tokenizer
 
 SECONDS_TO_WAIT = 400
+
+
+@pytest.fixture
+def one_torch_thread():
+    """A second thread waits by spinning: it makes training many times slower beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def shards(directory: Path, split: str) -> list[np.ndarray]:
@@ -110,48 +121,50 @@ def test_a_model_is_not_judged_on_other_text_than_it_was_kept_from(demo: Demo, t
     assert "was made from other text: run `python -m train.encode` again" in message
 
 
-def test_a_run_whose_checkpoints_are_gone_goes_on_from_its_model(demo: Demo, tmp_path: Path):
-    """By its command, with two workers, up to the whole record; then from its own checkpoint, with told stories."""
-    later = Demo(tmp_path, demo.ray_tmpdir)
-    for name in ("tokens", "text"):
-        shutil.copytree(demo.directory / name, tmp_path / name)
-    shutil.copy(demo.directory / "tokenizer.model", tmp_path)
-    settings = {"run.workers": 2, "run.micro_rows": 4, "run.bfloat16": "true", "run.dropout": 0.1}
-    settings |= {"run.restore": demo.model_dir, "run.tokens": (STEPS + 20) * 8 * 128}
-    later.run("run", **settings)
-    metrics = later.metrics()
-    assert metrics[: len(demo.metrics())] == demo.metrics()
-    assert [line["step"] for line in metrics if "loss" in line][-3:] == [STEPS, STEPS + 10, STEPS + 20]
-    assert metrics[-1]["wall_s"] > demo.metrics()[-1]["wall_s"]
+def test_the_fine_tune_example_learns_the_users_text(tmp_path: Path, one_torch_thread: None):
+    """The released model knows English stories at the first step, and writes this text better at the last one."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "stories.txt").write_text(demo_text(80, seed=3), encoding="utf-8")
+    settings = {
+        "workdir": tmp_path,
+        "models_dir": tmp_path / "models",
+        "prepare.collections.0.source": tmp_path / "text/*.txt",
+        "prepare.validation_share": 0.2,
+        "run.tokens": 6 * 4 * 256,
+        "run.batch_rows": 4,
+        "run.micro_rows": 4,
+        "run.warmup_steps": 0,
+        "run.log_every_steps": 1,
+        "run.validate_rows": 4,
+        "export.evaluate_bytes": 4000,
+        "export.n_samples": 1,
+        "export.n_stories": 2,
+        "export.prompts": tmp_path / "prompts.yaml",
+        "export.formats": [],
+    }
+    (tmp_path / "prompts.yaml").write_text('[{seed: 1, text: "Once"}]')
+    config = load_config(ROOT / "configs/fine-tune.yaml", [f"{key}={value}" for key, value in settings.items()])
+    prepare(config)
+    train_tokenizer(config)
+    encode_plainly(config, config.tokens_dir)
+    run_alone(config)
+    losses = [line["loss"] for line in read_metrics(config.metrics_path) if "loss" in line]
+    assert losses[0] < 3.5  # a new model begins at 8.3
+    assert losses[-1] < losses[0] - 0.2
+    export(config)
+    directory = config.models_dir / "my-stories"
+    assert LLM(directory).generate("Once upon a time", SamplingParams(max_tokens=5))
+    assert (directory / "tokenizer.model").read_bytes() == (config.start_from / "tokenizer.model").read_bytes()
+    assert "started from the weights of stories-8m (sha256 " in (directory / "README.md").read_text()
+    assert (config.start_from / "ATTRIBUTION.md").read_text() in (directory / "ATTRIBUTION.md").read_text()
 
-    told = {"tell.model": demo.model_dir, "tell.like": "demo", "tell.tokens": 3000}
-    told |= {"teach.models": f"[{demo.model_dir}]", "teach.collections": "[told]", "run.taught": "{told: 1}"}
-    told["run.phases"] = f"[{{from_tokens: {(STEPS + 20) * 8 * 128}, weights: {{demo: 0.5, told: 0.5}}}}]"
-    told |= {"run.restore": tmp_path / "gone", "run.tokens": (STEPS + 30) * 8 * 128}
-    with pytest.raises(ConfigError, match=re.escape("run `python -m train.tell` first")):
-        run(later.config_with(**told))
-    assert re.search(r"told: 3,\d{3} tokens in \d+ stories, begun as those of demo", later.run("tell", **told).stdout)
-    assert later.run("teach", **told).stdout == "told: taught by demo\n"
-    later.run("run", **told)
-    assert later.metrics()[: len(metrics)] == metrics
-    assert later.metrics()[-1]["step"] == STEPS + 30
 
-    later.run("export", **told, **{"export.formats": [], "export.average_with": f"[{demo.model_dir}]"})
-    evaluation = json.loads((later.model_dir / "evaluation.json").read_text())
-    assert evaluation["phases"][0]["from_tokens"] == (STEPS + 20) * 8 * 128
-    n_told = evaluation["tokens_by_collection"]["told"]
-    assert 0 < n_told < 10 * 8 * 128
-    assert list(evaluation["collections"]) == ["demo"]
-    card = (later.model_dir / "README.md").read_text()
-    assert re.search(rf"\| told \| {n_told:,} \| \d\.\d% \| \| none \| made up by demo \(sha256 \w{{12}}\) \|", card)
-    assert evaluation["averaged_with"] == evaluation["told_by"] == {file_sha256(demo.model_dir / TENSORS): "demo"}
-    assert re.search(r"keeps,\naveraged with those of demo \(sha256 \w{12}\)\.\n", card)
-
-    for checkpoint in later.run_dir.glob("checkpoint_*/state.pt"):
-        checkpoint.unlink()
-    for stage, message in ((run, "are gone: remove that directory"), (export, "holds no checkpoint")):
-        with pytest.raises(ConfigError, match=message):
-            stage(later.config_with(**told))
+def test_fine_tuning_refuses_tokens_of_another_tokenizer(demo: Demo):
+    settings = {"name": "tuned", "start_from": "models/stories-8m"}
+    with pytest.raises(ConfigError, match="start_from: models/stories-8m has another shape than the config"):
+        run(demo.config_with(**settings))
+    with pytest.raises(ConfigError, match="start_from: the tokens were not made with the tokenizer of "):
+        load_start(ROOT / "models/stories-8m", load_config(ROOT / "configs/fine-tune.yaml"), load_tokens(demo.config))
 
 
 def test_a_run_without_ray_is_the_same_run(demo: Demo, tmp_path: Path):
@@ -205,7 +218,6 @@ def test_the_model_directory_tells_people_what_it_is(demo: Demo):
     assert f"| demo | {evaluation['collections']['demo']['documents']} |" in card
     assert f"{score:.4f}" in card
     assert "the whole of the planned run" in card
-    assert "the record of what came before was not kept" not in card
     for linked in ("curve.png", "ATTRIBUTION.md", "samples.md", "prompts.md", "evaluation.json"):
         assert linked in card
         assert (demo.model_dir / linked).is_file()
@@ -295,27 +307,14 @@ def test_attribution_names_every_author_of_text_trained_on():
     assert "Not Trained On" not in page
 
 
-TELLS = {"tell.model": "models/stories-8m", "tell.like": "demo"}
-TAUGHT = {"teach.models": "[models/stories-8m]", "teach.collections": "[demo]"}
-
-
 @pytest.mark.parametrize(
-    ("stage", "settings", "made_by"),
-    [
-        (train_tokenizer, {}, "prepare"),
-        (encode, {}, "prepare"),
-        (tell, TELLS, "encode"),
-        (teach, TAUGHT, "encode"),
-        (run, {}, "encode"),
-        (export, {}, "prepare"),
-    ],
+    ("stage", "made_by"),
+    [(train_tokenizer, "prepare"), (encode, "prepare"), (run, "encode"), (export, "prepare")],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_stage_too_early_names_the_command_to_run_first(
-    tmp_path: Path, stage: Callable, settings: dict, made_by: str
-):
+def test_a_stage_too_early_names_the_command_to_run_first(tmp_path: Path, stage: Callable, made_by: str):
     with pytest.raises(ConfigError, match=re.escape(f"run `python -m train.{made_by}` first")):
-        stage(Demo(tmp_path, tmp_path).config_with(**settings))
+        stage(Demo(tmp_path, tmp_path).config)
 
 
 def test_exporting_a_run_that_never_was_names_the_command_to_run_first(demo: Demo):

@@ -15,9 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tinylm.config import ModelConfig
 from tinylm.tokenizer import Tokenizer
-from tinylm.weights import save_model
 from train.config import TrainConfig, load_config
 from train.demo_text import demo_text
 from train.prepare import prepare
@@ -142,20 +140,6 @@ def encoded_stories(workdir: Path, run: dict) -> TrainConfig:
     config = prepared_stories(workdir, n_stories=150, run=run)
     encode_plainly(config, config.tokens_dir)
     return config
-
-
-def release(config: TrainConfig, directory: Path, seed: int, **shape: int) -> Path:
-    """A model with random weights, of which each row of logits is far from even."""
-    from train.model import GPT  # PyTorch takes a second to import
-
-    model_config = ModelConfig(**{**TINY_MODEL, **shape})
-    generator = np.random.default_rng(seed)
-    tensors = {
-        name: generator.normal(0, 0.2, tensor.shape).astype(np.float32) if tensor.ndim == 2 else tensor.numpy()
-        for name, tensor in GPT(model_config).state_dict().items()
-    }
-    save_model(directory, model_config, tensors, config.tokenizer_path.read_bytes())
-    return directory
 
 
 def command_env(ray_tmpdir: Path) -> dict[str, str]:

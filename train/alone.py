@@ -2,8 +2,8 @@
 
     python -m train.alone [--config configs/train.yaml] [KEY=VALUE ...]
 
-It reads what `train.run` reads, sees the same rows, and leaves the same record; what `run` says of workers, threads and
-kept checkpoints doesn't count. Started again, it goes on from `<workdir>/runs/<name>/state.pt`. A run belongs to the
+It reads what `train.run` reads, sees the same rows, and leaves the same record; what `run` says of workers and threads
+doesn't count. Started again, it goes on from `<workdir>/runs/<name>/state.pt`. A run belongs to the
 command that began it.
 """
 
@@ -16,7 +16,6 @@ import torch
 from train.config import ConfigError, TrainConfig
 from train.loop import check_fits, total_steps, train
 from train.record import followed, recorded
-from train.restore import restored_state
 from train.stage import load_tokenizer, load_tokens, run_stage
 from train.state import STATE_FILE, check_continues, has_checkpoints, load_state
 
@@ -27,11 +26,7 @@ def run_alone(config: TrainConfig) -> None:
     if has_checkpoints(config):
         raise ConfigError(f"{config.run_dir} is a run of `python -m train.run`: go on with that, or use another name")
     path = config.run_dir / STATE_FILE
-    state = released = None
-    if path.exists():
-        state = load_state(path)
-    elif released := config.run.restore:
-        state = restored_state(released, config, data)
+    state = load_state(path) if path.exists() else None
     check_fits(config, data, 1)
     if state is not None:
         check_continues(state, config, data)
@@ -44,7 +39,7 @@ def run_alone(config: TrainConfig) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begun_at = state["step"] if state else 0
-    with recorded(config, begun_at, released) as log, followed(config):
+    with recorded(config, begun_at) as log, followed(config):
         try:
             train(config, data, tokenizer, log, save, state, device)
         except torch.OutOfMemoryError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tinylm.completion import Completion
 from tinylm.sampling import SamplingParams
-from train.config import TOLD, TrainConfig
+from train.config import TrainConfig
 from train.prompts import Prompt
 
 
@@ -22,9 +22,6 @@ def model_card(config: TrainConfig, evaluation: dict, manifest: dict) -> str:
             else "none: held-out text only | | "
         )
         data.append(f"| {name} | {seen} | {licences} | {entry['attribution']} |")
-    if told := evaluation["tokens_by_collection"].get(TOLD, 0):
-        share = f"{told / evaluation['tokens_seen']:.1%}"
-        data.append(f"| {TOLD} | {told:,} | {share} | | none | made up by {_models(evaluation['told_by'])} |")
     done, planned = evaluation["tokens_seen"], evaluation["planned_tokens"]
     extent = "the whole of the planned run" if done >= planned * 0.999 else f"{done / planned:.0%} of the planned run"
     return f"""# {config.name}
@@ -38,12 +35,11 @@ made up. Its older sources are books of 1840-1925 and carry the views of their t
 
 ## Training
 {done:,} tokens seen ({extent}, {evaluation["step"]:,} steps) in {evaluation["training_wall_s"] / 3600:.1f} hours
-on {evaluation["training_machine"]}. The weights are the running average that \
-training keeps{_averaged_with(evaluation["averaged_with"])}.\
-{_taught_by(evaluation["taught_by"])}
+on {evaluation["training_machine"]}. {_started_from(evaluation["started_from"])}The weights are
+the running average that training keeps.
 
 ![loss curve](curve.png)
-{_where_the_record_begins(evaluation)}
+
 ## Held-out text
 Bits per byte of documents from sources (books, or single stories) that it was not trained on, measured by TinyLM's
 engine when the model was exported (`evaluation.json`). Of long documents, stretches were drawn. The interval comes from
@@ -68,28 +64,8 @@ stay the same from model to model.
 """
 
 
-def _taught_by(names: dict) -> str:
-    """A sentence for a model that learnt from others too."""
-    if not names:
-        return ""
-    return f"\nBeside the text, it learnt from what other models say of it: {_models(names)}."
-
-
-def _averaged_with(names: dict) -> str:
-    """What is added to the sentence on the weights, of a model that has others' too."""
-    return f",\naveraged with those of {_models(names)}" if names else ""
-
-
-def _models(names: dict) -> str:
-    return ", ".join(f"{name} (sha256 {sum_[:12]})" for sum_, name in names.items())
-
-
-def _where_the_record_begins(evaluation: dict) -> str:
-    """A sentence where the curve is not of the whole run."""
-    begins = evaluation["recorded_from_tokens"]
-    if not begins:
-        return ""
-    return f"\nIt begins at {begins / 1e6:.1f} million tokens: the record of what came before was not kept.\n"
+def _started_from(model: str) -> str:
+    return f"Training started from the weights of {model}. " if model else ""
 
 
 def _held_out_table(evaluation: dict) -> str:
@@ -152,6 +128,8 @@ def attribution_page(config: TrainConfig, manifest: dict) -> str:
         listed = "".join(f"\n- {' '.join(author.split())}" for author in authors)
         named = f"Authors ({len(authors)}):\n{listed}" if authors else "No author is named in its records."
         parts.append(f"## {name}\n\n{entry['attribution'] or entry['source']}\n\nLicence: {licences}\n\n{named}\n")
+    if config.start_from and (page := config.start_from / "ATTRIBUTION.md").exists():
+        parts.append(f"# The model that training started from\n\n{page.read_text(encoding='utf-8')}")
     return "\n".join(parts)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,6 @@ from tinylm.weights import ModelError
 from train.bootstrap import ratio_interval
 from train.config import ConfigError
 from train.stage import progress
-from train.windows import windows
 
 WINDOWS_A_BATCH = 8
 STRETCH = 10_000  # characters of a long document that are drawn at once, when not all are wanted
@@ -71,6 +70,20 @@ def summary(scores: Sequence[Score]) -> dict:
 def per_byte(scores: Sequence[Score]) -> float:
     """Bits per byte of all these documents together, to five places."""
     return round(sum(score.bits for score in scores) / sum(score.bytes for score in scores), 5)
+
+
+def windows(n_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, end, first) of each window: ids[start:end] go in, and the targets ids[first:end + 1] count.
+
+    The windows overlap by half. Each token but the first is a target once. Beyond the first half context, every target
+    has at least half a context before it.
+    """
+    start, first = 0, 1
+    while first < n_tokens:
+        end = min(start + context, n_tokens - 1)
+        yield start, end, first
+        first = end + 1
+        start += context // 2
 
 
 def make_runner(model: Model) -> ModelRunner:

@@ -25,7 +25,6 @@ from tinylm.llm import LLM
 from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, quantize_rows, save_model
-from train.averaging import averaged_with
 from train.card import attribution_page, model_card, prompts_page, samples_page
 from train.config import ConfigError, TrainConfig
 from train.curve import draw_curve
@@ -44,7 +43,7 @@ class TrainedModel(NamedTuple):
 
     state: dict[str, Any]  # the checkpoint, as `train.loop` saves it
     tokenizer: Tokenizer
-    tensors: dict[str, np.ndarray]  # averaged, by the run and with others, float32 by name
+    tensors: dict[str, np.ndarray]  # averaged, float32 by name
     quantized: dict[str, Tensor]  # the same with int8 matrices
     manifest: dict[str, dict]  # of the text, by collection
     documents: list[Document]
@@ -53,12 +52,10 @@ class TrainedModel(NamedTuple):
 def load_trained(config: TrainConfig) -> TrainedModel:
     """Raises ConfigError when a stage before this one is missing, or was run on something else than the next one."""
     require(config.manifest_path, "train.prepare")
-    tokenizer, data = load_tokenizer(config), load_tokens(config, taught=False)
+    tokenizer, data = load_tokenizer(config), load_tokens(config)
     state = last_state(config)
     check_state(state, config, data)
     tensors = {name: tensor.numpy() for name, tensor in averaged_weights(state).items()}
-    tensors, names = averaged_with(tensors, config.export.average_with, config.model_config_, data)
-    state["averaged_with"] = state.get("averaged_with", {}) | names
     manifest = json.loads(config.manifest_path.read_text(encoding="utf-8"))
     held_out = [config.text_dir / f"{name}.validation.parquet" for name in manifest]
     return TrainedModel(
@@ -90,13 +87,8 @@ def export(config: TrainConfig) -> None:
         "tokens_by_collection": state["tokens_by_collection"],
         "training_wall_s": round(state["wall_s"], 1),
         "training_machine": state["machine"],
-        "recorded_from_tokens": lines[0]["tokens"] if lines and lines[0]["step"] > run["log_every_steps"] else 0,
         "seed": state["config"]["seed"],
-        "optimizer": run["optimizer"],
-        "phases": run.get("phases", []),
-        "taught_by": state.get("taught_by", {}),
-        "told_by": state.get("told_by", {}),
-        "averaged_with": state["averaged_with"],
+        "started_from": state["started_from"],
         "text_sha256": state["text_sha256"],
         "arithmetic": model.arithmetic,
         "collections": {name: summary(scores) for name, scores in served.items()},

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tinylm.config import ModelConfig
 from tinylm.tokenizer import Tokenizer
-from train.config import TOLD, ConfigError, Run, TrainConfig
+from train.config import ConfigError, Run, TrainConfig
 from train.data import TokenData
 from train.model import GPT
 from train.muon import Muon
+from train.start_from import load_start
 from train.state import check_continues
 
 LN2 = 0.6931471805599453
 DRAWS = 1_000_003  # between the random numbers of one seed and the next
+ADAMW_BETAS = (0.9, 0.98)
+MUON_MOMENTUM = 0.95
+MAX_GRADIENT_NORM = 1.0
+FINAL_LR = 0.02  # share of the peak learning rate at the last step
+AVERAGE_DECAY = 0.99  # of the running average of the weights, at each step
 
 
 def total_steps(run: Run, config: ModelConfig) -> int:
@@ -36,53 +42,28 @@ def total_steps(run: Run, config: ModelConfig) -> int:
     return max(1, run.tokens // (run.batch_rows * config.context))
 
 
-class Taught(NamedTuple):
-    """What other models say of the next tokens of a batch (`train.soft_targets`), and how much of the loss that is."""
-
-    ids: Tensor  # (B, T, K)
-    probabilities: Tensor  # (B, T, K), of each token 1 in all
-    of_row: Tensor  # (B,) the share of each row's loss; the rest is its own tokens
-
-
-def lr_factor(step: int, steps: int, run: Run, begun_at: int = 0) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, constant, then linear decay to `final_lr`.
-
-    begun_at: the step that the optimizers began at, with nothing to remember, and so the warm-up's first.
-    """
-    warmup = min(1.0, (step - begun_at + 1) / (run.warmup_steps + 1))
+def lr_factor(step: int, steps: int, run: Run) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up, constant, linear decay to FINAL_LR."""
+    warmup = min(1.0, (step + 1) / (run.warmup_steps + 1))
     decay_from = run.constant_share * steps
     left = min(1.0, max(0.0, (steps - step) / max(1.0, steps - decay_from)))
-    return warmup * (run.final_lr + (1 - run.final_lr) * left)
+    return warmup * (FINAL_LR + (1 - FINAL_LR) * left)
 
 
 def make_optimizers(model: GPT, run: Run) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the embedding (without decay) and the norms; or AdamW for all."""
-    if run.optimizer == "adamw":
-        decayed = {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": run.weight_decay}
-        norms = {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0}
-        return [torch.optim.AdamW([decayed, norms], lr=run.adamw_lr, betas=run.adamw_betas)]
+    """Return Muon for the blocks' matrices, and AdamW without decay for the embedding and the norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
-        Muon(matrices, run.muon_lr, run.muon_momentum, run.weight_decay, bfloat16=run.bfloat16),
-        torch.optim.AdamW(others, lr=run.adamw_lr, betas=run.adamw_betas, weight_decay=0.0),
+        Muon(matrices, run.muon_lr, MUON_MOMENTUM, run.weight_decay, bfloat16=run.bfloat16),
+        torch.optim.AdamW(others, lr=run.adamw_lr, betas=ADAMW_BETAS, weight_decay=0.0),
     ]
 
 
-def mean_loss(
-    model: nn.Module, inputs: Tensor, tokens: Tensor, dropout: Tensor | None = None, taught: Taught | None = None
-) -> Tensor:
-    """Nats a token of the next tokens (B, T), predicted from inputs (B, T), or of what else is to be learnt of them.
-
-    dropout: (B,) of each row.
-    """
+def mean_loss(model: nn.Module, inputs: Tensor, tokens: Tensor, dropout: Tensor | None = None) -> Tensor:
+    """Return the nats a token of the next tokens (B, T), predicted from inputs (B, T). dropout: (B,) of each row."""
     logits = model(inputs, dropout).flatten(0, 1).float()
-    if taught is None:
-        return F.cross_entropy(logits, tokens.flatten())
-    said = logits.log_softmax(-1).gather(1, torch.cat([taught.ids, tokens[..., None]], dim=2).flatten(0, 1))
-    share = taught.of_row[:, None, None]
-    probabilities = torch.cat([share * taught.probabilities, (1 - share).expand(*tokens.shape, 1)], dim=2)
-    return -(said * probabilities.flatten(0, 1)).sum(1).mean()
+    return F.cross_entropy(logits, tokens.flatten())
 
 
 @torch.no_grad()
@@ -163,12 +144,15 @@ def train(
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     check_fits(config, data, world)
-    model = GPT(shape, seed=config.seed).to(device)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(run.average_decay)).eval()
+    started_from = ""
+    if state is None and config.start_from:
+        model, started_from = load_start(config.start_from, config, data)
+    else:
+        model = GPT(shape, seed=config.seed)
+    model = model.to(device)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY)).eval()
     optimizers = make_optimizers(model, run)
-    taught_by, told_by, seen_before = {}, data.told_by, {}
-    averaged_with: dict[str, str] = {}
-    step, begun_at, wall_before, machine = 0, 0, 0.0, describe_machine(device, world)
+    step, wall_before, machine = 0, 0.0, describe_machine(device, world)
     if state is not None:
         check_continues(state, config, data)
         model.load_state_dict(state["model"])
@@ -177,10 +161,7 @@ def train(
             # Moments come from the checkpoint, settings from the config of today.
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-        step, begun_at, wall_before = state["step"], state["begun_at"], state["wall_s"]
-        taught_by, seen_before = state.get("taught_by", {}), state["tokens_by_collection"]
-        told_by = state.get("told_by", {}) | told_by
-        averaged_with = state.get("averaged_with", {})
+        step, wall_before, started_from = state["step"], state["wall_s"], state["started_from"]
         last = state["machine"].split(", then ")[-1]
         machine = state["machine"] if last == machine else f"{state['machine']}, then {machine}"
     wrapped: nn.Module = model
@@ -203,7 +184,7 @@ def train(
         return wall_before + time.monotonic() - started
 
     while step < steps:
-        factor = lr_factor(step, steps, run, begun_at)
+        factor = lr_factor(step, steps, run)
         for optimizer, lrs in zip(optimizers, peak_lrs, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
@@ -215,18 +196,14 @@ def train(
             rows = torch.from_numpy(data.mixture.rows(*here)).to(device)
             names = data.mixture.collections(*here)
             dropout = torch.tensor([run.dropout_of(name) for name in names], device=device)
-            taught = None
-            if any(shares := [config.taught_of(name) for name in names]):
-                ids, probabilities = (torch.from_numpy(a).to(device) for a in data.mixture.soft_targets(*here))
-                taught = Taught(ids, probabilities, torch.tensor(shares, device=device))
             last = micro == micro_batches - 1
             with nullcontext() if last else no_sync():
                 with autocast:
-                    loss = mean_loss(wrapped, rows[:, :-1], rows[:, 1:], dropout if run.dropout else None, taught)
+                    loss = mean_loss(wrapped, rows[:, :-1], rows[:, 1:], dropout if run.dropout else None)
                     loss = loss / micro_batches
                 loss.backward()
             loss_sum += loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip)
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -274,32 +251,23 @@ def train(
                 }
             )
         if is_last or (step % run.checkpoint_every_steps == 0 and _agreed(_due(saved_at, run), world, device)):
-            seen = data.mixture.tokens(step * run.batch_rows)
             save(
                 {
                     "step": step,
-                    "begun_at": begun_at,
                     "wall_s": wall_s(),
                     "model": model.state_dict(),
                     "averaged": averaged.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "machine": machine,
-                    "taught_by": taught_by | (data.taught_by if _learnt_from_others(config, seen_before, seen) else {}),
-                    "told_by": told_by if seen.get(TOLD) else {},
-                    "averaged_with": averaged_with,
+                    "started_from": started_from,
                     "tokenizer_sha256": data.tokenizer_sha256,
                     "text_sha256": data.text_sha256,
-                    "tokens_by_collection": seen,
+                    "tokens_by_collection": data.mixture.tokens(step * run.batch_rows),
                     "config": config.model_dump(mode="json"),
                 }
             )
             saved_at = time.monotonic()
     return averaged.module
-
-
-def _learnt_from_others(config: TrainConfig, before: dict[str, int], now: dict[str, int]) -> bool:
-    """Whether any of the tokens seen since is of a collection of which other models' words are learnt."""
-    return any(config.taught_of(name) and n > before.get(name, 0) for name, n in now.items())
 
 
 def _due(saved_at: float, run: Run) -> bool:

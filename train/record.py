@@ -9,25 +9,23 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from train.config import TrainConfig
 from train.curve import draw_curve
 from train.loop import total_steps
-from train.metrics import METRICS_FILE, metrics_text, read_metrics, write_metrics
+from train.metrics import metrics_text, read_metrics, write_metrics
 from train.stage import progress
 
 
 @contextmanager
-def recorded(config: TrainConfig, step: int, released: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+def recorded(config: TrainConfig, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Gives the function that takes the lines of a run that goes on after `step`; draws the curve as they come.
 
-    What was logged later than that will be so again. released: the model that the run goes on from, not a checkpoint,
-    and whose record it takes up.
+    What was logged later than that will be so again.
     """
     metrics, picture = config.metrics_path, config.metrics_path.with_name("curve.png")
-    write_metrics(metrics, read_metrics(released / METRICS_FILE if released else metrics, step))
+    write_metrics(metrics, read_metrics(metrics, step))
 
     def log(values: dict[str, Any]) -> None:
         with metrics.open("a", encoding="utf-8") as file:

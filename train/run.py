@@ -3,8 +3,7 @@
     python -m train.run [--config configs/train.yaml] [KEY=VALUE ...]
 
 Started again after being killed, at any moment, it goes on from the last checkpoint in `<workdir>/runs/<name>`; give
-`run.tokens=...` more to go on further. Without a checkpoint, `run.restore=models/...` goes on from a model that the run
-released. Writes `metrics.jsonl` (one line a log or validation) and `curve.png` there.
+`run.tokens=...` more to go on further. Writes `metrics.jsonl` (one line a log or validation) and `curve.png` there.
 The loop itself is `train.loop`, the rows are `train.data`.
 """
 
@@ -18,10 +17,12 @@ from typing import Any
 from train.config import ConfigError, TrainConfig
 from train.loop import check_fits
 from train.record import followed, recorded
-from train.restore import restored_state
 from train.stage import load_tokenizer, load_tokens, run_stage, start_ray
+from train.start_from import load_start
 from train.state import STATE_FILE, check_continues, has_checkpoints, last_state, load_state
 
+MAX_FAILURES = 3  # of workers, before the run fails
+KEPT_CHECKPOINTS = 2
 RAY_RECORD = "checkpoint_manager_snapshot.json"  # where Ray Train keeps which checkpoints there are
 # glibc gives freed memory back to the kernel and takes it anew at every step, unless told otherwise: on machines where
 # fresh pages are slow to come, that takes longer than the arithmetic.
@@ -42,12 +43,10 @@ def _worker(settings: dict[str, Any]) -> None:
     config = TrainConfig.model_validate(settings)
     torch.set_num_threads(config.run.threads)
     tokenizer, data = load_tokenizer(config), load_tokens(config)
-    state = released = None
+    state = None
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as directory:
             state = load_state(Path(directory) / STATE_FILE)
-    elif released := config.run.restore:
-        state = restored_state(released, config, data)
     leader = ray.train.get_context().get_world_rank() == 0
 
     def save(values: dict[str, Any]) -> None:
@@ -59,7 +58,7 @@ def _worker(settings: dict[str, Any]) -> None:
             ray.train.report({"step": values["step"]}, checkpoint=ray.train.Checkpoint.from_directory(directory))
 
     step = state["step"] if state else 0
-    with recorded(config, step, released) if leader else nullcontext(print) as log:  # only the leader's loop logs
+    with recorded(config, step) if leader else nullcontext(print) as log:  # only the leader's loop logs
         train(config, data, tokenizer, log, save, state)
 
 
@@ -81,8 +80,8 @@ def run(config: TrainConfig) -> None:
         if not has_checkpoints(config):
             raise ConfigError(f"the checkpoints of {config.run_dir} are gone: remove that directory to begin anew")
         check_continues(last_state(config), config, data)
-    elif config.run.restore:
-        check_continues(restored_state(config.run.restore, config, data), config, data)
+    elif config.start_from:
+        load_start(config.start_from, config, data)
     start_ray(env_vars=KEEP_FREED_MEMORY)
     trainer = TorchTrainer(
         _worker,
@@ -94,8 +93,8 @@ def run(config: TrainConfig) -> None:
         run_config=RunConfig(
             name=config.name,
             storage_path=str(config.runs_dir),
-            failure_config=FailureConfig(max_failures=config.run.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.run.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),
     )
     try:

@@ -14,10 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
-from train.config import INDEX_FILE, ConfigError, TrainConfig, command_line, load_config
+from train.config import ConfigError, TrainConfig, command_line, load_config
 from train.data import TokenData
 from train.files import file_sha256
-from train.soft_targets import check_taught
 
 
 def run_stage(description: str | None, stage: Callable[[TrainConfig], Any]) -> None:
@@ -53,26 +52,13 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
         raise ConfigError(str(error)) from None
 
 
-def load_tokens(config: TrainConfig, taught: bool = True) -> TokenData:
+def load_tokens(config: TrainConfig) -> TokenData:
     """The tokens of the work directory; ConfigError when they are missing, or of other text or another tokenizer.
 
-    taught: with what other models say of them, where the config has a section `teach`. Where only the tokens and the
-    tokenizer have been brought along, there is no text to compare them with.
+    Without the text, only the tokenizer is compared.
     """
     require(config.index_path, "train.encode")
-    told = None
-    if config.tell:
-        told = config.told_dir
-        require(told / INDEX_FILE, "train.tell")
-    taught_dir, taught_collections = None, []
-    if config.teach and taught:
-        taught_dir, taught_collections = config.taught_dir, config.teach.collections
-        require(taught_dir / INDEX_FILE, "train.teach")
-        check_taught(config.teach, config.model_config_.context, taught_dir)
-    shape, phases = config.model_config_, config.run.phases
-    data = TokenData(
-        config.tokens_dir, shape.context, config.seed, config.weights, phases, told, taught_dir, taught_collections
-    )
+    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed, config.weights)
     for what, of_tokens, path in (
         ("with another tokenizer", data.tokenizer_sha256, config.tokenizer_path),
         ("from other text", data.text_sha256, config.manifest_path),

@@ -3,6 +3,7 @@
     python -m train.tokenizer [--config configs/train.yaml] [KEY=VALUE ...]
 
 Trains on `<workdir>/text`, every collection in proportion to its weight, and writes `<workdir>/tokenizer.model`.
+With `start_from` it copies the tokenizer of that model instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Callable, Iterator
 import pyarrow.parquet as pq
 import sentencepiece as spm
 
-from tinylm.tokenizer import BOUNDARY_PIECE
+from tinylm.tokenizer import BOUNDARY_PIECE, Tokenizer
+from tinylm.weights import TOKENIZER, load_model
 from train.config import ConfigError, TrainConfig
 from train.stage import progress, require, run_stage
 
@@ -36,9 +38,23 @@ def training_lines(config: TrainConfig, advance: Callable[[int], None] = lambda 
 
 
 def train_tokenizer(config: TrainConfig) -> None:
-    """Run the stage."""
+    """Run the stage: train a tokenizer, or copy that of the model in `start_from`."""
     require(config.manifest_path, "train.prepare")
+    if config.start_from:
+        load_model(config.start_from)  # raises ModelError when the model is damaged
+        model = (config.start_from / TOKENIZER).read_bytes()
+    else:
+        model = trained_on(config)
+    partial = config.tokenizer_path.with_suffix(".partial")
+    partial.write_bytes(model)
+    partial.replace(config.tokenizer_path)
+    print(f"{config.tokenizer_path}: {Tokenizer(config.tokenizer_path).vocab_size} pieces")
+
+
+def trained_on(config: TrainConfig) -> bytes:
+    """Return a SentencePiece model trained on the prepared text; raises ConfigError when the text is too small."""
     model = io.BytesIO()
+    shape = config.model_config_
     with progress("documents") as bar:
         task = bar.add_task("tokenizer", total=None)
         try:
@@ -46,7 +62,7 @@ def train_tokenizer(config: TrainConfig) -> None:
                 sentence_iterator=training_lines(config, lambda count: bar.advance(task, count)),
                 model_writer=model,
                 model_type="bpe",
-                vocab_size=config.model_config_.vocab_size,
+                vocab_size=shape.vocab_size,
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
@@ -57,7 +73,7 @@ def train_tokenizer(config: TrainConfig) -> None:
                 required_chars=ASCII,
                 max_sentence_length=1 << 20,
                 unk_id=0,
-                eos_id=config.model_config_.boundary_id,
+                eos_id=shape.boundary_id,
                 eos_piece=BOUNDARY_PIECE,
                 bos_id=-1,
                 pad_id=-1,
@@ -65,13 +81,8 @@ def train_tokenizer(config: TrainConfig) -> None:
                 minloglevel=1,
             )
         except RuntimeError as error:
-            raise ConfigError(
-                f"SentencePiece could not train {config.model_config_.vocab_size} pieces: {error}"
-            ) from None
-    partial = config.tokenizer_path.with_suffix(".partial")
-    partial.write_bytes(model.getvalue())
-    partial.replace(config.tokenizer_path)
-    print(f"{config.tokenizer_path}: {config.model_config_.vocab_size} pieces")
+            raise ConfigError(f"SentencePiece could not train {shape.vocab_size} pieces: {error}") from None
+    return model.getvalue()
 
 
 if __name__ == "__main__":
