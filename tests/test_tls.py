@@ -197,6 +197,8 @@ def test_a_renewed_certificate_is_taken_up_without_a_pause(backend: tuple[Backen
     with tls_front(make_certificate(tmp_path), grpc_port, http_port) as front, secure_channel(front) as before:
         (stream,) = hold(before, 1)
         next(stream)
+        for name in ("server.pem", "ca.pem"):  # `make certificate` replaces neither
+            (tmp_path / name).unlink()
         make_certificate(tmp_path)
         front.master.send_signal(signal.SIGUSR2)
 
