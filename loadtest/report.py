@@ -36,25 +36,33 @@ def write(results: Sequence[Mapping[str, Any]], directory: Path) -> Path:
 
     Raises FileExistsError, and writes nothing, when a file of these names is there that no report wrote.
     """
+    page = directory / "report.html"
+    check_own(page, lambda content: content.startswith(HEAD.encode()) and b"<h1>Load test</h1>" in content)
+    check_file(page)
+    shown = page.read_text(encoding="utf-8") if page.exists() else ""
     pictures: dict[str, bytes] = {}
+
+    def add(name: str, figure: Figure) -> str:
+        """Draw a picture for the file `name`.png; return its HTML."""
+        while f"{name}.png" in pictures:  # two results of one label
+            name += "-2"
+        check_picture(directory / f"{name}.png", f'alt="{html.escape(name)}"' in shown)
+        pictures[f"{name}.png"] = picture = as_png(figure, DPI)
+        data = base64.b64encode(picture).decode()
+        return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>'
+
     body = ["<h1>Load test</h1>"]
-    body += [_picture(pictures, name, figure) for name, figure in _overview(results)]
+    body += [add(name, figure) for name, figure in _overview(results)]
     for result in results:
         body.append(_section(result))
         slug = re.sub(r"[^\w.-]+", "-", result["label"]).strip("-")
         for quantity in plots.TITLES:
             if figure := plots.histograms(result, quantity):
-                body.append(_picture(pictures, f"{slug}-{quantity}-histogram", figure))
+                body.append(add(f"{slug}-{quantity}-histogram", figure))
             if figure := plots.percentiles(result, quantity):
-                body.append(_picture(pictures, f"{slug}-{quantity}-percentiles", figure))
-    page = directory / "report.html"
+                body.append(add(f"{slug}-{quantity}-percentiles", figure))
     title = html.escape(", ".join(result["label"] for result in results))
     head = f"{HEAD}{title}</title><style>{STYLE}</style>"
-    check_own(page, lambda content: content.startswith(HEAD.encode()) and b"<h1>Load test</h1>" in content)
-    check_file(page)
-    shown = page.read_text(encoding="utf-8") if page.exists() else ""
-    for name in pictures:
-        check_picture(directory / name, f'alt="{html.escape(Path(name).stem)}"' in shown)
     for name, picture in pictures.items():
         write_file(directory / name, picture)
     write_file(page, head + "\n".join(body) + "</html>\n")
@@ -84,13 +92,6 @@ def _overview(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Figur
             yield f"load-{kind}", figure
         if figure := plots.against_replicas(results, stream):
             yield f"replicas-{kind}", figure
-
-
-def _picture(pictures: dict[str, bytes], name: str, figure: Figure) -> str:
-    """Add the figure to the pictures by file name; return its HTML."""
-    pictures[f"{name}.png"] = picture = as_png(figure, DPI)
-    data = base64.b64encode(picture).decode()
-    return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></p>'
 
 
 def _section(result: Mapping[str, Any]) -> str:

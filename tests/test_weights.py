@@ -319,7 +319,7 @@ def test_a_new_model_replaces_the_old_one_whole(model_dir, tiny_config, tiny_ten
     assert list(model_dir.parent.iterdir()) == [model_dir]
 
 
-@pytest.mark.parametrize("name", ["notes.md", "README.md", "evaluation.json"])
+@pytest.mark.parametrize("name", ["notes.md", "README.md", "evaluation.json", "config.json"])
 def test_a_model_with_a_file_of_the_user_is_not_replaced(model_dir, tiny_config, tiny_tensors, tokenizer_bytes, name):
     if name == "evaluation.json":  # a new manifest lists all files, so that this is no older model
         save_model(model_dir, tiny_config, tiny_tensors, tokenizer_bytes, extra_files={"README.md": b""})

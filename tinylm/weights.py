@@ -121,18 +121,27 @@ def save_model(
 
 
 def model_files(directory: Path) -> set[str] | None:
-    """Return the names of the files of a model directory that were written with it; None when it is not one.
+    """Return the names of the unaltered files that were written with a model; None when `directory` holds no model.
 
     Older manifests list three files and not the pages that `train.export` wrote, evaluation.json among them.
     """
 
     def names(manifest: dict[str, dict[str, Any]]) -> set[str]:
-        if not {CONFIG, TENSORS, TOKENIZER} <= set(manifest) or not all(entry["sha256"] for entry in manifest.values()):
-            raise KeyError("a file without its sum")
+        if not {CONFIG, TENSORS, TOKENIZER} <= set(manifest):
+            raise KeyError("a model needs three files")
         is_older = len(manifest) == 3 and (directory / "evaluation.json").is_file()
-        return set(manifest) | (EXPORTED_PAGES if is_older else set())
+        unaltered = {name for name, entry in manifest.items() if _sum(directory / name) in (entry["sha256"], None)}
+        return unaltered | (EXPORTED_PAGES if is_older else set())
 
     return manifest_names(directory / MANIFEST, names)
+
+
+def _sum(path: Path) -> str | None:
+    """Return the sha256 sum of a regular file, None for anything else."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_model(directory: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -189,8 +198,7 @@ def _verify(directory: Path) -> None:
             raise ModelError(
                 f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {size}: it is cut off or altered"
             )
-        with path.open("rb") as file:
-            actual_sum = hashlib.file_digest(file, "sha256").hexdigest()
+        actual_sum = _sum(path)
         if actual_sum != expected_sum:
             raise ModelError(f"{path} is altered: its sha256 is {actual_sum}, {MANIFEST} says {expected_sum}")
 

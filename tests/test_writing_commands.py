@@ -1,0 +1,233 @@
+"""Every command that writes, in a directory full of other people's files, changes none of them.
+
+Each command first writes into an empty directory. That shows which paths it uses. Then each of these paths is taken by
+something else in turn: a file, a directory, a link, a FIFO, a device. Afterwards all of it must be as it was, whether
+the command did its work or refused it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loadtest import report, result
+from loadtest.standard import parts as standard
+from tinylm import ModelConfig, SamplingParams
+from tinylm.files import write_file
+from tinylm.kernels import sharing
+from tinylm.serving.keys import add_key
+from tinylm.terminal.lines import PipeLines
+from tinylm.terminal.screen import Screen
+from tinylm.terminal.source import Source
+from tinylm.terminal.writer import Writer
+from tinylm.weights import save_model
+
+ROOT = Path(__file__).resolve().parent.parent
+MINE = "a file of the user\n"
+NULL_DEVICE = os.makedev(1, 3)
+# Names that are, or look like, temporaries of this and of earlier releases.
+DECOYS = (
+    ".tinylm-0123456789abcdef",
+    "text.old",
+    "text.partial",
+    "tokens.partial",
+    "res.json.part",
+    "tokenizer.partial",
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command that writes: `act` does its writing, with small inputs, in a directory."""
+
+    act: Callable[[Path], Any]
+    named: tuple[str, ...] = ()  # paths that its user names: a regular file there gets new content
+    once: bool = False  # it refuses to write there again
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    """A result of the load test, without histograms, since drawing them takes long."""
+    found = result.read(ROOT / "docs" / "results" / "overhead.json")
+    return {**found, "runs": [{**found["runs"][0], "histograms": {}}]}
+
+
+def load_test(directory: Path, measured: dict[str, Any]) -> None:
+    result.check_output(directory / "res.json")
+    result.write(directory / "res.json", measured)
+
+
+def standard_set(directory: Path, measured: dict[str, Any]) -> None:
+    result.check_own_result(directory / "engine-unary.json")
+    result.write(directory / "engine-unary.json", measured)
+    standard.draw([measured], directory / standard.PICTURE)
+
+
+def save_story(directory: Path, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter([f"/save {directory / 'story.txt'}"])
+    reader = PipeLines()
+    monkeypatch.setattr(reader, "read", lambda: next(lines, None))
+    Writer(source, SamplingParams(), reader, Screen()).run()
+
+
+def share_weights(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(directory))
+    sharing.shared(np.arange(9, dtype=np.uint8))
+
+
+@pytest.fixture
+def commands(
+    measured: dict[str, Any],
+    tiny_config: ModelConfig,
+    tiny_tensors: dict[str, np.ndarray],
+    stories_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, Command]:
+    tokenizer = (stories_dir / "tokenizer.model").read_bytes()
+    return {
+        "loadtest --output": Command(lambda at: load_test(at, measured), ("res.json",)),
+        "loadtest report": Command(lambda at: report.write([measured], at)),
+        "loadtest standard": Command(lambda at: standard_set(at, measured)),
+        "tinylm key --file": Command(lambda at: add_key(at / "keys", "anna"), once=True),
+        "tinylm write, /save": Command(lambda at: save_story(at, None, monkeypatch), once=True),  # type: ignore[arg-type]
+        "kernels.sharing": Command(lambda at: share_weights(at, monkeypatch)),
+        "save_model": Command(
+            lambda at: save_model(at / "m", tiny_config, tiny_tensors, tokenizer, extra_files={"README.md": b"card"})
+        ),
+        "any file that is named": Command(lambda at: write_file(at / "file", "new"), ("file",)),
+    }
+
+
+NAMES = [
+    "loadtest --output", "loadtest report", "loadtest standard", "tinylm key --file", "tinylm write, /save",
+    "kernels.sharing", "save_model", "any file that is named",
+]  # fmt: skip
+
+
+def make_file(path: Path) -> None:
+    path.write_text(MINE)
+
+
+def make_read_only_file(path: Path) -> None:
+    path.write_text(MINE)
+    path.chmod(0o444)
+
+
+def make_directory(path: Path) -> None:
+    path.mkdir()
+    (path / "notes").write_text(MINE)
+
+
+def make_read_only_directory(path: Path) -> None:
+    make_directory(path)
+    path.chmod(0o555)
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "a file": make_file,
+    "a read-only file": make_read_only_file,
+    "a directory": make_directory,
+    "a read-only directory": make_read_only_directory,
+    "a link to a file": lambda path: path.symlink_to(elsewhere(path) / "file"),
+    "a link to a directory": lambda path: path.symlink_to(elsewhere(path) / "directory"),
+    "a dangling link": lambda path: path.symlink_to(elsewhere(path) / "missing" / "file"),
+    "a FIFO": os.mkfifo,
+    "a link to a device": lambda path: path.symlink_to("/dev/null"),
+    "a device": lambda path: os.mknod(path, stat.S_IFCHR | 0o666, NULL_DEVICE),
+}
+
+
+def elsewhere(path: Path) -> Path:
+    """The directory of things that links in the output directory lead to."""
+    return next(parent for parent in path.parents if (parent / "elsewhere").is_dir()) / "elsewhere"
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, int, object]]:
+    """Path -> mode with type, device number, and content or link target, of everything below; no link is followed."""
+    found = {}
+    for directory, names, files in os.walk(root):
+        for name in (*names, *files):
+            path = Path(directory, name)
+            status = path.lstat()
+            content: object = None
+            if stat.S_ISREG(status.st_mode):
+                content = path.read_bytes()
+            elif stat.S_ISLNK(status.st_mode):
+                content = path.readlink()
+            found[str(path.relative_to(root))] = (status.st_mode, status.st_rdev, content)
+    return found
+
+
+@contextmanager
+def readers(root: Path) -> Iterator[None]:
+    """Keep every FIFO below open for reading, so that who opens it for writing need not wait."""
+    fifos = [path for path in root.rglob("*") if path.is_fifo()]
+    opened = [os.open(path, os.O_RDONLY | os.O_NONBLOCK) for path in fifos]
+    yield
+    for descriptor in opened:
+        os.close(descriptor)
+
+
+def run_beside(root: Path, command: Command, taken: str | None, kind: str, has_run: bool = False) -> set[str]:
+    """Run the command where the path `taken` is in use, and compare everything that is not its own.
+
+    has_run: the command has run once before, so that what is in the way lies between its own files.
+    Returns the paths that it made, below the output directory.
+    """
+    out = root / "out"
+    (root / "elsewhere" / "directory").mkdir(parents=True)
+    out.mkdir()
+    make_file(root / "elsewhere" / "file")
+    make_file(root / "elsewhere" / "directory" / "notes")
+    for name in DECOYS:
+        make_directory(out / name) if name.startswith("text") else make_file(out / name)
+    foreign = set(snapshot(root))
+    if has_run:
+        command.act(out)
+    own = set(snapshot(root)) - foreign - {f"out/{taken}"}
+    if taken:
+        (out / taken).parent.mkdir(parents=True, exist_ok=True)
+        (out / taken).unlink(missing_ok=True)
+        KINDS[kind](out / taken)
+    before = snapshot(root)
+    with readers(root):
+        try:
+            command.act(out)
+        except (OSError, ValueError):
+            if taken is None:  # with nothing in its way a command must work
+                raise
+    after = snapshot(root)
+    assert not [path for path in set(after) - foreign if ".tinylm-" in path], "a temporary is left"
+    written = {f"out/{taken}", "elsewhere/file"} if taken in command.named else set()
+    for path in set(before) - own:
+        assert path in after, f"{path} is gone"
+        mode, device, content = before[path]
+        assert after[path][:2] == (mode, device), f"{path} has another kind or mode"
+        assert after[path][2] == content or (path in written and stat.S_ISREG(mode)), f"{path} has other content"
+    return {path.removeprefix("out/") for path in set(after) - foreign if path.startswith("out/")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_changes_no_file_that_is_not_its_own(commands: dict[str, Command], tmp_path: Path, name: str) -> None:
+    command, kinds = commands[name], [kind for kind in KINDS if kind != "a device" or os.getuid() == 0]
+    made = run_beside(tmp_path / "free", command, None, "")
+    assert made
+    assert command.once or run_beside(tmp_path / "again", command, None, "", has_run=True) == made
+    cases = [(path, kind, False) for path in sorted(made) for kind in kinds]
+    for path in sorted(made):
+        if (tmp_path / "free" / "out" / path).is_dir():
+            cases += [(f"{path}/notes", kind, True) for kind in kinds]
+            cases += [(other, "a dangling link", True) for other in made if other.startswith(f"{path}/")]
+    for number, (path, kind, has_run) in enumerate(cases):
+        try:
+            run_beside(tmp_path / str(number), command, path, kind, has_run)
+        except AssertionError as error:
+            raise AssertionError(f"{path} was {kind}{' among its files' * has_run}: {error}") from error
