@@ -1,8 +1,7 @@
-"""What tests of the arithmetic share: models of any shape, their logits from nothing cached, and other processes."""
+"""Models of any shape, their logits, and other Python processes, for the tests of the arithmetic."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from tinylm import ModelConfig, SamplingParams
-from tinylm.kernels.batch import Batch
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.weights import QuantizedMatrix, Tensor, load_model, quantize_rows, tensor_shapes
 
@@ -21,7 +19,7 @@ SETTINGS = [("numba", "int8"), ("numba", "float32"), ("numpy", "int8"), ("numpy"
 
 
 def random_tensors(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """int8 matrices in which every weight matters, of rows of many sizes, and norms far from one."""
+    """Return random int8 matrices with rows of many scales, and norms far from 1, so that every weight matters."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, Tensor] = {}
     for name, shape in tensor_shapes(config).items():
@@ -35,22 +33,36 @@ def random_tensors(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 
 
 def quantized(tensors: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """float32 tensors as `save_model` would store them."""
+    """Quantize float32 tensors as `save_model` does."""
     return {name: quantize_rows(t) if t.ndim == 2 else t for name, t in tensors.items()}
 
 
 def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return the tensors as float32."""
     return {name: t.dequantize() if isinstance(t, QuantizedMatrix) else t for name, t in tensors.items()}
 
 
 def logits_of(model: Model, ids: list[int]) -> np.ndarray:
-    """Scores after each of the ids, (T, vocab), all at once and from nothing cached."""
+    """Return the logits after each of the ids, (T, vocab), computed in one step with an empty cache."""
     runner = ModelRunner(model, 1, len(ids), len(ids))
     return runner.forward(np.array(ids), [Chunk(0, 0, len(ids))], np.arange(len(ids))).copy()
 
 
+def scale_of(logits: np.ndarray) -> float:
+    """Return the root mean square of logits."""
+    return float(np.sqrt(np.mean(np.square(logits, dtype=np.float64))))
+
+
+def row_errors(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Return the root mean square of each row's difference as a share of the logits' scale, (R,).
+
+    Logits that have nothing in common give 1.4.
+    """
+    return np.sqrt(np.mean(np.square(actual - expected, dtype=np.float64), axis=1)) / scale_of(expected)
+
+
 def start_python(code: str, *arguments: str, **env: str) -> subprocess.Popen:
-    """Run `python -c CODE ARGUMENTS` in the repository's root, these variables set; output as text."""
+    """Start `python -c CODE ARGUMENTS` in the repository's root with these environment variables."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
@@ -63,7 +75,7 @@ def start_python(code: str, *arguments: str, **env: str) -> subprocess.Popen:
 
 
 def outcome(process: subprocess.Popen, timeout_s: float = 600) -> tuple[str, str]:
-    """stdout and stderr of a process that must end well."""
+    """Wait for a process, which must succeed. Return what it wrote to stdout and stderr."""
     try:
         out, err = process.communicate(timeout=timeout_s)
     finally:
@@ -73,27 +85,25 @@ def outcome(process: subprocess.Popen, timeout_s: float = 600) -> tuple[str, str
 
 
 def computed_here() -> dict[str, np.ndarray]:
-    """What this CPU's code gives for one layer of the real width and for the committed model, at 256 random tokens.
+    """Compute logits of 256 random tokens with the compiled int8 step, as this process compiles it.
 
-    By `step` of the compiled int8 kernels: logits, of the committed model also the greedy tokens.
+    "layer" holds those of one random layer of the real shape, "stories" those of the committed model, and "chosen" the
+    committed model's greedy tokens.
     """
+    from tinylm.kernels import numba
+
     layer = ModelConfig(n_layers=1)
     of_layer, _ = _one_step(layer, random_tensors(layer, seed=1))
     of_stories, chosen = _one_step(*load_model(ROOT / "models" / "stories-8m"))
-    return {
-        "arithmetic": np.array(importlib.import_module("tinylm.kernels.numba").describe()),
-        "layer": of_layer,
-        "stories": of_stories,
-        "chosen": chosen,
-    }
+    return {"arithmetic": np.array(numba.describe()), "layer": of_layer, "stories": of_stories, "chosen": chosen}
 
 
 def _one_step(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    kernels, n = importlib.import_module("tinylm.kernels.numba"), 256
-    weights, cache = kernels.prepare(config, tensors, "int8"), kernels.make_cache(config, 1, "int8")
-    scratch, batch = kernels.make_scratch(config, n, n), Batch.empty(config, 1, n, n)
+    n = 256
+    runner = ModelRunner(Model(config, tensors, "numba", "int8"), 1, n, n)
+    batch = runner.batch
     batch.set_params(0, SamplingParams(temperature=0))
     batch.ids[:] = np.random.default_rng(1).integers(0, config.vocab_size, n)
     batch.positions[:] = batch.rows[:] = np.arange(n)
-    kernels.step(weights, cache, scratch, batch, n, n)
+    runner.step(n, n)
     return batch.logits[:, : config.vocab_size], batch.chosen

@@ -1,4 +1,4 @@
-"""One copy of an array for all processes: the same bytes, nobody else's changes, and no need for it to work."""
+"""One copy of an array for all processes of a user, and a private copy where that is impossible."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ assert found is not array and np.array_equal(found, array)
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the files of this test go, its processes' too."""
+    """Return the directory that shared arrays go to in this test and its processes."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path / f"tinylm-{os.getuid()}"
 
 
-def test_it_is_the_same_array_in_pages_that_all_have(directory: Path) -> None:
+def test_arrays_with_the_same_content_share_a_file(directory: Path) -> None:
     one, other = shared(ARRAY), shared(ARRAY)
     assert one is not ARRAY
     assert (one.dtype, one.flags.writeable, one.ctypes.data % 64) == (ARRAY.dtype, True, 0)
     np.testing.assert_array_equal(one, ARRAY)
     (file,) = directory.iterdir()
     assert Path("/proc/self/maps").read_text().count(str(file)) == 2
-    one[:100] = 7  # its own affair
+    one[:100] = 7  # changes this array only
     np.testing.assert_array_equal(other, ARRAY)
     np.testing.assert_array_equal(shared(ARRAY), ARRAY)
     file.unlink()
-    np.testing.assert_array_equal(other, ARRAY)  # what is mapped stays
+    np.testing.assert_array_equal(other, ARRAY)  # mapped pages outlive the file
 
 
-def test_processes_that_begin_together_end_with_one_file(directory: Path) -> None:
+def test_processes_that_start_together_write_one_file(directory: Path) -> None:
     processes = [subprocess.Popen([sys.executable, "-c", MAKE]) for _ in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
     assert len(list(directory.iterdir())) == 1
 
 
-def test_a_file_that_is_not_what_its_name_says_is_not_used(directory: Path) -> None:
+def test_a_file_with_other_content_is_not_used(directory: Path) -> None:
     shared(ARRAY)
     (file,) = directory.iterdir()
     for data in (b"", b"\0", bytes(ARRAY.nbytes), ARRAY.tobytes() + b"\0"):
@@ -59,7 +59,7 @@ def test_a_file_that_is_not_what_its_name_says_is_not_used(directory: Path) -> N
         assert shared(ARRAY) is ARRAY
 
 
-def test_without_a_directory_of_ones_own_nothing_is_shared(directory: Path) -> None:
+def test_a_directory_of_others_is_not_used(directory: Path) -> None:
     directory.mkdir(mode=0o755)
     directory.chmod(0o755)
     assert shared(ARRAY) is ARRAY

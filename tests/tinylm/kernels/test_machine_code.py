@@ -1,0 +1,199 @@
+"""Compiled code on every kind of processor, in many processes, and on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kernel_fixtures import ROOT, computed_here, outcome, row_errors, scale_of, start_python
+
+from tinylm.kernels.numba import emitter
+
+# --- kinds of processors
+
+SAVE = "import sys, numpy; from kernel_fixtures import computed_here; numpy.savez(sys.argv[1], **computed_here())"
+
+
+def instruction_sets():
+    """Return the forms of the dot product that this CPU can run besides AVX-512's, and the features they need."""
+    ours = emitter.cpu_features()
+    plain = {feature for feature in ours if not feature.startswith(("avx512", "avx10", "avxvnni"))}
+    sets = {"portable": set(), "sse2": {"sse2"}, "avx2": plain | {"avx2"}, "avx-vnni": plain | {"avxvnni"}}
+    return {form: features for form, features in sets.items() if features <= ours}
+
+
+def test_every_instruction_set_computes_the_same(tmp_path):
+    """All forms but AVX-512's give the same bits: sums of products of bytes are exact.
+
+    AVX-512's GELU divides differently in the last bit, so that a number next to a half may be rounded differently.
+    """
+    files = {form: tmp_path / f"{form}.npz" for form in instruction_sets()}
+    processes = []
+    for form, features in instruction_sets().items():
+        env = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ",".join(f"+{feature}" for feature in features)}
+        processes.append(start_python(SAVE, str(files[form]), **env, NUMBA_CACHE_DIR=str(tmp_path / form)))
+    for process in processes:
+        outcome(process)
+    ours, others = computed_here(), {form: dict(np.load(file)) for form, file in files.items()}
+    for form, other in others.items():
+        assert other["arithmetic"] == f"numba, {form}"
+        for name in ("layer", "stories"):
+            np.testing.assert_array_equal(other[name], next(iter(others.values()))[name])
+    errors = row_errors(other["layer"], ours["layer"])
+    assert np.mean(errors < 1e-4) > 0.5
+    assert errors.max() < 0.2
+    assert scale_of(other["stories"] - ours["stories"]) < 0.02 * scale_of(ours["stories"])
+    lost = ours["stories"].max(axis=1) - ours["stories"][np.arange(256), other["chosen"]]
+    assert lost.max() < 0.1, "a greedy token that is not the likeliest here, by more than a tie"
+
+
+# --- machine code on disk
+
+SMALL_FUNCTION = """
+from tinylm.kernels.numba.jit import compile_or_load, kept_on_disk
+
+def make(source):
+    def add(values):
+        if source:
+            values[0] += 1
+    return kept_on_disk(add)
+
+def call(source="one"):
+    "Return how often the code was compiled and loaded, and whether there is a place for it on disk."
+    import numpy as np
+    function, values = make(source), np.zeros(1)
+    compile_or_load(function, values)(values)
+    assert values[0] == 2
+    compiled, loaded, directory = (getattr(function.stats, f"cache_{name}") for name in ("misses", "hits", "path"))
+    return [sum(compiled.values()), sum(loaded.values()), directory is not None]
+"""
+CALL = "import json, sys, small; print(json.dumps(small.call(*sys.argv[1:])))"
+
+
+@pytest.fixture
+def start_small(tmp_path):
+    """Return a function that starts a process which calls a small kept function."""
+    (tmp_path / "small.py").write_text(SMALL_FUNCTION)
+
+    def start(*arguments, **env):
+        return start_python(CALL, *arguments, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}", **env)
+
+    return start
+
+
+def test_processes_that_start_together_compile_once(start_small):
+    processes = [start_small() for _ in range(4)]
+    assert sorted(json.loads(outcome(process)[0]) for process in processes) == [[0, 1, True]] * 3 + [[1, 0, True]]
+
+
+def test_code_is_compiled_again_after_its_hash_changed(start_small):
+    results = [json.loads(outcome(start_small(source))[0]) for source in ("one", "one", "two")]
+    assert results == [[1, 0, True], [0, 1, True], [1, 0, True]]
+
+
+def test_code_compiles_where_nothing_can_be_written(start_small, tmp_path):
+    """In a read-only container, or for a user without a home directory."""
+    (tmp_path / "__pycache__").touch()  # a file, so that not even root can write into this directory
+    env = {"HOME": os.devnull, "XDG_CACHE_HOME": os.devnull, "PYTHONDONTWRITEBYTECODE": "1"}
+    assert json.loads(outcome(start_small(**env))[0]) == [1, 0, False]
+
+
+LOADS = """
+import importlib, json, pathlib, sys
+import numpy as np
+from numba.core import event
+
+class Compiles(Exception):
+    pass
+
+class Refuse(event.Listener):
+    def on_start(self, event):
+        raise Compiles
+    def on_end(self, event):
+        pass
+
+def loads():
+    "Return whether the step is loaded from disk."
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tinylm"]:
+        del sys.modules[name]
+    from tinylm import LLM
+    try:
+        LLM("models/stories-8m", 1, kernels="numba")
+    except Compiles:
+        return False
+    return True
+
+event.register("numba:compile", Refuse())
+results = {"unchanged": loads()}
+for path in map(pathlib.Path, sys.argv[1:]):
+    text = path.read_text()
+    path.write_text(text + "\\n")
+    results[path.name] = loads()
+    path.write_text(text)
+print(json.dumps(results))
+"""
+
+
+def test_a_change_of_any_compiled_module_is_noticed(stories, tmp_path):
+    """Numba alone would run the old code of all modules but the one that defines the step."""
+    assert "numba" in stories.model.arithmetic, "the code lies on disk"
+    shutil.copytree(ROOT / "tinylm", tmp_path / "tinylm")
+    package = tmp_path / "tinylm" / "kernels"
+    modules = [package / "batch.py", *sorted((package / "numba").glob("*.py"))]
+    assert len(modules) > 7
+    env = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    out, _ = outcome(start_python(LOADS, *map(str, modules), **env))
+    results = json.loads(out)
+    assert results.pop("unchanged")
+    assert results == {module.name: False for module in modules}
+
+
+# --- memory
+
+GROWTH = """
+import sys
+sys.modules["scipy"] = None  # Numba loads it if it is installed, and serving does not install it
+import json
+import numpy as np
+import tinylm.kernels.numba
+from tinylm import SamplingParams
+from tinylm.engine import Engine
+from tinylm.llm import load
+
+def memory_mb():
+    with open("/proc/self/smaps_rollup") as file:
+        sizes = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in file if line.endswith("kB\\n")}
+    return np.array([sizes["Private_Clean"] + sizes["Private_Dirty"], sizes["Rss"]])
+
+imported = memory_mb()
+model = load("models/stories-8m", "numba")[1]
+engine, rng, length = Engine(model, n_slots=16), np.random.default_rng(0), model.config.context - 16
+for _ in range(16):
+    engine.submit(rng.integers(2, model.config.vocab_size, length).tolist(), SamplingParams(temperature=0))
+while engine.has_work:
+    engine.step()
+print(json.dumps((memory_mb() - imported).tolist()), flush=True)
+if sys.argv[1:] == ["stay"]:
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's figures of memory")
+def test_an_engine_with_16_full_slots_needs_60_mb(stories):
+    """Weights, KV cache and compiled code: many replicas fit on a small machine.
+
+    Pages that processes share, such as LLVM's library, do not count.
+    """
+    neighbour = start_python(GROWTH, "stay")  # so that what replicas share is shared here
+    try:
+        assert neighbour.stdout is not None
+        neighbour.stdout.readline()
+        own_mb, resident_mb = json.loads(outcome(start_python(GROWTH))[0])
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+    assert own_mb < 60, f"a loaded engine added {own_mb:.1f} MB of its own ({resident_mb:.1f} MB resident)"

@@ -1,0 +1,230 @@
+"""Which tokens the kernels choose: each setting keeps exactly the tokens it says, with the right probabilities."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tinylm import ModelConfig, SamplingParams
+from tinylm.kernels.batch import Batch
+from tinylm.kernels.numpy import penalize
+
+LOGITS = hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(-20, 20, width=32))
+# Scores that are equal or clearly different, so that rounding never decides which token is likelier.
+APART = hnp.arrays(np.float32, st.integers(1, 40), elements=st.integers(-1280, 1280).map(lambda n: n / 64))
+# Scores with many ties.
+TIED = hnp.arrays(np.float32, st.integers(1, 12), elements=st.sampled_from([-1.0, 0.0, 1.0]))
+EPSILON = 2e-5  # a difference of probabilities that the float32 of the compiled kernels may not see
+
+
+@pytest.fixture(scope="module", params=["numpy", "numba"])
+def kernels(request):
+    return importlib.import_module(f"tinylm.kernels.{request.param}")
+
+
+def choose(kernels, logits, slots, uniforms, params, seen):
+    """Return the token of each row, for logits (R, vocab), slots (R,), uniforms (R,), params (S,), seen (S, vocab)."""
+    n, vocab_size = logits.shape
+    config = ModelConfig(vocab_size, hidden_size=2, n_layers=1, n_heads=1, mlp_size=1, context=1, boundary_id=0)
+    batch = Batch.empty(config, n_slots=len(params), n_tokens=2 * n, n_rows=n)
+    for slot, chosen in enumerate(params):
+        batch.set_params(slot, chosen)
+    batch.rows[:] = np.arange(2 * n)[::-2]  # every other token, in reverse order
+    batch.slots[batch.rows] = slots
+    batch.seen[:] = seen
+    batch.uniforms[:] = uniforms
+    batch.logits[:] = 1e9  # padding is no token
+    batch.logits[:, :vocab_size] = logits
+    kernels.sample(kernels.make_scratch(config, 2 * n, n), batch, n)
+    np.testing.assert_array_equal(batch.logits[:, :vocab_size], logits)  # log-probabilities need them
+    return batch.chosen.tolist()
+
+
+@pytest.fixture(scope="module")
+def draw(kernels):
+    """Return a function of logits (vocab,), params and uniforms that returns the token that each uniform draws."""
+
+    def draw(logits, params, uniforms, seen=False):
+        other = SamplingParams(temperature=0, repetition_penalty=5.0)
+        both_seen = np.stack([np.ones(len(logits), bool), np.broadcast_to(seen, len(logits))])
+        n = len(uniforms)
+        return choose(kernels, np.tile(logits, (n, 1)), [1] * n, uniforms, [other, params], both_seen)
+
+    return draw
+
+
+# --- which tokens are kept
+
+
+def slow_penalty(logits, seen, penalty):
+    punished = []
+    for score, was_seen in zip(logits, np.broadcast_to(seen, len(logits)), strict=True):
+        if was_seen:
+            score = score / np.float32(penalty) if score > 0 else score * np.float32(penalty)
+        punished.append(score)
+    return np.array(punished, np.float32)
+
+
+def slow_distribution(logits, params):
+    """Apply the documented rule step by step to a plain list.
+
+    Return {token: probability} in the order of the ids, and the least distance to a limit, as a share of it.
+    """
+    peak = float(logits.max())
+    weights = {token: math.exp((float(score) - peak) / params.temperature) for token, score in enumerate(logits)}
+    margin = 1.0
+    ranked = sorted(weights, key=lambda token: (-weights[token], token))
+    if params.top_k:
+        ranked = ranked[: params.top_k]
+    if params.top_p < 1:
+        total, reached, kept = math.fsum(weights[token] for token in ranked), 0.0, 0
+        for token in ranked:
+            margin = min(margin, abs(reached / total - params.top_p))
+            if reached >= params.top_p * total:
+                break
+            reached += weights[token]
+            kept += 1
+        ranked = ranked[:kept]
+    if params.min_p:
+        margin = min([margin, *(abs(weight / params.min_p - 1) for weight in weights.values() if weight < 1)])
+    kept_weights = {token: weights[token] for token in sorted(ranked) if weights[token] >= params.min_p}
+    total = math.fsum(kept_weights.values())
+    return {token: weight / total for token, weight in kept_weights.items()}, margin
+
+
+def assert_draws(draw, logits, params, seen=False):
+    """Assert that each kept token is drawn by an interval of uniform numbers as long as its probability.
+
+    The intervals are in the order of the ids. This tries a number just inside both ends of some fifty of them.
+    """
+    expected, margin = slow_distribution(slow_penalty(logits, seen, params.repetition_penalty), params)
+    assume(margin > EPSILON)  # otherwise rounding decides
+    ends = np.cumsum(list(expected.values()))
+    begins = ends - list(expected.values())
+    tried = np.flatnonzero(ends - begins > 3 * EPSILON)
+    tried = tried[np.unique(np.linspace(0, len(tried) - 1, 50).round().astype(int))]
+    inside = np.concatenate([begins[tried] + EPSILON, ends[tried] - EPSILON])
+    first, last, *drawn = draw(logits, params, [0.0, 1 - 2**-53, *inside], seen)
+    assert drawn == [list(expected)[i] for i in tried] * 2
+    assert {first, last} <= set(expected)
+
+
+SETTINGS = {
+    "temperature": st.floats(0.05, 10),
+    "top_p": st.just(1.0) | st.floats(0.001, 0.999),
+    "top_k": st.just(0) | st.integers(1, 40),
+    "min_p": st.just(0.0) | st.floats(0.001, 1),
+}
+
+
+@given(APART | TIED, st.builds(SamplingParams, **SETTINGS))
+@example(
+    np.array([0, -2.3, -2.3, -2.3, *[-4.6] * 30], np.float32),
+    SamplingParams(temperature=1, top_p=0.9, top_k=40, min_p=0.02),  # tokens below min_p count for top_p
+)
+@example(np.zeros(12, np.float32), SamplingParams(temperature=1, top_p=0.49, top_k=7))
+def test_tokens_follow_the_documented_rule(draw, logits, params):
+    assert_draws(draw, logits, params)
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([255, 256, 257, 1000, 4096]),
+    st.sampled_from([0.0, 0.02, 0.5, 2.0]),
+    st.builds(SamplingParams, **{**SETTINGS, "top_k": st.just(0) | st.integers(1, 5000)}),
+)
+@example(0, 4096, 0.0, SamplingParams(temperature=1, top_p=0.33333))
+@example(0, 4096, 0.0, SamplingParams(temperature=1, top_p=1, top_k=300))
+def test_a_whole_vocabulary_follows_the_documented_rule(draw, seed, n, spread, params):
+    """Flat, tied and peaked scores of many tokens: the compiled kernels look at the likeliest few first."""
+    logits = np.random.default_rng(seed).normal(0, spread, n)
+    assert_draws(draw, (np.round(logits * 64) / 64).astype(np.float32), params)
+
+
+def tokens_drawn(draw, logits, params):
+    """Return the tokens that a hundred evenly spaced numbers draw."""
+    return sorted(set(draw(logits, params, np.linspace(0, 1, 100, endpoint=False))))
+
+
+@pytest.mark.parametrize("n", [5, 300, 4096])
+def test_lower_ids_of_equal_tokens_are_kept(draw, n):
+    logits = np.zeros(n, np.float32)
+    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, top_k=3)) == [0, 1, 2]
+    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=2.5 / n)) == [0, 1, 2]
+    logits[-2:] = 1
+    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, top_k=3)) == [0, n - 2, n - 1]
+    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, top_k=1)) == [n - 2]
+    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, min_p=1)) == [n - 2, n - 1]
+
+
+def test_each_truncation_sees_what_the_previous_one_left(draw):
+    """The probabilities are 0.4, 0.3, 0.2 and 0.1. Two of top_k's three have a share of 0.78; of all four, only 0.7."""
+    logits = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
+    keep = {"temperature": 1, "top_p": 0.75}
+    assert tokens_drawn(draw, logits, SamplingParams(**keep)) == [1, 2, 3]
+    assert tokens_drawn(draw, logits, SamplingParams(**keep, top_k=3)) == [2, 3]
+    assert tokens_drawn(draw, logits, SamplingParams(**keep, top_k=3, min_p=0.8)) == [3]
+
+
+@given(APART | TIED, st.sampled_from([1e-300, 1e-38, 1e-9, 1e-3]), st.sampled_from([0.0, 0.5, 1 - 2**-53]))
+def test_temperatures_near_0_draw_the_likeliest_token(draw, logits, temperature, uniform):
+    """Scores divided by such temperatures overflow."""
+    [token] = draw(logits, SamplingParams(temperature=temperature), [uniform])
+    assert logits[token] == logits.max()
+
+
+@given(APART, st.sampled_from([0.0, 0.5, 1 - 2**-53]), st.floats(-1e4, 1e4, width=32))
+def test_only_differences_of_scores_matter(draw, logits, uniform, height):
+    """Large scores must not overflow: e^1000 is infinite, and e^-1000 is 0."""
+    logits = (logits + np.float32(height)).astype(np.float32)
+    [token] = draw(logits, SamplingParams(temperature=1, top_p=0.5), [uniform])
+    weights = np.exp(logits.astype(float) - logits.max())
+    assert weights[weights > weights[token] * (1 + EPSILON)].sum() <= (0.5 + EPSILON) * weights.sum()
+
+
+# --- penalty and temperature 0
+
+
+@given(LOGITS, st.floats(1.001, 10))
+def test_a_penalty_never_makes_a_seen_token_likelier(logits, penalty):
+    """Dividing a negative score by the penalty would."""
+    seen = np.arange(len(logits)) % 2 == 0
+    punished = penalize(logits[None], seen[None], np.array([[penalty]]))[0]
+    assert (punished[seen] <= logits[seen]).all()
+    np.testing.assert_array_equal(punished[~seen], logits[~seen])
+
+
+@given(APART | TIED, st.sampled_from([0.5, 1.0, 1.75, 4.0]), st.floats(0.5, 2), st.sampled_from([1.0, 0.7]))
+def test_the_penalty_precedes_temperature_and_truncation(draw, logits, penalty, temperature, top_p):
+    seen = np.arange(len(logits)) % 3 == 0
+    params = SamplingParams(temperature=temperature, top_p=top_p, repetition_penalty=penalty)
+    assert_draws(draw, logits, params, seen)
+
+
+@given(LOGITS | TIED, st.sampled_from([1.0, 1.7]))
+def test_temperature_0_takes_the_first_of_the_likeliest(draw, logits, penalty):
+    seen = np.arange(len(logits)) % 3 == 0
+    punished = slow_penalty(logits, seen, penalty).tolist()
+    params = SamplingParams(temperature=0, repetition_penalty=penalty, top_p=0.5, top_k=2)
+    assert draw(logits, params, [0.0, 0.7, 1 - 2**-53], seen) == [punished.index(max(punished))] * 3
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 200), st.lists(st.builds(SamplingParams, **SETTINGS), min_size=1))
+def test_rows_of_a_batch_are_independent(kernels, seed, vocab_size, params):
+    """Each row has its own scores, settings, seen tokens and random number, in any slot and any row."""
+    rng, n = np.random.default_rng(seed), len(params)
+    params += [SamplingParams(temperature=0), SamplingParams(repetition_penalty=3.0)]
+    slots = rng.permutation(n + 2)[:n]
+    logits, uniforms = rng.normal(0, 3, (n, vocab_size)).astype(np.float32), rng.random(n)
+    seen = rng.random((n + 2, vocab_size)) < 0.3
+    together = choose(kernels, logits, slots, uniforms, params, seen)
+    for i, slot in enumerate(slots):
+        alone = choose(kernels, logits[i : i + 1], [0], uniforms[i], [params[slot]], seen[slot])
+        assert alone == [together[i]]

@@ -1,0 +1,118 @@
+"""The limits of sampling settings, and log-probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tinylm import SamplingParams
+from tinylm.logprobs import token_logprobs
+
+NAN, INF = float("nan"), float("inf")
+LOGITS = hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(-20, 20, width=32))
+TIED = hnp.arrays(np.float32, st.integers(1, 12), elements=st.sampled_from([-1.0, 0.0, 1.0]))
+
+# --- the limits of every setting
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("max_tokens", [0, -1, 1.0, 64.5, NAN, INF, True, "64", None, [64]]),
+        ("temperature", [-0.1, 10.1, NAN, INF, -INF, True, "1", None, [1], 10**400]),
+        ("top_p", [0, 0.0, -0.5, 1.0001, NAN, INF, True, "1", None]),
+        ("top_k", [-1, 0.5, 40.0, NAN, INF, True, "40", None]),
+        ("min_p", [-0.01, 1.01, NAN, INF, False, "0", None]),
+        ("repetition_penalty", [0, 0.0, 0.009, 1e-40, -1, 10.5, NAN, INF, True, "1", None, 10**400]),
+        ("seed", [-1, 2**63, 0.0, NAN, True, "7"]),
+        ("logprobs", [-1, 21, 1.0, NAN, True, "5"]),
+    ],
+)
+def test_a_value_outside_the_limits_is_refused_by_name(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{field} is ") as caught:
+            SamplingParams(**{field: value})
+        assert repr(value)[:50] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("max_tokens", [1, 10**9]),
+        ("temperature", [0, 0.0, 1, 10, 1e-9]),
+        ("top_p", [1, 1.0, 1e-9]),
+        ("top_k", [0, 1, 10**9]),
+        ("min_p", [0, 1, 0.5]),
+        ("repetition_penalty", [0.01, 1, 10]),
+        ("seed", [None, 0, 2**63 - 1]),
+        ("logprobs", [None, 0, 20]),
+        ("stop", [(), ("a",), ("x" * 256,), ("a",) * 16]),
+    ],
+)
+def test_a_value_at_the_limits_is_accepted(field, values):
+    for value in values:
+        assert getattr(SamplingParams(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        (("",), "length 0"),
+        (("fine", "x" * 257), "length 257"),
+        ((1,), "length int"),
+        ((None,), "NoneType"),
+        (("a",) * 17, "17 strings"),
+        (5, "5"),
+        (None, "None"),
+    ],
+)
+def test_an_impossible_stop_string_is_refused(stop, message):
+    with pytest.raises(ValueError, match=r"^stop ") as caught:
+        SamplingParams(stop=stop)
+    assert message in str(caught.value)
+
+
+def test_numpy_numbers_become_python_numbers():
+    params = SamplingParams(max_tokens=np.int64(5), temperature=np.float32(0.5), seed=np.uint8(3))
+    assert params == SamplingParams(max_tokens=5, temperature=0.5, seed=3)
+    assert [type(value) for value in (params.max_tokens, params.temperature, params.seed)] == [int, float, int]
+
+
+def test_stop_takes_one_string_or_several():
+    """As a sequence of characters, 'END' would end the text at the first E."""
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+# --- log-probabilities
+
+
+@given(st.data(), LOGITS | TIED, st.integers(0, 20))
+def test_log_probabilities_are_the_softmax_of_the_logits(data, logits, n_top):
+    token = data.draw(st.integers(0, len(logits) - 1))
+    entry = token_logprobs(logits, token, n_top)
+    total = sum(math.exp(float(score)) for score in logits)
+    assert entry.logprob == pytest.approx(float(logits[token]) - math.log(total), abs=1e-9)
+    ranked = sorted(range(len(logits)), key=lambda t: (-float(logits[t]), t))[:n_top]
+    assert [t for t, _ in entry.top] == ranked
+    for t, logprob in entry.top:
+        assert logprob == token_logprobs(logits, t, 0).logprob
+
+
+@given(LOGITS)
+def test_probabilities_of_all_tokens_add_up_to_1(logits):
+    logprobs = [token_logprobs(logits, token, 0).logprob for token in range(len(logits))]
+    assert sum(map(math.exp, logprobs)) == pytest.approx(1)
+    assert dict(token_logprobs(logits, 0, len(logits)).top) == dict(enumerate(logprobs))
+
+
+def test_log_probabilities_survive_large_scores():
+    """exp(1000) overflows. A certain token still has log-probability 0."""
+    entry = token_logprobs(np.array([1000.0, -1000.0], np.float32), 0, 2)
+    assert entry.logprob == 0
+    assert entry.top == ((0, 0.0), (1, -2000.0))
