@@ -8,6 +8,7 @@ discards the code when that module changes, but it does not look at the modules 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Any, TypeVar, cast
 
 from filelock import FileLock
 from numba import njit
+from numba.core.caching import NullCache
 
 from tinylm.kernels import batch
+
+logger = logging.getLogger(__name__)
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # no GIL, and no check for division by zero
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -41,9 +45,23 @@ def compile_or_load(dispatcher: Any, *arguments: Any) -> Callable[..., None]:
     Compiling takes some ten seconds. A file lock makes processes that start together take turns, so that the first one
     compiles and the others load. The returned function accepts arguments of these types only and does not check them,
     which saves the 10 us that a dispatcher takes per call.
+
+    A cache that cannot be used (a full disk, a directory without write permission, a damaged file) is reported once
+    per process. The process then goes on without it.
     """
     directory = dispatcher.stats.cache_path
-    with FileLock(Path(directory) / "tinylm.lock") if directory else nullcontext():
+    try:
+        with FileLock(Path(directory) / "tinylm.lock") if directory else nullcontext():
+            dispatcher(*arguments)
+    except Exception as error:
+        if not directory:
+            raise
+        logger.warning(
+            "cannot keep compiled kernels in %s (%s: %s): this process compiles them for itself. Free some space, "
+            "remove that directory, or set NUMBA_CACHE_DIR to another one",
+            directory, type(error).__name__, error,
+        )  # fmt: skip
+        dispatcher._cache = NullCache()  # Numba 0.68 has no public way to drop a dispatcher's cache
         dispatcher(*arguments)
     types = tuple(map(dispatcher.typeof_pyval, arguments))
     return cast(Callable[..., None], dispatcher.overloads[types].entry_point)
