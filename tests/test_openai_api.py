@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from http.client import HTTPConnection
 
 import openai
 import pytest
@@ -277,6 +278,30 @@ def test_without_keys_a_page_from_elsewhere_can_not_ask_by_its_own_name(
         assert (status, "'elsewhere.example:8000'" in answer.decode()) == (expected, expected == 401)
 
 
+def ask_http(service: Service, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+    connection = HTTPConnection("localhost", service.http_port, timeout=10)
+    with closing(connection):
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
+
+
+@pytest.mark.parametrize("path", ["/", "/main.js", "/health", "/v1/models", "/v1/models/stories-8m", "/live"])
+def test_head_is_answered_as_get_without_a_body(service: Service, path: str) -> None:
+    """Uptime monitors send HEAD."""
+    status, headers, _ = ask_http(service, "GET", path)
+    assert status == 200
+    assert ask_http(service, "HEAD", path)[0] == 200
+    assert ask_http(service, "HEAD", path)[1]["content-type"] == headers["content-type"]
+    assert ask_http(service, "HEAD", path)[2] == b""
+
+
+def test_other_methods_are_refused_with_those_allowed(service: Service) -> None:
+    status, headers, _ = ask_http(service, "DELETE", "/v1/models")
+    assert status == 405
+    assert "GET" in headers["allow"]
+
+
 def test_health_needs_nothing(service: Service) -> None:
     status, _, body = ask(service, "GET", "/health")
     assert (status, json.loads(body)) == (200, {"status": "ok"})
@@ -361,3 +386,15 @@ def test_merged_streams_lose_nothing_and_the_first_error_ends_all() -> None:
 def test_seeds_of_several_answers_differ_and_stay_within_the_limit() -> None:
     request = read_request(json.dumps({"n": 3, "seed": 2**63 - 1}).encode())
     assert [request.params(index).seed for index in range(3)] == [2**63 - 1, 0, 1]
+
+
+@pytest.mark.parametrize("options", [{"include_usage": None}, {}, None])
+def test_null_counts_as_absent_at_any_depth(options: dict | None) -> None:
+    body = {"prompt": "Once", "stream": True, "stop": None, "stream_options": options, "logit_bias": {"1": None}}
+    request = read_request(json.dumps(body).encode())
+    assert request.stream_options is None or not request.stream_options.include_usage
+
+
+def test_null_within_a_list_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^stop"):
+        read_request(json.dumps({"prompt": "Once", "stop": ["a", None]}).encode())

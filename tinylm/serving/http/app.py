@@ -1,7 +1,6 @@
-"""What the service answers over HTTP: the routers of its faces, put together.
+"""Build the HTTP application from the routers of `completions`, `live` and `web`.
 
-A face is a module with `routes(service) -> APIRouter`; each answers in its own form, and whatever none of them knows
-gets an error in OpenAI's.
+Each of these modules has `routes(service) -> APIRouter`. Unknown paths get an error in OpenAI's form.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route
 
 from tinylm.serving.http import completions, live, web
 from tinylm.serving.http.errors import error_response
@@ -20,9 +20,13 @@ def build_http_app(service: Service) -> FastAPI:
     for face in (completions, live, web):
         app.include_router(face.routes(service))
 
+    for route in app.routes:
+        if isinstance(route, Route) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")  # uptime monitors send it; the server leaves the body out
+
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        """No such path, or not with this method."""
+        """Answer an unknown path, or a method that the path does not have."""
         message = f"{request.method} {request.url.path}: {error.detail}"
         return error_response(error.status_code, message, headers=error.headers)
 

@@ -196,8 +196,7 @@ class Choice:
         self._echoes = body.echo  # with the first of the answer, when the prompt is known to be one
         self._logprobs = _no_logprobs() if body.logprobs is not None else None
         self._finish_reason: str | None = None
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._offset = 0  # characters before the next token
+        self._offsets = TextOffsets()
 
     @property
     def has_news(self) -> bool:
@@ -222,8 +221,7 @@ class Choice:
             logprobs["tokens"].append(text)
             logprobs["token_logprobs"].append(entry.logprob)
             logprobs["top_logprobs"].append(dict(sorted(top.items(), key=lambda item: -item[1])))
-            logprobs["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.decode(self._tokenizer.piece_bytes[token]))
+            logprobs["text_offset"].append(self._offsets.add(self._tokenizer.piece_bytes[token]))
 
     def take(self) -> dict[str, Any]:
         taken = {
@@ -235,6 +233,27 @@ class Choice:
         self._text = ""
         self._logprobs = None if self._logprobs is None else _no_logprobs()
         return taken
+
+
+class TextOffsets:
+    """Finds the character of the text at which each token begins.
+
+    Bytes that are not UTF-8 become U+FFFD in the text. A token that begins within a character has its offset.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._n_characters = 0  # complete ones, so far
+
+    def add(self, token: bytes) -> int:
+        """Return the offset of the next token, in Unicode characters."""
+        if not token:
+            return self._n_characters
+        self._n_characters += len(self._decoder.decode(token[:1]))
+        is_complete = not self._decoder.getstate()[0]  # the first byte ended a character; else it is the next one's
+        offset = self._n_characters - is_complete
+        self._n_characters += len(self._decoder.decode(token[1:]))
+        return offset
 
 
 def _no_logprobs() -> dict[str, list]:

@@ -32,7 +32,7 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """The body of `/v1/completions`; defaults are OpenAI's. `null` is as good as leaving a field out."""
+    """The body of `/v1/completions`, with OpenAI's defaults. A null field counts as absent, also within an object."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -113,12 +113,11 @@ async def read_body(request: Request) -> bytes:
 def read_request(body: bytes) -> CompletionRequest:
     """Raises ValueError that begins with the field's name, where one field is wrong."""
     try:
-        values = json.loads(body)
+        values = _without_nulls(json.loads(body))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the request is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError("the request is not a JSON object")
-    values = {name: value for name, value in values.items() if value is not None}
     for name, neutral in UNSUPPORTED.items():
         if values.pop(name, neutral) != neutral:
             raise ValueError(f"{name} is not supported: leave it out")
@@ -138,6 +137,13 @@ def read_request(body: bytes) -> CompletionRequest:
     if request.stream_options is not None and not request.stream:
         raise ValueError("stream_options is only for a request with stream: true")
     return request
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return the value without the fields of objects that are null, at any depth. Lists stay as they are."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_nulls(item) for name, item in value.items() if item is not None}
 
 
 def _count(prompt: object) -> int:
