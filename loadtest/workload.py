@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from loadtest.load import Load
+from tinylm.text_files import lines_of, read_text
 
 SHORT_PROMPTS = (
     "Once upon a time",
@@ -97,7 +98,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
     Raises ValueError naming file and line.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = lines_of(read_text(path))
     if path.suffix == ".jsonl":
         prompts = [_json_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     else:

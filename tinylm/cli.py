@@ -21,6 +21,7 @@ from rich.table import Table
 from tinylm import __version__
 from tinylm.paths import DEFAULT_MODEL
 from tinylm.terminal import shell_completion
+from tinylm.text_files import read_standard_input
 
 if TYPE_CHECKING:
     from tinylm.llm import LLM
@@ -136,7 +137,7 @@ def generate(
     from tinylm.sampling import SamplingParams
 
     with _one_line_errors():
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = read_standard_input() if prompt == "-" else prompt
         params = SamplingParams(
             max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop or ()), seed, logprobs
         )
@@ -279,7 +280,7 @@ def tokenize(
 ) -> None:
     """Show the tokens of a text."""
     with _one_line_errors():
-        text = sys.stdin.read() if text == "-" else text
+        text = read_standard_input() if text == "-" else text
         if server is None:
             from tinylm.llm import load
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tinylm.config import ModelConfig
 from tinylm.sampling import SamplingParams
+from tinylm.text_files import read_text
 from train.metrics import METRICS_FILE
 
 MAX_VOCAB = 2**16  # token shards are uint16
@@ -203,10 +204,10 @@ def load_config(path: Path, overrides: list[str] = []) -> TrainConfig:
     Raises ConfigError naming the file or key that is wrong.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"no such config: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as text: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None

@@ -11,13 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tinylm.text_files import lines_of
+
 METRICS_FILE = "metrics.jsonl"  # in a run's directory, and in that of the model it released
 
 
 def read_metrics(path: Path, up_to_step: float = float("inf")) -> list[dict[str, Any]]:
     """The whole lines of the steps so far, in their order; none when there is no such file."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in lines_of(path.read_text(encoding="utf-8")) if path.exists() else ():
         try:
             lines.append(json.loads(line))
         except ValueError:  # cut off as the run was killed

@@ -23,6 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tinylm.text_files import BYTE_ORDER_MARK, decode_text
 from train.config import Collection, ConfigError, TrainConfig
 from train.files import replace_directory
 from train.stage import progress, run_stage
@@ -42,7 +43,8 @@ def clean(text: str) -> str:
 
     'Hi \\r\\n\\n\\n\\nthere\\x00' -> 'Hi\\n\\nthere'
     """
-    text = _CONTROL.sub("", text)  # first: what stood on both sides of one may belong together
+    text = text.removeprefix(BYTE_ORDER_MARK)
+    text = _CONTROL.sub("", text)  # first: the characters around one may belong together
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
     text = _TRAILING_SPACE.sub("\n", text + "\n")
     return _BLANK_LINES.sub("\n\n", text).strip()
@@ -123,8 +125,8 @@ def _read_text(path: Path, collection: Collection) -> Iterator[dict]:
     try:
         # PyArrow knows every ending but .xz.
         with lzma.open(path) if path.suffix == ".xz" else pa.input_stream(str(path), compression="detect") as stream:
-            text = stream.read().decode("utf-8")
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+            text = decode_text(stream.read(), str(path))
+    except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
         raise ConfigError(f"collection {collection.name!r}: cannot read {path} as UTF-8 text: {error}") from None
     documents = text.split(DOCUMENT_SEPARATOR)
     for number, document in enumerate(documents):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tinylm.completion import Completion
 from tinylm.llm import LLM
 from tinylm.sampling import MAX_SEED, SamplingParams
+from tinylm.text_files import read_text
 from train.config import ConfigError
 
 
@@ -24,10 +25,10 @@ class Prompt(BaseModel):
 def load_prompts(path: Path) -> list[Prompt]:
     """Raises ConfigError naming the file, and the entry that is wrong."""
     try:
-        return TypeAdapter(list[Prompt]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return TypeAdapter(list[Prompt]).validate_python(yaml.safe_load(read_text(path)))
     except FileNotFoundError:
         raise ConfigError(f"no such file of prompts: {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]

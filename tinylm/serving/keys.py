@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from tinylm.files import check_file
+from tinylm.text_files import lines_of, read_text
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,8 +45,8 @@ def make_key(name: str) -> tuple[str, str]:
 def read_keys(path: Path) -> dict[str, str]:
     """Hash by name. Raises KeyFileError when the file can't be read, a line is none, or a name stands twice."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = lines_of(read_text(path))
+    except (OSError, ValueError) as error:
         raise KeyFileError(f"{path} cannot be read: {error}") from None
     keys: dict[str, str] = {}
     for number, line in enumerate(lines, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -27,10 +28,18 @@ class Lines(Protocol):
 
 
 class PipeLines:
+    """Reads lines from a pipe or a file: UTF-8, with or without a byte-order mark, with any line ends."""
+
     interactive = False
 
+    def __init__(self) -> None:
+        self._input = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
+
     def read(self) -> str | None:
-        line = sys.stdin.readline()
+        try:
+            line = self._input.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not UTF-8: {error.reason}") from None
         return line.removesuffix("\n") if line else None
 
 

@@ -31,6 +31,7 @@ from tinylm.client import CHANNEL_OPTIONS, METADATA
 from tinylm.paths import CONFIGS
 from tinylm.serving.ray.haproxy import BINARY_VARIABLE as HAPROXY_BINARY
 from tinylm.serving.ray.haproxy import SLOTS_VARIABLE as HAPROXY_SLOTS
+from tinylm.text_files import read_text
 
 HAPROXY_CONFIG = CONFIGS / "serve.yaml"
 PYTHON_PROXY_CONFIG = CONFIGS / "serve-python-proxy.yaml"
@@ -130,7 +131,7 @@ def read_config(config: Path) -> tuple[str, int, int, int]:
     Raises ValueError when it is no Serve config.
     """
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(config))
         ports = [(values.get(key) or {}).get("port", default) for key, default in _DEFAULT_PORTS.items()]
         host = str((values.get("http_options") or {}).get("host") or "127.0.0.1")
         slots = [(a.get("args") or {}).get("slots", DEFAULT_SLOTS) for a in values.get("applications") or ()]
@@ -193,7 +194,7 @@ class Server:
         """Take the application down as Serve does: no new requests, and those under way are finished."""
         if self.process.poll() is not None or self.dashboard is None:
             return
-        without = {**yaml.safe_load(config.read_text(encoding="utf-8")), "applications": []}
+        without = {**yaml.safe_load(read_text(config)), "applications": []}
         request = urllib.request.Request(
             f"{self.dashboard}/api/serve/applications/",
             data=json.dumps(without).encode(),

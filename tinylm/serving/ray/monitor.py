@@ -22,6 +22,8 @@ from typing import Annotated
 import typer
 import yaml
 
+from tinylm.text_files import read_text
+
 CONFIG = Path("configs/monitoring/prometheus.yml")
 DISCOVERY_FILE = "prom_metrics_service_discovery.json"  # Ray's list of what to scrape
 INSTALL_PROMETHEUS = "`sudo apt-get install prometheus` on Debian and Ubuntu, `brew install prometheus` on macOS"
@@ -73,7 +75,7 @@ def write_config(config: Path, directory: Path) -> Path:
     """Prometheus's configuration, with its files found from `directory` and Ray where this environment has it."""
     if not config.is_file():
         raise ValueError(f"no Prometheus configuration at {config}: run this from TinyLM's own directory")
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    values = yaml.safe_load(read_text(config))
     values["rule_files"] = [str((config.parent / name).resolve()) for name in values["rule_files"]]
     for job in values["scrape_configs"]:
         for discovery in job.get("file_sd_configs", []):

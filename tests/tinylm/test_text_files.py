@@ -1,0 +1,78 @@
+"""Text files as people have them, read by each command that takes one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loadtest.workload import read_prompts
+from tinylm.serving.keys import make_key, read_keys
+from tinylm.text_files import decode_text, lines_of, read_text
+from train.metrics import read_metrics
+from train.prepare import clean
+
+MARK = "\ufeff".encode()
+ODD = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # str.splitlines splits at each of them
+line = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"])).filter(
+    lambda text: not text.startswith("\ufeff")
+)
+
+
+@given(st.lists(line), st.sampled_from(["\n", "\r\n", "\r"]), st.booleans())
+def test_mark_and_line_ends_make_no_difference(lines: list[str], end: str, has_mark: bool) -> None:
+    data = (MARK if has_mark else b"") + "".join(text + end for text in lines).encode()
+    assert decode_text(data, "a file") == "".join(text + "\n" for text in lines)
+
+
+@given(st.lists(line, min_size=1))
+def test_only_line_feeds_end_lines(lines: list[str]) -> None:
+    assert lines_of("".join(text + "\n" for text in lines)) == lines
+    assert lines_of("\n".join([*lines, "end"])) == [*lines, "end"]
+
+
+def test_other_encodings_are_refused_with_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("hello", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"a\.txt is UTF-16: save it as UTF-8"):
+        read_text(path)
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8: byte 0xe9 at position 3"):
+        read_text(path)
+
+
+def test_prompt_from_standard_input_has_no_mark(tokenizer) -> None:
+    command = [sys.executable, "-m", "tinylm.cli", "tokenize", "-", "--json"]
+    result = subprocess.run(command, input=MARK + b"Once\r\nupon", capture_output=True, check=True)
+    assert json.loads(result.stdout)["ids"] == tokenizer.encode("Once\nupon")
+
+
+def test_story_lines_from_a_pipe_have_no_mark() -> None:
+    code = "from tinylm.terminal.lines import PipeLines\nlines = PipeLines()\n"
+    code += "print(ascii([lines.read() for _ in range(3)]))"
+    data = MARK + f"Once{ODD}\r\nupon\n".encode()
+    result = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
+    assert result.stdout.decode().strip() == ascii([f"Once{ODD}", "upon", None])
+
+
+def test_key_file_with_mark_and_crlf_is_read(tmp_path: Path) -> None:
+    (_, first), (_, second) = make_key("alice"), make_key("bob")
+    path = tmp_path / "keys.txt"
+    path.write_bytes(MARK + f"# keys{ODD}\r\n{first}\r\n{second}\r\n".encode())
+    assert list(read_keys(path)) == ["alice", "bob"]
+
+
+def test_json_lines_may_contain_any_character(tmp_path: Path) -> None:
+    prompts, metrics = tmp_path / "prompts.jsonl", tmp_path / "metrics.jsonl"
+    odd = ODD[5:]  # JSON escapes the others
+    prompts.write_bytes(MARK + (json.dumps({"prompt": f"a{odd}b"}, ensure_ascii=False) + "\r\n").encode())
+    assert read_prompts(prompts) == (f"a{odd}b",)
+    metrics.write_text(json.dumps({"step": 1, "sample": odd}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_metrics(metrics) == [{"step": 1, "sample": odd}]
+
+
+def test_documents_begin_without_a_mark() -> None:
+    assert clean("\ufeffOnce\r\nupon") == "Once\nupon"
