@@ -90,7 +90,7 @@ def random_gpt():
     """config, seed -> a PyTorch model in which every weight matters: no zero projections, no norms of one."""
     import torch
 
-    from train.model import GPT
+    from train.core.model import GPT
 
     torch.set_num_threads(1)
 

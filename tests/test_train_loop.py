@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,15 @@ from tinylm.config import ModelConfig
 from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, Run, TrainConfig
+from train.core.checkpoint import Checkpoint
+from train.core.loop import train
+from train.core.model import GPT, attention_in_blocks, dropout_noise, gelu_by_sigmoid
+from train.core.muon import Muon, orthogonalize
+from train.core.schedule import lr_factor, total_steps
+from train.core.validation import bits_per_byte
 from train.data import TokenData
 from train.evaluate import WINDOWS_A_BATCH, make_runner, score_document, windows
-from train.loop import bits_per_byte, lr_factor, total_steps, train
-from train.model import GPT, attention_in_blocks, dropout_noise, gelu_by_sigmoid
-from train.muon import Muon, orthogonalize
 from train.stage import load_tokens
-from train.state import averaged_weights
 
 STEPS = 24
 RUN = short_run(STEPS, validate_every_steps=1000, validate_rows=8, checkpoint_every_steps=5, checkpoint_every_s=0)
@@ -41,12 +43,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     return encoded_stories(tmp_path_factory.mktemp("loop"), RUN)
 
 
-def trained(config: TrainConfig, state: dict | None = None, save=lambda values: None, **run: object):
+def trained(config: TrainConfig, checkpoint: Checkpoint | None = None, save=lambda checkpoint: None, **run: object):
     """The averaged model's weights after a run, and its logged lines."""
     config = config.model_copy(update={"run": config.run.model_copy(update=run)})
     lines: list[dict] = []
     data = load_tokens(config)
-    model = train(config, data, Tokenizer(config.tokenizer_path), lines.append, save, state)
+    model = train(config, data, Tokenizer(config.tokenizer_path), lines.append, save, checkpoint)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, lines
 
 
@@ -104,23 +106,22 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("chance", [{}, {"dropout": 0.2}], ids=["plain", "dropout"])
 @pytest.mark.parametrize("step", [5, 15])
-def test_a_resumed_run_ends_where_the_unbroken_one_does(config: TrainConfig, unbroken, step: int, chance: dict):
+def test_a_resumed_run_ends_where_the_unbroken_one_does(
+    config: TrainConfig, unbroken, step: int, chance: dict, tmp_path: Path
+):
     """Of the optimizers' moments, the average, the schedule, the data and what is dropped, anything lost
     would move the weights: one step moves them by 0.02 in the matrices, some 20,000 times the tolerance."""
     if chance:
         unbroken = trained(config, **chance)
-    file = io.BytesIO()
 
-    def save(values: dict) -> None:
-        if values["step"] == step:
-            torch.save(values, file)
+    def save(checkpoint: Checkpoint) -> None:
+        if checkpoint.step == step:
+            checkpoint.save(tmp_path / "state.pt")
             raise Killed
 
     with pytest.raises(Killed):
         trained(config, save=save, **chance)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    weights, lines = trained(config, state, **chance)
+    weights, lines = trained(config, Checkpoint.load(tmp_path / "state.pt"), **chance)
     assert_close(weights, unbroken[0], atol=1e-6)
     assert losses(lines) == losses(unbroken[1])[step:]
 
@@ -174,9 +175,9 @@ def test_what_is_validated_drops_nothing(config: TrainConfig):
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(config: TrainConfig, unbroken):
-    states: list[dict] = []
+    states: list[Checkpoint] = []
     trained(config, save=states.append)
-    assert states[-1]["step"] == STEPS
+    assert states[-1].step == STEPS
     weights, lines = trained(config, states[-1])
     assert_close(weights, unbroken[0], atol=1e-6)
     assert lines == []
@@ -204,19 +205,19 @@ def test_two_workers_are_one(config: TrainConfig, unbroken, tmp_path: Path):
 
 
 def test_a_state_of_another_tokenizer_is_refused(config: TrainConfig):
-    states: list[dict] = []
+    states: list[Checkpoint] = []
     trained(config, save=states.append, tokens=8 * 32)
     with pytest.raises(ConfigError, match="another tokenizer"):
-        trained(config, {**states[0], "tokenizer_sha256": "0" * 64})
+        trained(config, replace(states[0], tokenizer_sha256="0" * 64))
     with pytest.raises(ConfigError, match="on other text"):
-        trained(config, {**states[0], "text_sha256": "0" * 64})
+        trained(config, replace(states[0], text_sha256="0" * 64))
 
 
 def test_a_run_goes_on_by_the_settings_it_was_begun_with(config: TrainConfig):
     """Rows follow from the step: with other settings before it, some would be skipped and others seen twice."""
-    states: list[dict] = []
+    states: list[Checkpoint] = []
     trained(config, save=states.append, tokens=8 * 8 * 32)
-    assert states[-1]["tokens_by_collection"] == {"stories": 8 * 8 * 32}
+    assert states[-1].tokens_by_collection == {"stories": 8 * 8 * 32}
     with pytest.raises(ConfigError, match=r"run\.batch_rows is 16, but the checkpoint was trained with 8"):
         trained(config, states[-1], batch_rows=16)
     with pytest.raises(ConfigError, match="seed is 2, but the checkpoint was trained with 1"):
@@ -308,8 +309,7 @@ def test_a_long_document_is_scored_window_by_window(config: TrainConfig):
 def test_the_engine_scores_as_training_does(config: TrainConfig):
     """Two programs and one number: PyTorch's bits per byte, and TinyLM's engine on the exported weights."""
     tokenizer, model, shape = Tokenizer(config.tokenizer_path), random_model(config), config.model_config_
-    weights = averaged_weights({"averaged": {f"module.{n}": tensor for n, tensor in model.state_dict().items()}})
-    tensors = {name: tensor.numpy() for name, tensor in weights.items()}
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     runner = make_runner(Model(shape, tensors))
     piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes])
     for text in ("Anna had a kite.", "Otto the bear lived on a hill. "):

@@ -28,6 +28,7 @@ from tinylm.tokenizer import Tokenizer
 from train.alone import run_alone
 from train.card import attribution_page
 from train.config import ConfigError, load_config
+from train.core.start_from import load_start
 from train.demo_text import demo_text
 from train.encode import encode
 from train.export import export
@@ -36,7 +37,6 @@ from train.prepare import prepare
 from train.prompts import load_prompts
 from train.run import run
 from train.stage import load_tokens
-from train.start_from import load_start
 from train.tokenizer import train_tokenizer
 
 SECONDS_TO_WAIT = 400
@@ -161,7 +161,7 @@ def test_the_fine_tune_example_learns_the_users_text(tmp_path: Path, one_torch_t
 
 def test_fine_tuning_refuses_tokens_of_another_tokenizer(demo: Demo):
     settings = {"name": "tuned", "start_from": "models/stories-8m"}
-    with pytest.raises(ConfigError, match="start_from: models/stories-8m has another shape than the config"):
+    with pytest.raises(ConfigError, match=r"start_from: .* has another shape than the config"):
         run(demo.config_with(**settings))
     with pytest.raises(ConfigError, match="start_from: the tokens were not made with the tokenizer of "):
         load_start(ROOT / "models/stories-8m", load_config(ROOT / "configs/fine-tune.yaml"), load_tokens(demo.config))

@@ -174,7 +174,7 @@ def train_rank(rank: int, world: int, settings: dict, directory: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from train.loop import train
+    from train.core.loop import train
     from train.stage import load_tokens
 
     torch.set_num_threads(1)
@@ -190,7 +190,7 @@ def train_rank(rank: int, world: int, settings: dict, directory: str) -> None:
             data,
             Tokenizer(config.tokenizer_path),
             lines.append,
-            lambda state: saved_steps.append(state["step"]),
+            lambda checkpoint: saved_steps.append(checkpoint.step),
         )
         kept = {"weights": model.state_dict(), "lines": lines, "saved_steps": saved_steps}
         torch.save(kept, Path(directory) / f"{rank}.pt")

@@ -22,13 +22,14 @@ def describe() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": versions,
         "revision": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor, or its architecture where the system does not say."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

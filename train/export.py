@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,13 +27,13 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, quantize_rows, save_model
 from train.card import attribution_page, model_card, prompts_page, samples_page
 from train.config import ConfigError, TrainConfig
+from train.core.checkpoint import Checkpoint, last_checkpoint
 from train.curve import draw_curve
 from train.evaluate import Document, evaluate, per_byte, read_documents, summary
 from train.generated import judge, training_words, write_stories
 from train.metrics import METRICS_FILE, metrics_text, read_metrics
 from train.prompts import answer, load_prompts
 from train.stage import load_tokenizer, load_tokens, require, run_stage
-from train.state import averaged_weights, check_state, last_state
 
 Exporter = Callable[[Path, Path], None]  # a model directory, where to write
 
@@ -41,7 +41,7 @@ Exporter = Callable[[Path, Path], None]  # a model directory, where to write
 class TrainedModel(NamedTuple):
     """The end of a run, and the held-out text of the work directory that it is to be judged on."""
 
-    state: dict[str, Any]  # the checkpoint, as `train.loop` saves it
+    checkpoint: Checkpoint
     tokenizer: Tokenizer
     tensors: dict[str, np.ndarray]  # averaged, float32 by name
     quantized: dict[str, Tensor]  # the same with int8 matrices
@@ -53,13 +53,13 @@ def load_trained(config: TrainConfig) -> TrainedModel:
     """Raises ConfigError when a stage before this one is missing, or was run on something else than the next one."""
     require(config.manifest_path, "train.prepare")
     tokenizer, data = load_tokenizer(config), load_tokens(config)
-    state = last_state(config)
-    check_state(state, config, data)
-    tensors = {name: tensor.numpy() for name, tensor in averaged_weights(state).items()}
+    checkpoint = last_checkpoint(config)
+    checkpoint.check_same_data(config, data)
+    tensors = checkpoint.weights()
     manifest = json.loads(config.manifest_path.read_text(encoding="utf-8"))
     held_out = [config.text_dir / f"{name}.validation.parquet" for name in manifest]
     return TrainedModel(
-        state,
+        checkpoint,
         tokenizer,
         tensors,
         {name: quantize_rows(tensor) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()},
@@ -71,25 +71,25 @@ def load_trained(config: TrainConfig) -> TrainedModel:
 def export(config: TrainConfig) -> None:
     """Run the stage."""
     shape = config.model_config_
-    state, tokenizer, tensors, quantized, manifest, documents = load_trained(config)
+    checkpoint, tokenizer, tensors, quantized, manifest, documents = load_trained(config)
     prompts = load_prompts(config.export.prompts)
     exporters = load_exporters(config.export.formats)
     check_sample_prompt(config, tokenizer)
-    lines = read_metrics(config.metrics_path, state["step"])
+    lines = read_metrics(config.metrics_path, checkpoint.step)
     exact = evaluate(Model(shape, tensors), tokenizer, documents, "float32")
     model = Model(shape, quantized)
     served = evaluate(model, tokenizer, documents, model.arithmetic)
-    run = state["config"]["run"]
+    run = checkpoint.config.run
     evaluation = {
-        "step": state["step"],
-        "tokens_seen": state["step"] * run["batch_rows"] * shape.context,
-        "planned_tokens": run["tokens"],
-        "tokens_by_collection": state["tokens_by_collection"],
-        "training_wall_s": round(state["wall_s"], 1),
-        "training_machine": state["machine"],
-        "seed": state["config"]["seed"],
-        "started_from": state["started_from"],
-        "text_sha256": state["text_sha256"],
+        "step": checkpoint.step,
+        "tokens_seen": checkpoint.step * run.batch_rows * shape.context,
+        "planned_tokens": run.tokens,
+        "tokens_by_collection": checkpoint.tokens_by_collection,
+        "training_wall_s": round(checkpoint.wall_s, 1),
+        "training_machine": checkpoint.machine,
+        "seed": checkpoint.config.seed,
+        "started_from": checkpoint.started_from,
+        "text_sha256": checkpoint.text_sha256,
         "arithmetic": model.arithmetic,
         "collections": {name: summary(scores) for name, scores in served.items()},
         "float32_bits_per_byte": {name: per_byte(scores) for name, scores in exact.items()},
@@ -127,7 +127,7 @@ def export(config: TrainConfig) -> None:
     directory = config.models_dir / config.name
     save(directory)
 
-    print(f"{directory}: step {state['step']}, {evaluation['tokens_seen']:,} tokens seen")
+    print(f"{directory}: step {checkpoint.step}, {evaluation['tokens_seen']:,} tokens seen")
     before, after = sum(t.nbytes for t in tensors.values()), (directory / "model.safetensors").stat().st_size
     print(f"size: float32 {before:,} bytes, int8 {after:,} bytes ({after / before:.1%})")
     for name in served:

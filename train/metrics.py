@@ -1,7 +1,7 @@
 """The metrics file of a run: a line of JSON each log or validation, written while it trains.
 
 A run that is killed leaves lines of steps after its last checkpoint, and perhaps one cut off in the middle: both are
-left out here. What the lines hold is `train.loop`'s business.
+left out here. What the lines hold is `train.core.loop`'s business.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def decode_speed(model: Model) -> dict[str, float]:
 
 def study(config: TrainConfig, speed: bool) -> dict:
     """The figures of every format, for JSON."""
-    state, tokenizer, tensors, quantized, _, documents = load_trained(config)
+    checkpoint, tokenizer, tensors, quantized, _, documents = load_trained(config)
     shape = config.model_config_
     exact: dict[str, list[Score]] = {}
     rows = []
@@ -152,7 +152,7 @@ def study(config: TrainConfig, speed: bool) -> dict:
     kept = ("documents", "sources", "bytes", "bits_per_byte", "interval_95")
     return {
         "model": config.name,
-        "step": state["step"],
+        "step": checkpoint.step,
         "held_out": {name: {key: summary(scores)[key] for key in kept} for name, scores in exact.items()},
         "formats": rows,
     }

@@ -1,6 +1,6 @@
 """What a run leaves for people while it trains: `metrics.jsonl`, its curve, and a progress bar that follows it.
 
-The lines are `train.loop`'s, and who runs the loop is `train.run`'s and `train.alone`'s business.
+The lines are `train.core.loop`'s, and who runs the loop is `train.run`'s and `train.alone`'s business.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from train.config import TrainConfig
+from train.core.schedule import total_steps
 from train.curve import draw_curve
-from train.loop import total_steps
 from train.metrics import metrics_text, read_metrics, write_metrics
 from train.stage import progress
 

@@ -4,7 +4,7 @@
 
 Started again after being killed, at any moment, it goes on from the last checkpoint in `<workdir>/runs/<name>`; give
 `run.tokens=...` more to go on further. Writes `metrics.jsonl` (one line a log or validation) and `curve.png` there.
-The loop itself is `train.loop`, the rows are `train.data`.
+The loop itself is `train.core.loop`, the rows are `train.data`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from train.config import ConfigError, TrainConfig
-from train.loop import check_fits
+from train.core.checkpoint import CHECKPOINT_FILE, Checkpoint, has_checkpoints, last_checkpoint
+from train.core.loop import check_fits
+from train.core.start_from import load_start
 from train.record import followed, recorded
 from train.stage import load_tokenizer, load_tokens, run_stage, start_ray
-from train.start_from import load_start
-from train.state import STATE_FILE, check_continues, has_checkpoints, last_state, load_state
 
 MAX_FAILURES = 3  # of workers, before the run fails
 KEPT_CHECKPOINTS = 2
@@ -38,28 +38,28 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from train.loop import train
+    from train.core.loop import train
 
     config = TrainConfig.model_validate(settings)
     torch.set_num_threads(config.run.threads)
     tokenizer, data = load_tokenizer(config), load_tokens(config)
-    state = None
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as directory:
-            state = load_state(Path(directory) / STATE_FILE)
+    before = None
+    if stored := ray.train.get_checkpoint():
+        with stored.as_directory() as directory:
+            before = Checkpoint.load(Path(directory) / CHECKPOINT_FILE)
     leader = ray.train.get_context().get_world_rank() == 0
 
-    def save(values: dict[str, Any]) -> None:
+    def save(checkpoint: Checkpoint) -> None:
         if not leader:
-            ray.train.report({"step": values["step"]})
+            ray.train.report({"step": checkpoint.step})
             return
         with tempfile.TemporaryDirectory() as directory:
-            torch.save(values, Path(directory) / STATE_FILE)
-            ray.train.report({"step": values["step"]}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+            checkpoint.save(Path(directory) / CHECKPOINT_FILE)
+            ray.train.report({"step": checkpoint.step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
 
-    step = state["step"] if state else 0
-    with recorded(config, step) if leader else nullcontext(print) as log:  # only the leader's loop logs
-        train(config, data, tokenizer, log, save, state)
+    first_step = before.step if before else 0
+    with recorded(config, first_step) if leader else nullcontext(print) as log:  # only the leader's loop logs
+        train(config, data, tokenizer, log, save, before)
 
 
 def run(config: TrainConfig) -> None:
@@ -71,7 +71,7 @@ def run(config: TrainConfig) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = config.resolved()
-    if (config.run_dir / STATE_FILE).exists():
+    if (config.run_dir / CHECKPOINT_FILE).exists():
         raise ConfigError(f"{config.run_dir} is a run of `python -m train.alone`: go on with that, or use another name")
     config.run_dir.mkdir(parents=True, exist_ok=True)
     # Errors of the settings belong here, not in a worker that Ray would start again.
@@ -79,7 +79,7 @@ def run(config: TrainConfig) -> None:
     if (config.run_dir / RAY_RECORD).exists():
         if not has_checkpoints(config):
             raise ConfigError(f"the checkpoints of {config.run_dir} are gone: remove that directory to begin anew")
-        check_continues(last_state(config), config, data)
+        last_checkpoint(config).check_resumes(config, data)
     elif config.start_from:
         load_start(config.start_from, config, data)
     start_ray(env_vars=KEEP_FREED_MEMORY)

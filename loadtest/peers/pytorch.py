@@ -1,4 +1,4 @@
-"""PyTorch, eager: `train.model`'s GPT with a KV cache, in float32 or with its linear layers quantized dynamically.
+"""PyTorch, eager: `train.core.model`'s GPT with a KV cache, in float32 or with its linear layers quantized dynamically.
 
 Written as one would to be fast without compiling: one matmul for queries, keys and values, a cache that is written in
 place, no mask in decode. All sequences stand at the same position, which spares it what a server would need.
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from loadtest.peers.model import float32_tensors, fused_qkv
 from loadtest.peers.peer import TEMPERATURE, TOP_P, Case, Settings, Stepwise
 from tinylm.config import ModelConfig
-from train.model import GPT, Block, rotate
+from train.core.model import GPT, Block, rotate
 
 LIKELIEST = 64  # of a row are looked at first: a nucleus is seldom larger
 
 
 class CachedBlock(nn.Module):
-    """A block of `train.model`, for the tokens from `start` on."""
+    """A block of `train.core.model`, for the tokens from `start` on."""
 
     def __init__(self, block: Block, qkv: Tensor, config: ModelConfig) -> None:
         """qkv: (3 * hidden, hidden)."""

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from train.core.ranks import Ranks
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steep at 0: singular values come near 1 in few steps, and stay within 0.3
 NEWTON_SCHULZ_STEPS = 5
 
@@ -46,23 +48,23 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # there is no closure to call
-        distributed = dist.is_available() and dist.is_initialized()
-        rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        ranks = Ranks.current()
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             updates = []
             moved = [matrix for matrix in group["params"] if matrix.grad is not None]
-            for owner, share in _shares(moved, world):
+            for owner, share in _shares(moved, ranks.world):
                 gradients = [grad for matrix in share if (grad := matrix.grad) is not None]
                 averages = [self._average(matrix) for matrix in share]
                 torch._foreach_lerp_(averages, gradients, 1 - momentum)
-                if rank == owner:
+                if ranks.rank == owner:
                     nesterov = torch.stack(torch._foreach_lerp(gradients, averages, momentum))
                     update = orthogonalize(nesterov, self._bfloat16 or nesterov.is_cuda).contiguous()
                 else:
                     update = share[0].new_empty((len(share), *share[0].shape))
-                # Sent while the next ones are computed.
-                updates.append((share, update, dist.broadcast(update, owner, async_op=True) if world > 1 else None))
+                # The ranks send this update while the next one is computed.
+                sent = dist.broadcast(update, owner, async_op=True) if ranks.world > 1 else None
+                updates.append((share, update, sent))
             for share, update, sent in updates:
                 if sent is not None:
                     sent.wait()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tinylm.weights import TENSORS, TOKENIZER
 from train.config import ConfigError, TrainConfig
+from train.core.model import GPT, released_model
 from train.data import TokenData
 from train.files import file_sha256
-from train.model import GPT, released_model
 
 
 def load_start(directory: Path, config: TrainConfig, data: TokenData) -> tuple[GPT, str]:
