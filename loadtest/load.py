@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tinylm.client import checked_api_key
+
 Arrivals = Literal["poisson", "constant"]
 OPEN_LOOP_CONNECTIONS = 16
 
@@ -76,6 +78,7 @@ class Load:
     ca: bytes | None = dataclasses.field(default=None, repr=False)  # PEM; set: TLS
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "api_key", checked_api_key("api_key", self.api_key))
         if (self.concurrency is None) == (self.rate_per_s is None):
             raise ValueError("a load has either a concurrency (closed loop) or a rate (open loop)")
         for name, least in (
@@ -90,7 +93,7 @@ class Load:
         ):
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):
-                raise ValueError(f"{name} is {value}: it must be at least {least}")
+                raise ValueError(f"{name} is {value}: it must be a finite number of at least {least}")
         if self.rate_per_s is not None and not 0 < self.rate_per_s <= 1e6:
             raise ValueError(f"rate is {self.rate_per_s:g}: it must be above 0 and at most 1,000,000 a second")
 

@@ -14,7 +14,7 @@ import grpc
 import psutil
 
 from loadtest.load import Load
-from tinylm.client import CHANNEL_OPTIONS, METADATA
+from tinylm.client import CHANNEL_OPTIONS, call_metadata
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
@@ -32,7 +32,7 @@ def facts(load: Load) -> dict[str, Any] | None:
         return None
     options = list(CHANNEL_OPTIONS)
     credentials = grpc.ssl_channel_credentials(load.ca) if load.ca else None
-    metadata = (*METADATA, *((("authorization", f"Bearer {load.api_key}"),) if load.api_key else ()))
+    metadata = call_metadata(load.api_key)
     make = grpc.secure_channel if credentials else grpc.insecure_channel
     with make(load.server, *([credentials] if credentials else []), options=options) as channel:
         try:

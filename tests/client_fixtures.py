@@ -53,6 +53,16 @@ class Scripted(TinyLMServicer):
             await context.abort(act.status, act.details)
         return pb.GenerateResponse(text="".join(ANSWER), finish_reason=pb.FINISH_REASON_LENGTH)
 
+    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        await self._begin(context)
+        return pb.TokenizeResponse()
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetModelInfoResponse:
+        await self._begin(context)
+        return pb.GetModelInfoResponse()
+
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateStreamResponse]:

@@ -16,9 +16,11 @@ from contextlib import suppress
 import grpc
 import pytest
 from client_fixtures import ANSWER, Act, Scripted, forwarder, scripted_server
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tinylm
-from tinylm.client import RETRIED, AsyncClient, Client, ServiceError
+from tinylm.client import RETRIED, AsyncClient, Client, ServiceError, common
 
 WAIT_S = 20
 Code = grpc.StatusCode
@@ -89,19 +91,168 @@ def test_a_call_that_has_produced_nothing_is_repeated(ask, streamed: bool, code:
     assert pieces == (ANSWER if streamed else [])
 
 
-def test_a_call_under_way_when_its_client_is_closed_has_failed(server: Scripted, address: str):
-    """Not as a bad request, which is what ValueError means here."""
+CALLS = {
+    "generate": lambda client: client.generate("x"),
+    "stream": lambda client: client.stream("x"),
+    "begun stream": lambda client: client.stream("endless"),
+    "tokenize": lambda client: client.tokenize("x"),
+    "info": lambda client: client.info(),
+}
+calls = pytest.mark.parametrize("call", CALLS)
+CLOSED = "this client has been closed"
+
+
+async def finished(call):
+    """Wait for what an AsyncClient returned: an awaitable, or a stream."""
+    if not hasattr(call, "__aiter__"):
+        return await call
+    async for _ in call:
+        pass
+
+
+@calls
+def test_close_ends_a_call_of_another_thread(call: str, server: Scripted, address: str):
+    """With ServiceError, not with the ValueError of a bad request."""
     server.acts = [Act(silent=True)]
     client = Client(address)
     with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(client.generate, "x")
-        wait_until(lambda: bool(server.timeouts_s))
+        result = pool.submit(lambda: list(CALLS[call](client)))
+        wait_until(lambda: bool(server.timeouts_s or server.open_streams))
         client.close()
-        with pytest.raises(ServiceError, match="this client has been closed") as caught:
-            call.result(WAIT_S)
+        with pytest.raises(ServiceError, match=CLOSED) as caught:
+            result.result(WAIT_S)
     assert caught.value.code == Code.CANCELLED
-    with pytest.raises(ServiceError, match="this client has been closed"):
-        client.generate("x")
+    with pytest.raises(ServiceError, match=CLOSED):
+        list(CALLS[call](client))
+
+
+@calls
+def test_close_ends_a_call_of_another_task(call: str, server: Scripted, address: str):
+    """CancelledError would end a TaskGroup without any error."""
+    server.acts = [Act(silent=True)]
+
+    async def close_meanwhile():
+        client = AsyncClient(address)
+        result = asyncio.create_task(finished(CALLS[call](client)))
+        await asyncio.to_thread(wait_until, lambda: bool(server.timeouts_s or server.open_streams))
+        await client.close()
+        with pytest.raises(ServiceError, match=CLOSED) as caught:
+            await result
+        assert caught.value.code == Code.CANCELLED
+        with pytest.raises(ServiceError, match=CLOSED):
+            await finished(CALLS[call](client))
+
+    asyncio.run(close_meanwhile())
+
+
+@calls
+def test_a_cancelled_task_stays_cancelled(call: str, server: Scripted, address: str):
+    """Also when the client is closed at once, and when the task ignored an earlier cancellation."""
+    server.acts = [Act(silent=True)]
+
+    async def cancel():
+        client = AsyncClient(address)
+
+        async def call_once_cancelled():
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(WAIT_S)
+            await finished(CALLS[call](client))
+
+        task = asyncio.create_task(call_once_cancelled())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.to_thread(wait_until, lambda: bool(server.timeouts_s or server.open_streams))
+        task.cancel()
+        await client.close()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+
+
+@both
+def test_close_ends_the_wait_before_a_retry(ask, server: Scripted, address: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(common, "FIRST_PAUSE_S", 3600)
+    server.acts = [Act(0, Code.UNAVAILABLE)]
+
+    async def close_meanwhile():
+        client = AsyncClient(address, timeout_s=None)
+        result = asyncio.create_task(client.generate("x"))
+        await asyncio.to_thread(wait_until, lambda: bool(server.timeouts_s))
+        await client.close()
+        await asyncio.wait_for(result, WAIT_S)
+
+    def close_in_a_thread():
+        client = Client(address, timeout_s=None)
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(client.generate, "x")
+            wait_until(lambda: bool(server.timeouts_s))
+            client.close()
+            result.result(WAIT_S)
+
+    with pytest.raises(ServiceError, match=CLOSED):
+        close_in_a_thread() if ask is plain else asyncio.run(close_meanwhile())
+
+
+def test_a_client_may_be_closed_before_its_first_call(address: str):
+    client = AsyncClient(address)
+    asyncio.run(client.close())
+    with pytest.raises(ServiceError, match=CLOSED):
+        asyncio.run(client.generate("x"))
+
+
+clients = pytest.mark.parametrize("client", [Client, AsyncClient])
+
+
+@clients
+@given(inner=st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=50))
+def test_whitespace_around_a_key_does_not_count(client, inner: str):
+    for space in ("\n", " \r\n", "\t"):
+        sent = dict(client("localhost:1", api_key=f"{space}{inner}{space}")._metadata)
+        assert sent["authorization"] == f"Bearer {inner}"
+
+
+@clients
+@pytest.mark.parametrize("name", ["api_key", "TINYLM_API_KEY"])
+@pytest.mark.parametrize("bad", ["sec ret", "sec\nret", "secrét", "sec\x7fret", "s" * 5000])
+def test_a_key_that_cannot_be_sent_is_refused_at_once(client, name: str, bad: str, monkeypatch):
+    if name == "api_key":
+        arguments = {"api_key": bad}
+    else:
+        arguments = {}
+        monkeypatch.setenv(name, bad)
+    with pytest.raises(ValueError, match=f"{name} must") as caught:
+        client("localhost:1", **arguments)
+    assert bad not in str(caught.value)
+
+
+@clients
+@pytest.mark.parametrize("api_key", [None, "", " \n"])
+def test_a_blank_key_is_none(client, api_key: str | None, monkeypatch):
+    monkeypatch.setenv("TINYLM_API_KEY", " from-the-environment\n")
+    assert dict(client("localhost:1", api_key=api_key)._metadata)["authorization"] == "Bearer from-the-environment"
+    monkeypatch.setenv("TINYLM_API_KEY", "\n")
+    assert "authorization" not in dict(client("localhost:1", api_key=api_key)._metadata)
+
+
+@both
+@pytest.mark.parametrize("timeout_s", [None, float("inf"), 1e10, 1e300])
+def test_a_timeout_beyond_every_clock_is_no_limit(ask, timeout_s: float | None, server: Scripted, address: str):
+    assert ask(address, False, [], timeout_s=timeout_s).text == TEXT
+
+
+@clients
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("timeout_s", value) for value in (float("nan"), 0, -1, float("-inf"), "60")],
+        *[("retries", value) for value in (-1, 1.5, None)],
+        *[("address", value) for value in ("", "local host:9000", "localhost:9000\n", None)],
+    ],
+)
+def test_a_client_refuses_a_bad_setting(client, field: str, value: object):
+    with pytest.raises(ValueError, match=f"{field} must be .*, got "):
+        client(**{field: value})
 
 
 @both

@@ -34,6 +34,21 @@ def test_settings_arrive_as_they_were_sent(params, prompt, timeout_ms):
     assert (request.prompt, request.timeout_ms) == (prompt, timeout_ms)
 
 
+@pytest.mark.parametrize("field", ["max_tokens", "top_k"])
+def test_a_number_that_no_message_holds_is_named(field):
+    with pytest.raises(ValueError, match=f"{field} must be .* {UINT32}, got {UINT32 + 1}"):
+        request_from_params("x", SamplingParams(**{field: UINT32 + 1}))
+
+
+def test_text_that_is_no_unicode_is_named():
+    with pytest.raises(ValueError, match="prompt must be Unicode text: character 2 "):
+        request_from_params("a\udcff", SamplingParams())
+    with pytest.raises(ValueError, match="stop must be Unicode text: character 1 "):
+        request_from_params("a", SamplingParams(stop="\udcff"))
+    with pytest.raises(ValueError, match="prompt must be a string, got NoneType"):
+        request_from_params(None, SamplingParams())
+
+
 def test_an_empty_request_has_the_defaults():
     """A client in another language that sets nothing gets what the library's user gets."""
     assert params_from_request(pb.GenerateRequest(prompt="hi")) == SamplingParams()

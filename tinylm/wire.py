@@ -1,8 +1,10 @@
-"""Between TinyLM's own types and the messages of `protos/tinylm/v1/tinylm.proto`, for the service and its clients."""
+"""Convert between TinyLM's own types and the messages of `protos/tinylm/v1/tinylm.proto`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from google.protobuf.descriptor import FieldDescriptor
 
 from tinylm.sampling import FinishReason, SamplingParams
 from tinylm.v1 import tinylm_pb2 as pb
@@ -13,6 +15,11 @@ if TYPE_CHECKING:  # only the service makes completions, and clients need no tok
 # Fields of a request that are unset when they have their default.
 _OPTIONAL = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs")
 
+MAX_UINT32 = 2**32 - 1
+_WHOLE_32_BIT = {
+    field.name for field in pb.GenerateRequest.DESCRIPTOR.fields if field.type == FieldDescriptor.TYPE_UINT32
+}
+
 FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -22,15 +29,34 @@ FINISH_REASON_NAMES = {number: name for name, number in FINISH_REASONS.items()}
 
 
 def params_from_request(request: pb.GenerateRequest) -> SamplingParams:
-    """Raises ValueError naming the field, its value and the limit."""
+    """Return the settings of a request. Raise ValueError, which names the field, the value and the limit."""
     given = {name: getattr(request, name) for name in _OPTIONAL if request.HasField(name)}
     return SamplingParams(stop=tuple(request.stop), **given)
 
 
 def request_from_params(prompt: str, params: SamplingParams, timeout_ms: int = 0) -> pb.GenerateRequest:
-    """The request that `params_from_request` reads back."""
+    """Return the request that `params_from_request` reads back.
+
+    Raise ValueError, which names the field, for a value that the message cannot hold.
+    """
+    check_text("prompt", prompt)
+    for text in params.stop:
+        check_text("stop", text)
     given = {name: value for name in _OPTIONAL if (value := getattr(params, name)) is not None}
+    for name, value in {**given, "timeout_ms": timeout_ms}.items():
+        if name in _WHOLE_32_BIT and not 0 <= value <= MAX_UINT32:
+            raise ValueError(f"{name} must be a whole number from 0 to {MAX_UINT32}, got {value}")
     return pb.GenerateRequest(prompt=prompt, stop=params.stop, timeout_ms=timeout_ms, **given)
+
+
+def check_text(field: str, text: str) -> None:
+    """Raise ValueError for what is not Unicode text: a message cannot hold it."""
+    if not isinstance(text, str):
+        raise ValueError(f"{field} must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{field} must be Unicode text: character {error.start + 1} is half of a pair") from None
 
 
 def ending(completion: Completion, replica: str) -> dict:

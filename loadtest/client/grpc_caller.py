@@ -11,7 +11,7 @@ import grpc
 from loadtest.load import Load
 from loadtest.records import Call
 from loadtest.workload import Ask
-from tinylm.client import CHANNEL_OPTIONS, METADATA
+from tinylm.client import CHANNEL_OPTIONS, call_metadata
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
@@ -29,7 +29,7 @@ class GrpcCaller:
                 grpc.aio.secure_channel(load.server, credentials, options) for _ in range(load.n_connections)
             ]
         self._stubs = [TinyLMStub(channel) for channel in self._channels]
-        self._metadata = (*METADATA, *((("authorization", f"Bearer {load.api_key}"),) if load.api_key else ()))
+        self._metadata = call_metadata(load.api_key)
         self._load = load
 
     async def wait_until_connected(self) -> None:

@@ -7,7 +7,25 @@
 """
 
 from tinylm.client.aio import AsyncClient
-from tinylm.client.common import CHANNEL_OPTIONS, METADATA, RETRIED, ServedCompletion, ServiceError
+from tinylm.client.common import (
+    CHANNEL_OPTIONS,
+    METADATA,
+    RETRIED,
+    ServedCompletion,
+    ServiceError,
+    call_metadata,
+    checked_api_key,
+)
 from tinylm.client.sync import Client
 
-__all__ = ["CHANNEL_OPTIONS", "METADATA", "RETRIED", "AsyncClient", "Client", "ServedCompletion", "ServiceError"]
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "METADATA",
+    "RETRIED",
+    "AsyncClient",
+    "Client",
+    "ServedCompletion",
+    "ServiceError",
+    "call_metadata",
+    "checked_api_key",
+]

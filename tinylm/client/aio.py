@@ -1,21 +1,22 @@
-"""The client for asyncio. What it shares with the plain one is in `tinylm.client.common`."""
+"""The client for asyncio. `tinylm.client.common` holds what it shares with the synchronous client."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
 
-from tinylm.client.common import CUT_OFF, Answer, Connection, ServedCompletion, tokens, whole
+from tinylm.client.common import CUT_OFF, Answer, Attempts, Connection, ServedCompletion, tokens, whole
 from tinylm.sampling import SamplingParams
 from tinylm.stream import AsyncStream, Update
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
-from tinylm.wire import request_from_params
+from tinylm.wire import check_text, request_from_params
 
 R = TypeVar("R")
 
@@ -23,13 +24,13 @@ R = TypeVar("R")
 class AsyncClient(Connection):
     """`tinylm.Client` for asyncio: the same settings, methods and errors. Close it, or use it in an `async with`.
 
-    Belongs to the event loop of its first call. A task that is cancelled cancels its call in the service.
+    The client belongs to the event loop of its first call. Cancel a task to cancel its call in the service.
     """
 
     async def generate(self, prompt: str, params: SamplingParams | None = None) -> ServedCompletion:
         """The whole answer. Raises ValueError for a bad request, ServiceError for whatever else goes wrong."""
         params = params or SamplingParams()
-        response, attempt = await self._ask(self._stub.Generate, request_from_params(prompt, params))
+        response, attempt = await self._ask("Generate", request_from_params(prompt, params))
         return whole(params, response, attempt)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> AsyncStream[ServedCompletion]:
@@ -42,17 +43,20 @@ class AsyncClient(Connection):
         return AsyncStream(self._updates(request_from_params(prompt, params), params))
 
     async def tokenize(self, text: str) -> list[tuple[int, bytes]]:
-        """Token ids of a text, each with its own bytes."""
-        return tokens((await self._ask(self._stub.Tokenize, pb.TokenizeRequest(text=text)))[0])
+        """Return the token ids of a text, each with its bytes."""
+        check_text("text", text)
+        return tokens((await self._ask("Tokenize", pb.TokenizeRequest(text=text)))[0])
 
     async def info(self) -> pb.GetModelInfoResponse:
         """What the service says of its model, and which replica said it."""
-        return (await self._ask(self._stub.GetModelInfo, pb.GetModelInfoRequest()))[0]
+        return (await self._ask("GetModelInfo", pb.GetModelInfoRequest()))[0]
 
     async def close(self) -> None:
-        """End the connection; calls under way end with ServiceError."""
+        """Close the connection. Calls that run end with ServiceError, and so do later ones."""
         self._is_closed = True
-        await self._channel.close()
+        self._closed.set()
+        if "_channel" in self.__dict__:
+            await self._channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -68,16 +72,21 @@ class AsyncClient(Connection):
     def _stub(self) -> TinyLMStub:
         return TinyLMStub(self._channel)
 
-    async def _ask(self, method: Callable[..., Awaitable[R]], request: object) -> tuple[R, int]:
-        """A unary call's response, and how many attempts it took."""
+    @cached_property
+    def _closed(self) -> asyncio.Event:
+        return asyncio.Event()
+
+    async def _ask(self, name: str, request: object) -> tuple[Any, int]:
+        """Return the response of a unary call, and how many attempts it took."""
         attempts = self._attempts()
         while True:
             self._require_open(attempts)
             try:
-                return await method(request, metadata=self._metadata, timeout=attempts.begin()), attempts.n
+                call = getattr(self._stub, name)(request, metadata=self._metadata, timeout=attempts.begin())
+                return await self._unless_closed(call, attempts), attempts.n
             except grpc.aio.AioRpcError as error:
                 pause_s = attempts.pause_s(error.code(), error.details())
-            await asyncio.sleep(pause_s)
+            await self._pause(pause_s)
 
     async def _updates(
         self, request: pb.GenerateRequest, params: SamplingParams
@@ -88,7 +97,7 @@ class AsyncClient(Connection):
             call = self._stub.GenerateStream(request, metadata=self._metadata, timeout=attempts.begin())
             answer = Answer(params, attempts.n)
             try:
-                async for message in call:
+                while (message := await self._unless_closed(call.read(), attempts)) is not grpc.aio.EOF:
                     update = answer.add(message)
                     yield update
                     if update[-1] is not None:
@@ -98,4 +107,25 @@ class AsyncClient(Connection):
                 pause_s = attempts.pause_s(error.code(), error.details(), answer.has_begun)
             finally:
                 call.cancel()
-            await asyncio.sleep(pause_s)
+            await self._pause(pause_s)
+
+    async def _unless_closed(self, result: Awaitable[R], attempts: Attempts) -> R:
+        """Wait for a result. Raise ServiceError if this client is closed meanwhile.
+
+        gRPC raises CancelledError for a closed channel. The same error must pass through when somebody cancels the
+        caller's task: the task counts these requests.
+        """
+        task = asyncio.current_task()
+        n_cancelled = task.cancelling() if task else 0
+        try:
+            return await result
+        except (asyncio.CancelledError, grpc.aio.AioRpcError):
+            if task is None or task.cancelling() == n_cancelled:
+                self._require_open(attempts)
+            raise
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait before the next attempt. Return at once when this client is closed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closed.wait()

@@ -1,6 +1,6 @@
-"""What both clients share: the connection's settings, when a call is repeated, and what its caller gets to see.
+"""What both clients share: the settings of a connection, when to retry a call, and which error the caller gets.
 
-Sending, waiting and pausing are theirs: `tinylm.client.sync` and `tinylm.client.aio`.
+`tinylm.client.sync` and `tinylm.client.aio` send the calls and wait.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tinylm.stream import Update
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.wire import FINISH_REASON_NAMES
 
-METADATA = (("application", "tinylm"),)
+API_KEY_VARIABLE = "TINYLM_API_KEY"
+METADATA: tuple[tuple[str, str], ...] = (("application", "tinylm"),)
 CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # http_proxy of the environment is not meant for this
     ("grpc.initial_reconnect_backoff_ms", 100),  # a proxy is back in seconds; gRPC's own pauses grow to two minutes
@@ -43,6 +44,8 @@ RETRIED = frozenset(
         grpc.StatusCode.NOT_FOUND,  # by a proxy that has just started: it has not heard of the application yet
     }
 )
+MAX_API_KEY_LENGTH = 4096  # HAProxy closes the connection at about 16 kB of headers
+MAX_TIMEOUT_S = 1e9  # gRPC's clock overflows at about nine times as much; a longer timeout is no limit
 FIRST_PAUSE_S = 0.1  # before the first repetition; each further pause is twice as long
 CUT_OFF = (grpc.StatusCode.UNAVAILABLE, "the answer ended before its last message")
 
@@ -85,20 +88,25 @@ class Connection:
         api_key: str | None = None,
         tls: bool | Path = False,
     ) -> None:
-        """address: host:port, or several as `ipv4:10.0.0.1:9000,10.0.0.2:9000`: the first that answers is used.
+        """Raise ValueError for a setting that cannot be used, OSError for a PEM file that cannot be read.
 
-        timeout_s: of one call on this side, with its repetitions and the pauses between them.
-        retries: of a call that failed before it produced anything; the default takes about 5 seconds, in which Serve
-        replaces a dead proxy.
-        api_key: by default what TINYLM_API_KEY in the environment says, if anything.
-        tls: True trusts the usual authorities, a PEM file those in it alone; OSError or ValueError if it can't be read.
+        address: host:port. Several addresses are `ipv4:10.0.0.1:9000,10.0.0.2:9000`: the first that answers is used.
+        timeout_s: the most seconds that a call may take, with its retries. None or infinity sets no limit.
+        retries: how often to retry a call that failed before it produced anything. The default retries for about 5
+        seconds: in that time Serve replaces a dead proxy.
+        api_key: by default the value of TINYLM_API_KEY in the environment. Whitespace around a key does not count.
+        tls: True trusts the authorities that this machine trusts. A PEM file trusts the authorities in the file.
         """
-        api_key = api_key or os.environ.get("TINYLM_API_KEY")
+        key = checked_api_key("api_key", api_key)
+        self._metadata = call_metadata(key or checked_api_key(API_KEY_VARIABLE, os.environ.get(API_KEY_VARIABLE)))
+        if not isinstance(address, str) or not address or not _is_one_word(address):
+            raise ValueError(f"address must be HOST:PORT without spaces, got {address!r}")
         self.address = address
-        self._timeout_s = timeout_s
+        self._timeout_s = checked_timeout_s("timeout_s", timeout_s)
+        if not isinstance(retries, int) or retries < 0:
+            raise ValueError(f"retries must be a whole number of at least 0, got {retries!r}")
         self._retries = retries
         self._is_closed = False
-        self._metadata = (*METADATA, *([("authorization", f"Bearer {api_key}")] if api_key else ()))
         self._credentials = _credentials(tls)
 
     def _open(self, module: ModuleType) -> Any:
@@ -116,13 +124,13 @@ class Connection:
         return Attempts(self.address, self._timeout_s, self._retries)
 
     def _require_open(self, attempts: Attempts) -> None:
-        """Raises ServiceError before an attempt on a connection that has been closed, perhaps during the last one."""
+        """Raise ServiceError if this client has been closed, before the call or during it."""
         if self._is_closed:
-            raise ServiceError(grpc.StatusCode.CANCELLED, "this client has been closed", attempts.n)
+            raise ServiceError(grpc.StatusCode.CANCELLED, "this client has been closed", attempts.n) from None
 
 
 class Attempts:
-    """The attempts of one call: how long each may take, whether there is another, and after what pause."""
+    """The attempts of one call: how long each may take, whether there is another one, and when."""
 
     def __init__(self, address: str, timeout_s: float | None, retries: int) -> None:
         self.n = 0
@@ -135,10 +143,10 @@ class Attempts:
         return None if self._timeout_s is None else max(0.0, self._deadline - time.monotonic())
 
     def pause_s(self, code: grpc.StatusCode, details: str | None, has_begun: bool = False) -> float:
-        """Seconds to wait before the next attempt, after one that failed so.
+        """Return the seconds to wait before the next attempt, after one that failed with `code`.
 
-        Raises what the caller is to see when there must be none: the call's answer has begun, the status is not one
-        that a dying replica gives, or the retries or the time are used up.
+        Raise the error for the caller if there is no next attempt: the answer has begun, a dying replica does not give
+        such a status, or no retries or no time are left.
         """
         pause_s = random.uniform(0.5, 1.0) * FIRST_PAUSE_S * 2 ** (self.n - 1)
         in_time = time.monotonic() + pause_s < self._deadline
@@ -205,6 +213,44 @@ def whole(params: SamplingParams, response: pb.GenerateResponse, attempt: int) -
     if completion is None:
         raise ServiceError(*CUT_OFF, attempt)
     return completion
+
+
+def checked_api_key(field: str, key: str | None) -> str | None:
+    """Return the key without the whitespace around it, None for no key or a blank one.
+
+    Raise ValueError, which names the field but does not hold the key, for a key that a header cannot carry.
+    """
+    if key is None:
+        return None
+    if not isinstance(key, str):
+        raise ValueError(f"{field} must be a string, got {type(key).__name__}")
+    key = key.strip()
+    if len(key) > MAX_API_KEY_LENGTH:
+        raise ValueError(f"{field} must have at most {MAX_API_KEY_LENGTH} characters, got {len(key)}")
+    for place, character in enumerate(key, 1):
+        if not "!" <= character <= "~":
+            raise ValueError(
+                f"{field} must have only ASCII letters, digits and signs: character {place} of {len(key)} is another"
+            )
+    return key or None
+
+
+def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """Return the metadata of a call with a key from `checked_api_key`, or with none."""
+    return METADATA if api_key is None else (*METADATA, ("authorization", f"Bearer {api_key}"))
+
+
+def checked_timeout_s(field: str, timeout_s: float | None) -> float | None:
+    """Return the timeout, None for no limit. Raise ValueError for a timeout that is not above 0."""
+    if timeout_s is None:
+        return None
+    if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:  # NaN is not
+        raise ValueError(f"{field} must be a number of seconds above 0, got {timeout_s!r}")
+    return None if timeout_s > MAX_TIMEOUT_S else timeout_s
+
+
+def _is_one_word(text: str) -> bool:
+    return all(character.isprintable() and not character.isspace() for character in text)
 
 
 def tokens(response: pb.TokenizeResponse) -> list[tuple[int, bytes]]:

@@ -1,20 +1,21 @@
-"""The client for plain threads. What it shares with the asynchronous one is in `tinylm.client.common`."""
+"""The client for threads. `tinylm.client.common` holds what it shares with the client for asyncio."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self, TypeVar
 
 import grpc
 
-from tinylm.client.common import CUT_OFF, Answer, Connection, ServedCompletion, tokens, whole
+from tinylm.client.common import CUT_OFF, Answer, Attempts, Connection, ServedCompletion, tokens, whole
 from tinylm.sampling import SamplingParams
 from tinylm.stream import Stream, Update
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
-from tinylm.wire import request_from_params
+from tinylm.wire import check_text, request_from_params
 
 R = TypeVar("R")
 
@@ -31,6 +32,7 @@ class Client(Connection):
         tls: bool | Path = False,
     ) -> None:
         super().__init__(address, timeout_s, retries, api_key, tls)
+        self._closed = threading.Event()
         self._channel = self._open(grpc)
         self._stub = TinyLMStub(self._channel)
 
@@ -52,7 +54,8 @@ class Client(Connection):
         return Stream(self._updates(request_from_params(prompt, params), params))
 
     def tokenize(self, text: str) -> list[tuple[int, bytes]]:
-        """Token ids of a text, each with its own bytes."""
+        """Return the token ids of a text, each with its bytes."""
+        check_text("text", text)
         return tokens(self._ask(self._stub.Tokenize, pb.TokenizeRequest(text=text))[0])
 
     def info(self) -> pb.GetModelInfoResponse:
@@ -60,8 +63,9 @@ class Client(Connection):
         return self._ask(self._stub.GetModelInfo, pb.GetModelInfoRequest())[0]
 
     def close(self) -> None:
-        """End the connection; calls under way end with ServiceError."""
+        """Close the connection. Calls of other threads end with ServiceError, and so do later calls."""
         self._is_closed = True
+        self._closed.set()
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -71,26 +75,30 @@ class Client(Connection):
         self.close()
 
     def _ask(self, method: Callable[..., R], request: object) -> tuple[R, int]:
-        """A unary call's response, and how many attempts it took."""
+        """Return the response of a unary call, and how many attempts it took."""
         attempts = self._attempts()
         while True:
-            self._require_open(attempts)
             try:
-                return method(request, metadata=self._metadata, timeout=attempts.begin()), attempts.n
+                with self._unless_closed(attempts):
+                    return method(request, metadata=self._metadata, timeout=attempts.begin()), attempts.n
             except grpc.RpcError as error:
                 pause_s = attempts.pause_s(error.code(), error.details())
-            time.sleep(pause_s)
+            self._closed.wait(pause_s)
 
     def _updates(
         self, request: pb.GenerateRequest, params: SamplingParams
     ) -> Generator[Update[ServedCompletion], None, None]:
         attempts = self._attempts()
         while True:
-            self._require_open(attempts)
-            call = self._stub.GenerateStream(request, metadata=self._metadata, timeout=attempts.begin())
+            with self._unless_closed(attempts):
+                call = self._stub.GenerateStream(request, metadata=self._metadata, timeout=attempts.begin())
             answer = Answer(params, attempts.n)
             try:
-                for message in call:
+                while True:
+                    with self._unless_closed(attempts):
+                        message = next(call, None)
+                    if message is None:
+                        break
                     update = answer.add(message)
                     yield update
                     if update[-1] is not None:
@@ -100,4 +108,17 @@ class Client(Connection):
                 pause_s = attempts.pause_s(error.code(), error.details(), answer.has_begun)
             finally:
                 call.cancel()
-            time.sleep(pause_s)
+            self._closed.wait(pause_s)
+
+    @contextmanager
+    def _unless_closed(self, attempts: Attempts) -> Iterator[None]:
+        """Raise ServiceError if this client is closed before the block or in it.
+
+        gRPC raises ValueError for a call on a closed channel, RpcError for a call that runs when the channel closes.
+        """
+        self._require_open(attempts)
+        try:
+            yield
+        except (grpc.RpcError, ValueError):
+            self._require_open(attempts)
+            raise

@@ -56,7 +56,7 @@ class Access:
         if authorization is None:
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, "no API key: send 'authorization: Bearer KEY'")
         scheme, _, key = authorization.partition(" ")
-        name = self._keys.name_of(key) if scheme.lower() == "bearer" else None
+        name = self._keys.name_of(key.strip()) if scheme.lower() == "bearer" else None
         if name is None:
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, "the API key is not valid")
         return name
