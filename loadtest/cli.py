@@ -15,6 +15,8 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
+from tinylm.terminal.output import PlainConsole, one_line_errors
+
 NEEDED = {"hdrh": "hdrhistogram", "psutil": "psutil", "matplotlib": "matplotlib", "scipy": "scipy"}
 INSTALL = "pip install -e '.[bench]'"
 
@@ -51,19 +53,13 @@ def main() -> None:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What the user can mend becomes `error: ...` and exit status 1; Ctrl-C is status 130."""
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
-    try:
+def _one_line_errors() -> Iterator[None]:
+    """Run a command of the load test: see `tinylm.terminal.output.one_line_errors`."""
+    with one_line_errors(ValueError, RuntimeError):
+        missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
         if missing:
             raise ValueError(f"the load test needs {', '.join(missing)}: {INSTALL}")
         yield
-    except (ValueError, OSError, RuntimeError) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo(err=True)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -130,7 +126,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Ask the service and measure: one run for each concurrency or rate."""
-    with one_line_errors():
+    with _one_line_errors():
         from loadtest import goodput as limits_of
         from loadtest import result as results
         from loadtest import table
@@ -186,7 +182,7 @@ def report(
     out: Annotated[Path, typer.Option(metavar="DIR", help="For report.html and the pictures.")] = Path("report"),
 ) -> None:
     """Draw results: histograms, percentile curves, throughput and p99 against load; PNGs and one HTML page."""
-    with one_line_errors():
+    with _one_line_errors():
         from loadtest import report as reporting
         from loadtest import result as results
 
@@ -201,7 +197,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Say what changed from A to B, and whether by more than repeated runs differ among themselves."""
-    with one_line_errors():
+    with _one_line_errors():
         from loadtest import compare as comparing
         from loadtest import result as results
 
@@ -209,7 +205,7 @@ def compare(
         if as_json:
             typer.echo(json.dumps([dataclasses.asdict(change) for change in changes], indent=1))
         else:
-            comparing.show(changes, before.name, after.name, Console())
+            comparing.show(changes, before.name, after.name, PlainConsole())
 
 
 @app.command()
@@ -220,22 +216,22 @@ def selftest(
     quiet: Quiet = False,
 ) -> None:
     """Measure the load generator itself on a stub service: its highest rates, and whether it finds known delays."""
-    with one_line_errors():
+    with _one_line_errors():
         from loadtest import selftest as testing
         from loadtest.result import check_output, own_command
         from tinylm.files import write_file
 
         if output:
             check_output(output, with_csv=False)
-        if duration < 0.5:
-            raise ValueError(f"--duration is {duration}: it must be at least 0.5")
+        if not 0.5 <= duration < float("inf"):
+            raise ValueError(f"--duration is {duration}: it must be a finite number of at least 0.5")
         result = {"command": own_command(sys.argv[1:]), **testing.carry_out(duration, quiet or as_json)}
         if output:
             write_file(output, json.dumps(result, indent=1) + "\n")
         if as_json:
             typer.echo(json.dumps(result, indent=1))
         elif not quiet:
-            testing.show(result, Console())
+            testing.show(result, PlainConsole())
         if wrong := [check["name"] for check in result["checks"] if not check["passed"]]:
             raise RuntimeError(f"the load generator can't be trusted on this machine now: {', '.join(wrong)}")
 
@@ -258,7 +254,7 @@ def overload(
     quiet: Quiet = False,
 ) -> None:
     """Ask for more than a service can: how fast it goes on, and how soon it refuses the rest."""
-    with one_line_errors():
+    with _one_line_errors():
         from loadtest import overload as overloading
         from loadtest import result as results
         from loadtest.load import Load, Mix
@@ -293,7 +289,7 @@ def overhead(
     quiet: Quiet = False,
 ) -> None:
     """What the service adds to its engine for a lone client, both asked by turns."""
-    with one_line_errors():
+    with _one_line_errors():
         from loadtest import overhead as adding
         from loadtest import result as results
         from loadtest.load import Load, Mix
@@ -326,7 +322,7 @@ def standard(
     quiet: Quiet = False,
 ) -> None:
     """Measure the standard set, starting each service itself: both proxies, replicas, the bare engine, llama.cpp."""
-    with one_line_errors():
+    with _one_line_errors():
         from loadtest.standard import parts
 
         settings = parts.Settings(out, duration, warmup, repeat, tuple(_numbers("--concurrency", concurrency, int)))
@@ -359,4 +355,4 @@ def _hand_over(
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     elif not quiet:
-        show(result, Console())
+        show(result, PlainConsole())

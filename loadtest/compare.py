@@ -17,6 +17,7 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loadtest.result import point
 
@@ -131,7 +132,7 @@ def show(changes: Sequence[Change], before: str, after: str, console: Console) -
         colour = colours.get(change.verdict, "default")
         figures = (f"{change.before:.4g}", f"{change.after:.4g}", f"{change.ratio - 1:+.1%}", interval)
         name = change.point if change.point != last else ""
-        table.add_row(name, change.figure, *figures, f"[{colour}]{change.verdict}[/{colour}]")
+        table.add_row(name, change.figure, *figures, Text(change.verdict, style=colour))
         last = change.point
     console.print(table)
     if any(change.verdict == "can't tell" for change in changes):

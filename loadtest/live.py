@@ -7,13 +7,14 @@ from collections import Counter, deque
 from types import TracebackType
 
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from loadtest.client.worker import Tick
 from loadtest.load import Load
+from tinylm.terminal.output import PlainConsole
 
 RECENT_S = 3.0
 RECENT_CALLS = 2000
@@ -23,7 +24,7 @@ class LiveView:
     """Use it in a `with` around a sweep; nothing is drawn when `quiet` or when standard error is no terminal."""
 
     def __init__(self, n_runs: int, quiet: bool) -> None:
-        console = Console(stderr=True)
+        console = PlainConsole(stderr=True)
         self._shown = console.is_terminal and not quiet
         self._progress = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         self._sweep = self._progress.add_task("all runs", total=n_runs, visible=n_runs > 1)

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-from rich.console import Console
 from rich.table import Table
 
 from tinylm.engine import Engine
@@ -31,6 +30,7 @@ from tinylm.llm import load
 from tinylm.machine import describe
 from tinylm.model import Model
 from tinylm.sampling import SamplingParams
+from tinylm.terminal.output import PlainConsole, one_line_errors
 
 MODEL = Path("models/stories-8m")
 LENGTH = 64  # tokens that each sequence has cached
@@ -171,7 +171,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    arguments = parser.parse_args()
+    with one_line_errors(ValueError):
+        run(parser.parse_args())
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure each batch size, print a table and write the figures."""
     if arguments.out:
         check_file(arguments.out)
     results = {n: measure(n) for n in arguments.batches}
@@ -180,7 +185,7 @@ def main() -> None:
         figures = [f"{parts[name]:.0f}" for parts in results.values()]
         shares = [f"{parts[name] / parts['whole step']:.0%}" for parts in results.values()]
         table.add_row(name, *figures, *shares)
-    Console().print(table)
+    PlainConsole().print(table)
     if arguments.out:
         facts = {**describe(), "command": "python -m loadtest.parts", "tokens_cached": LENGTH}
         micros = {str(n): {name: round(value, 1) for name, value in parts.items()} for n, parts in results.items()}

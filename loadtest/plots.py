@@ -30,7 +30,7 @@ def histograms(result: Result, name: str) -> Figure | None:
     columns = min(len(loads), 3)
     rows = -(-len(loads) // columns)
     figure = Figure((3.4 * columns, 2.3 * rows + 0.4), layout="constrained")
-    figure.suptitle(f"{result['label']}: {TITLES[name]}", fontsize=11)
+    figure.suptitle(_literal(f"{result['label']}: {TITLES[name]}"), fontsize=11)
     for axes, (load, merged) in zip(figure.subplots(rows, columns, squeeze=False).flat, loads.items(), strict=False):
         values, counts = histogram.recorded(merged)
         bins = np.geomspace(values.min() * 0.98, values.max() * 1.02, 40)
@@ -79,7 +79,8 @@ def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
         loads = sorted(points)
         for axes, path in ((left, ("tokens_per_s",)), (right, ("latency_ms", "p99"))):
             middle, low, high = _spread([_values(points[load], path) for load in loads])
-            axes.errorbar(loads, middle, [middle - low, high - middle], marker="o", capsize=2, label=result["label"])
+            axes.errorbar(loads, middle, [middle - low, high - middle], marker="o", capsize=2,
+                          label=_literal(result["label"]))  # fmt: skip
     if not drawn:
         return None
     is_open = any(run["load"]["rate_per_s"] for result in results for run in result["runs"])
@@ -113,7 +114,7 @@ def against_replicas(results: Sequence[Result], stream: bool) -> Figure | None:
     for name, points in several.items():
         counts = sorted(points)
         middle, low, high = _spread([np.array(points[count]) for count in counts])
-        axes.errorbar(counts, middle, [middle - low, high - middle], marker="o", capsize=2, label=name)
+        axes.errorbar(counts, middle, [middle - low, high - middle], marker="o", capsize=2, label=_literal(name))
     axes.set(xlabel="replicas", ylabel="tokens/s", xticks=sorted({n for points in several.values() for n in points}))
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
@@ -159,9 +160,14 @@ def _spread(groups: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nd
 def _axes(title: str) -> tuple[Figure, Axes]:
     figure = Figure((WIDTH_IN, HEIGHT_IN), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_literal(title), fontsize=10)
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _literal(text: str) -> str:
+    """Return the text as Matplotlib must get it, so that it reads no formula between dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def _plain_numbers(axis: Axis) -> None:

@@ -108,5 +108,6 @@ def show(result: dict[str, Any], console: Console) -> None:
             figure += f", {_messages_per_s(best):,.0f} messages/s"
         console.print(f"highest rate, {kind}: {figure} with {best['load']['concurrency']} clients")
     for check in result["checks"]:
-        verdict = "[green]passed[/green]" if check["passed"] else "[red]failed[/red]"
-        console.print(f"{check['name']}: {verdict}; expected {check['expected_ms']} ms, found {check['found_ms']}")
+        verdict, style = ("passed", "green") if check["passed"] else ("failed", "red")
+        told = f"{check['name']}: {verdict}; expected {check['expected_ms']} ms, found {check['found_ms']}"
+        console.print(told, style=style)

@@ -40,7 +40,7 @@ def show(runs: Sequence[Mapping[str, Any]], console: Console) -> None:
             table.add_row(load_name(run), *shown)
         console.print(table)
     for note in notes(runs):
-        console.print(f"[yellow]note:[/yellow] {note}")
+        console.print(f"note: {note}", style="yellow")
 
 
 def load_name(run: Mapping[str, Any]) -> str:

@@ -20,7 +20,8 @@ def draw_curve(lines: Sequence[dict[str, Any]], picture: Path) -> None:
     left.set(xlabel="million tokens seen", ylabel="nats a token", title="training loss")
     for name in validations[-1]["val_bpb"] if validations else []:
         points = [(line["tokens"] / 1e6, line["val_bpb"][name]) for line in validations if name in line["val_bpb"]]
-        right.plot(*zip(*points, strict=True), marker=".", label=f"{name} {points[-1][1]:.3f}")
+        literal = name.replace("$", r"\$")  # otherwise Matplotlib reads a formula between dollar signs
+        right.plot(*zip(*points, strict=True), marker=".", label=f"{literal} {points[-1][1]:.3f}")
     right.set(xlabel="million tokens seen", ylabel="bits per byte", title="held-out text, averaged weights")
     if validations:
         right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside: the lines leave no room

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loadtest.peers import peer as work
@@ -32,11 +31,12 @@ from loadtest.report import check_picture
 from tinylm.config import ModelConfig
 from tinylm.files import check_file, write_file
 from tinylm.machine import describe
+from tinylm.terminal.output import PlainConsole, one_line_errors
 
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 INSTALL = "pip install -e '.[peers]'"
 
-console = Console(stderr=True)
+console = PlainConsole(stderr=True)
 
 
 def parse() -> argparse.Namespace:
@@ -133,7 +133,7 @@ class Comparison:
 
     def _leave_out(self, name: str, why: str) -> None:
         self.left_out[name] = why
-        console.print(f"{name} is left out: {why}", style="yellow", markup=False)
+        console.print(f"{name} is left out: {why}", style="yellow")
 
 
 def compare(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
@@ -193,15 +193,17 @@ def compare(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = parse()
+    with one_line_errors():
+        run(parse())
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compare the peers, and write and print the result."""
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))  # for the peers' processes
-    try:
-        with tempfile.TemporaryDirectory(prefix="tinylm-peers.") as temporary:
-            directory = Path(temporary) / "model"
-            save_random_model(directory, ModelConfig())
-            result = compare(arguments, directory)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with tempfile.TemporaryDirectory(prefix="tinylm-peers.") as temporary:
+        directory = Path(temporary) / "model"
+        save_random_model(directory, ModelConfig())
+        result = compare(arguments, directory)
     if not result["peers"]:
         sys.exit("error: no peer is left to measure")
     text = json.dumps(result, indent=2)
@@ -212,7 +214,7 @@ def main() -> None:
     if arguments.json:
         print(text)
     else:
-        Console().print(make_table(result))
+        PlainConsole().print(make_table(result))
 
 
 if __name__ == "__main__":

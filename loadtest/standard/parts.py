@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from loadtest import result
@@ -28,6 +27,7 @@ from loadtest.standard import services
 from loadtest.sweep import Sweep
 from loadtest.sweep import carry_out as run_sweep
 from tinylm.files import write_file
+from tinylm.terminal.output import PlainConsole
 
 TOKENS = Mix((64,), (1.0,))
 PICTURE = "load-unary.png"
@@ -36,7 +36,7 @@ START_S = 30  # about what starting and stopping a service takes
 FEW = 2  # of the numbers of clients, the highest: for parts of which the trend is wanted
 HAPROXY, PYTHON_PROXY = Path("configs/serve.yaml"), Path("configs/serve-python-proxy.yaml")
 CORES = os.cpu_count() or 1
-console = Console(stderr=True)
+console = PlainConsole(stderr=True)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def carry_out(parts: list[Part], settings: Settings, again: bool, quiet: bool) -
     failed: dict[str, str] = {}
     busy = os.getloadavg()[0]
     if planned and busy > 0.3 * CORES:
-        console.print(f"[yellow]note:[/yellow] the machine is busy (load {busy:.1f}): wait until it is quiet")
+        console.print(f"note: the machine is busy (load {busy:.1f}): wait until it is quiet", style="yellow")
     for number, (part, modes) in enumerate(planned):
         left = sum(_seconds(other, theirs, settings) for other, theirs in planned[number:])
         console.print(f"{part.name} ({number + 1} of {len(planned)}), about {left / 60:.0f} min left")
@@ -164,7 +164,7 @@ def carry_out(parts: list[Part], settings: Settings, again: bool, quiet: bool) -
                 for stream in modes:
                     _measure(part, settings, address, stream, quiet)
         except (RuntimeError, ValueError, OSError) as error:
-            console.print(f"[red]{part.name} failed:[/red] {error}")
+            console.print(f"{part.name} failed: {error}", style="red")
             failed[part.name] = str(error)
     files = [_path(part, settings, stream) for part in PARTS for stream in (False, True)]
     if found := [result.read(path) for path in files if path.exists()]:

@@ -1,0 +1,130 @@
+"""What the commands of tinylm, train and loadtest share: how they print text and errors, and how they end."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, TextIO
+
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.text import Text
+
+INTERRUPTED = 130  # the exit status after Ctrl-C
+NO_READER = 141  # the exit status when the reader of the output has gone, as after SIGPIPE
+
+
+def printable(text: str) -> str:
+    """Replace the characters that a terminal would obey, and lone surrogates, by U+FFFD. Keep newlines and tabs."""
+    return "".join("\ufffd" if _is_control(ord(c)) and c not in "\n\t" else c for c in text)
+
+
+def _is_control(code: int) -> bool:
+    return code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000
+
+
+class PlainConsole(Console):
+    """A Rich console for text from models, servers and files.
+
+    It reads no markup and no emoji codes in strings, also in tables. A terminal gets `printable` text, a pipe gets the
+    text unchanged. With NO_COLOR, on a dumb terminal and in a pipe, nothing has a style.
+    """
+
+    def __init__(self, stderr: bool = False) -> None:
+        colors: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, color_system=colors)
+
+    def write(self, text: str, end: str = "\n", style: str | None = None) -> None:
+        """Print text at once, without wrapping it."""
+        self.print(Segments([Segment(self._shown(text) + end, self.get_style(style) if style else None)]), crop=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Rich calls this for every string that it prints, also for those in tables."""
+        return super().render_str(self._shown(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Leave BrokenPipeError to `one_line_errors`. Rich itself would exit with status 1."""
+        raise  # Rich calls this while it handles the error
+
+    def _shown(self, text: str) -> str:
+        return printable(text) if self.is_terminal or self.file.isatty() else text
+
+
+@contextmanager
+def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
+    """Run a command. Print OSError and `errors` as one line, and exit with status 1.
+
+    Exit with INTERRUPTED after Ctrl-C, and with NO_READER when nobody reads the output any more (`| head`). A standard
+    stream that is closed becomes the null device.
+    """
+    told: tuple[type[Exception], ...] = (OSError, *errors)
+    open_closed_streams()
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # a failed write is reported below, not by the interpreter
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        _tell("")
+    except told as error:
+        if isinstance(error, BrokenPipeError) and (_has_no_reader(sys.stdout) or _has_no_reader(sys.stderr)):
+            status = NO_READER
+        else:
+            status = 1
+            _tell(f"error: {error}")
+    else:
+        return
+    _discard_unwritten()
+    sys.exit(status)
+
+
+def open_closed_streams() -> None:
+    """Open the null device for each standard stream that was closed when the process began.
+
+    Otherwise the next file that opens gets the stream's number, and output of a child process goes into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor != number and not _is_open(number):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+            descriptor = number
+        os.set_inheritable(descriptor, True)
+        setattr(sys, name, open(descriptor, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115, PTH123
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Return whether a write to the stream would fail because its other end is closed."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):  # standard error may be what failed
+        PlainConsole(stderr=True).write(text, style="red")
+
+
+def _discard_unwritten() -> None:
+    """Point a stream that cannot take its output to the null device, so that the interpreter can end quietly."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
