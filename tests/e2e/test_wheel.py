@@ -4,8 +4,11 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import venv
 import zipfile
 from pathlib import Path
 
@@ -112,3 +115,38 @@ def test_packaged_model_is_used_from_any_directory(unpacked: Path, tmp_path: Pat
     file, text = json.loads(result.stdout)
     assert Path(file).is_relative_to(unpacked)
     assert text.startswith(",")
+
+
+@pytest.mark.walkthrough
+def test_fresh_environment_generates_writes_and_serves(wheel: Path, tmp_path: Path) -> None:
+    """With all packages from the index, in an empty directory. It needs the default ports."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python, tinylm = (str(tmp_path / "venv" / "bin" / name) for name in ("python", "tinylm"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environment = {"PATH": os.defpath, "HOME": str(tmp_path), "RAY_TMPDIR": "/tmp", "RAY_USAGE_STATS_ENABLED": "0"}
+    constraint = str(ROOT / "constraints.txt")
+    subprocess.run([python, "-m", "pip", "install", "-q", "--constraint", constraint, f"{wheel}[serve]"], check=True)
+
+    def output(*command: str, text: str | None = None) -> str:
+        return subprocess.run(
+            command, cwd=empty, env=environment, input=text, capture_output=True, text=True, check=True
+        ).stdout
+
+    story = output(tinylm, "generate", "Once upon a time", "-n", "8", "--seed", "1")
+    code = "import tinylm; print(tinylm.LLM().generate('Once upon a time', tinylm.SamplingParams(8, seed=1))[0].text)"
+    assert "Once upon a time" + output(python, "-c", code) == story
+    assert output(tinylm, "write", "-n", "8", "--seed", "1", text="Once upon a time\n").startswith("Once upon a time")
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        server = subprocess.Popen([tinylm, "serve"], cwd=empty, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        while "TinyLM is ready" not in log.read_text():
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.2)
+        asked = ["generate", "Once upon a time", "-n", "8", "--seed", "1", "--server", "localhost:9000"]
+        assert output(tinylm, *asked) == story
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    assert list(empty.iterdir()) == []

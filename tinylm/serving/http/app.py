@@ -18,11 +18,11 @@ from tinylm.serving.service import Service
 def build_http_app(service: Service) -> FastAPI:
     app = FastAPI(title="TinyLM", docs_url=None, redoc_url=None, openapi_url=None)  # their pages load from elsewhere
     for face in (completions, live, web):
-        app.include_router(face.routes(service))
-
-    for route in app.routes:
-        if isinstance(route, Route) and route.methods and "GET" in route.methods:
-            route.methods.add("HEAD")  # uptime monitors send it; the server leaves the body out
+        router = face.routes(service)
+        for route in router.routes:
+            if isinstance(route, Route) and route.methods and "GET" in route.methods:
+                route.methods.add("HEAD")  # uptime monitors send it; the server leaves the body out
+        app.include_router(router)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
