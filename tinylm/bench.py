@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from statistics import median
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -55,7 +56,7 @@ class Report:
     decode: list[Decode]
     prefill: list[Prefill]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -142,7 +143,7 @@ def _endless(model: Model) -> Model:
 def _step_times(engine: Engine, prompts: Iterator[list[int]]) -> list[float]:
     """CPU seconds of decode steps with a full batch; reading the prompts is untimed, also where one ends early."""
     times: list[float] = []
-    running: list = []
+    running: list[Any] = []
     while len(times) < DECODE_STEPS:
         if missing := engine.n_slots - engine.n_running:
             for _ in range(missing):

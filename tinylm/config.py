@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class ModelConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_dict(cls, values: dict) -> ModelConfig:
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Raises ValueError on a key that is unknown or missing, naming it, and on a value that can't be."""
         if not isinstance(values, dict):
             raise ValueError(f"the model's config is {values!r:.40}: it must be an object")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
@@ -59,7 +59,7 @@ def check_text(field: str, text: str) -> None:
         raise ValueError(f"{field} must be Unicode text: character {error.start + 1} is half of a pair") from None
 
 
-def ending(completion: Completion, replica: str) -> dict:
+def ending(completion: Completion, replica: str) -> dict[str, Any]:
     """The fields of GenerateResponse, and of a stream's last message, that tell how an answer ended."""
     return {
         "finish_reason": FINISH_REASONS[completion.finish_reason],

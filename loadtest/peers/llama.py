@@ -29,7 +29,7 @@ BATCH_TOKENS = 2048  # that a call takes
 KV_TYPES = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
 
 
-@llama.llama_log_callback
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
 def _silence(level: int, text: bytes, data: Any) -> None:
     pass
 

@@ -9,6 +9,7 @@ bit may differ. `tinylm.kernels.numba.simd` has the loops.
 from __future__ import annotations
 
 from functools import wraps
+from typing import Any
 
 from llvmlite import ir
 from numba import extending
@@ -197,11 +198,11 @@ class Emitter:
         even, odd = (self._shuffle(total, total, list(range(i, 2 * LANES, 2))) for i in (0, 1))
         return self.b.add(even, odd)
 
-    def _parts(self, vector, n: int) -> list:
+    def _parts(self, vector, n: int) -> list[Any]:
         count = vector.type.count
         return [self._shuffle(vector, vector, list(range(i, i + n))) for i in range(0, count, n)]
 
-    def _joined(self, vectors: list):
+    def _joined(self, vectors: list[Any]):
         while len(vectors) > 1:
             pairs = zip(vectors[0::2], vectors[1::2], strict=True)
             vectors = [self._shuffle(a, b, list(range(2 * a.type.count))) for a, b in pairs]

@@ -13,6 +13,8 @@ operand at a time. Weights, keys and values are stored so that these four bytes 
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 from numba.core import cgutils, types
 
@@ -56,7 +58,7 @@ def _matmul(n_tokens: int, exact: bool):
     return matmul
 
 
-def _in_parts(items, n: int) -> list:
+def _in_parts(items, n: int) -> list[Any]:
     """Split items into lists of n."""
     return [items[i : i + n] for i in range(0, len(items), n)]
 

@@ -256,7 +256,7 @@ class TextOffsets:
         return offset
 
 
-def _no_logprobs() -> dict[str, list]:
+def _no_logprobs() -> dict[str, list[Any]]:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from fastapi import APIRouter, Request
 from ray import serve
@@ -87,7 +87,7 @@ class LiveView:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._handle: DeploymentHandle | None = None
+        self._handle: DeploymentHandle[Any] | None = None
         self._lock = asyncio.Lock()
         self._view: View | None = None
         self._seen_at = 0.0

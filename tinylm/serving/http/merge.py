@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 _END = object()
@@ -18,7 +18,7 @@ async def merged(generators: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerato
             async for item in only:
                 yield 0, item
         return
-    queue: asyncio.Queue = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
     async def pump(place: int, generator: AsyncGenerator[T, None]) -> None:
         try:

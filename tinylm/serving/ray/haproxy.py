@@ -66,7 +66,7 @@ def with_rules(config: str, slots: int = 0, cores: int = 1) -> str:
 
     number = count()  # of the backend: variables are HAProxy's own, not a backend's
 
-    def with_ours(backend: re.Match) -> str:
+    def with_ours(backend: re.Match[str]) -> str:
         protocol, body = backend.groups()
         servers = _SERVER.findall(body)
         values = {"n": next(number), "n_slots": slots * len(servers), "full": FULL, "remembered_ms": REMEMBERED_MS}

@@ -17,6 +17,8 @@ from ray.util.metrics import Counter
 
 READ_IN = "2.60"  # the Ray release whose source these functions were read in
 
+Handler = Callable[..., Any]  # of a gRPC method
+
 
 def is_draining() -> bool:
     """Return whether Serve has begun to shut this replica down. Return False outside a replica.
@@ -50,7 +52,7 @@ def is_python_proxy(server: Any) -> bool:
     return isinstance(getattr(server.service_handler_factory, "__self__", None), gRPCProxy)
 
 
-def wrap_handlers(server: Any, wrappers: Mapping[str, Callable[[Callable], Callable]]) -> None:
+def wrap_handlers(server: Any, wrappers: Mapping[str, Callable[[Handler], Handler]]) -> None:
     """Wrap the handlers that a gRPC server of Serve makes from now on.
 
     wrappers: the wrapper for each kind of call, "unary_unary" or "unary_stream". Other kinds stay as they are.
@@ -60,7 +62,7 @@ def wrap_handlers(server: Any, wrappers: Mapping[str, Callable[[Callable], Calla
     """
     make_handler = server.service_handler_factory
 
-    def make(service_method: str, streaming_type: Any) -> Callable:
+    def make(service_method: str, streaming_type: Any) -> Handler:
         handler = make_handler(service_method=service_method, streaming_type=streaming_type)
         wrapper = wrappers.get(streaming_type.value)
         return handler if wrapper is None else wrapper(handler)

@@ -35,9 +35,9 @@ class _Context:
         return getattr(self._context, name)
 
 
-def _pumped(handler: Callable[[Any, Any], AsyncGenerator[bytes, None]]) -> Callable:
+def _pumped(handler: Callable[[Any, Any], AsyncGenerator[bytes, None]]) -> Callable[..., Any]:
     async def unary_stream(request: Any, context: Any) -> AsyncGenerator[bytes, None]:
-        messages: asyncio.Queue = asyncio.Queue()  # bounded by the context: a message has at least one token
+        messages: asyncio.Queue[Any] = asyncio.Queue()  # bounded by the context: a message has at least one token
 
         async def pump() -> None:
             try:

@@ -21,7 +21,7 @@ def fail_by_headers_alone(server: Any) -> None:
     wrap_handlers(server, {"unary_unary": _unary, "unary_stream": _stream})
 
 
-def _unary(handler: Callable[[Any, Any], Awaitable[bytes]]) -> Callable:
+def _unary(handler: Callable[[Any, Any], Awaitable[bytes]]) -> Callable[..., Any]:
     async def unary_unary(request: Any, context: Any) -> bytes:
         response = await handler(request, context)
         del request  # an aborted call keeps this frame, and what it holds, until a garbage collection
@@ -31,7 +31,7 @@ def _unary(handler: Callable[[Any, Any], Awaitable[bytes]]) -> Callable:
     return unary_unary
 
 
-def _stream(handler: Callable[[Any, Any], AsyncGenerator[bytes, None]]) -> Callable:
+def _stream(handler: Callable[[Any, Any], AsyncGenerator[bytes, None]]) -> Callable[..., Any]:
     async def unary_stream(request: Any, context: Any) -> AsyncGenerator[bytes, None]:
         has_begun = False
         async with aclosing(handler(request, context)) as messages:
