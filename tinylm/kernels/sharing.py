@@ -1,7 +1,7 @@
-"""One copy in memory of an array that every process of a machine would make for itself, such as packed weights.
+"""One copy of an array in memory for all processes of a user, such as the packed weights of four replicas.
 
-Four replicas that each read 8 MB of weights of their own at every step crowd each other out of the processor's caches;
-reading the same memory they don't. The copy is a file that all of them map.
+Each replica reads all 8 MB of weights at every step. Separate copies evict each other from the processor's caches. One
+copy does not. The copy is a file that all processes map.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tinylm.files import write_file
 
 
 def shared(array: np.ndarray) -> np.ndarray:
-    """The same bytes, mapped from a file that is made by whoever comes first; the array itself where that can't be.
+    """Return the array (n,) mapped from a file that other processes map too. Return `array` where that is impossible.
 
-    array: (n,) of any kind. What is given back may be written to, which changes nobody else's. The file lies in a
-    directory of the user's own below the system's for temporary files, and is named by its content, which is compared:
-    it may be removed at any time.
+    The first process writes the file, to a directory of the user below the system's directory for temporary files. The
+    file's name is a hash of its content, and its content is compared with the array. It may be deleted at any time.
+    Writing to the returned array changes no other process's array.
     """
     data = array.data.cast("B")
     try:
@@ -37,12 +37,12 @@ def shared(array: np.ndarray) -> np.ndarray:
 
 
 def _directory() -> Path:
-    """Raises OSError where there is none that is the user's alone."""
+    """Return the user's directory for shared arrays. Raise OSError if other users can read or write it."""
     if not hasattr(os, "getuid"):
-        raise OSError("no users to tell apart")
+        raise OSError("this system has no user ids")
     directory = Path(tempfile.gettempdir()) / f"tinylm-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     status = directory.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077 or directory.is_symlink():
-        raise PermissionError(f"{directory} is not this user's alone")
+        raise PermissionError(f"other users have access to {directory}")
     return directory
