@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from train_fixtures import write_tokens
 
 from train.config import ConfigError
-from train.data import MIXTURE_BLOCK, Documents, Rows, TokenData
+from train.data.documents import Documents
+from train.data.mixture import BLOCK
+from train.data.rows import Rows
+from train.data.tokens import TokenData
 from train.encode import _ShardWriter
 
 BOUNDARY = 1
@@ -128,7 +131,7 @@ def tokens_dir(tmp_path: Path) -> Path:
 
 
 def data_in(directory: Path, seed: int = 1) -> TokenData:
-    return TokenData(directory, CONTEXT, seed, {**WEIGHTS, "never": 0})
+    return TokenData.load(directory, CONTEXT, seed, {**WEIGHTS, "never": 0})
 
 
 def collection_of(row: np.ndarray) -> str:
@@ -140,10 +143,10 @@ def collection_of(row: np.ndarray) -> str:
 def test_the_weights_hold_exactly_over_every_block(tokens_dir: Path):
     mixture = data_in(tokens_dir).mixture
     for block in (0, 1, 5):
-        rows = mixture.rows(block * MIXTURE_BLOCK, MIXTURE_BLOCK)
-        assert rows.shape == (MIXTURE_BLOCK, CONTEXT + 1)
+        rows = mixture.rows(block * BLOCK, BLOCK)
+        assert rows.shape == (BLOCK, CONTEXT + 1)
         counts = Counter(map(collection_of, rows))
-        assert counts == {name: round(weight * MIXTURE_BLOCK) for name, weight in WEIGHTS.items()}
+        assert counts == {name: round(weight * BLOCK) for name, weight in WEIGHTS.items()}
 
 
 def own_rows(tokens_dir: Path, name: str, count: int) -> list[list[int]]:
@@ -156,7 +159,7 @@ def own_rows(tokens_dir: Path, name: str, count: int) -> list[list[int]]:
 def test_a_mixture_has_its_collections_rows_in_their_order(tokens_dir: Path):
     """None is left out, over the end of a block as well."""
     mixture = data_in(tokens_dir).mixture
-    rows = mixture.rows(0, MIXTURE_BLOCK + 300)
+    rows = mixture.rows(0, BLOCK + 300)
     assert mixture.collections(0, len(rows)) == [collection_of(row) for row in rows]
     for name in MARKS:
         own = [row.tolist() for row in rows if collection_of(row) == name]
@@ -184,16 +187,16 @@ def test_the_seed_decides_the_order(tokens_dir: Path):
 
 def test_epochs_count_what_was_gone_through(tokens_dir: Path):
     data = data_in(tokens_dir)
-    epochs = data.mixture.epochs(2 * MIXTURE_BLOCK)
+    epochs = data.mixture.epochs(2 * BLOCK)
     for name, weight in WEIGHTS.items():
         documents = Documents([tokens_dir / f"{name}.train-00000.npy"], BOUNDARY)
         rows = Rows(documents, CONTEXT, (1, list(MARKS).index(name)))
-        assert epochs[name] == rows.epochs(round(weight * 2 * MIXTURE_BLOCK))
+        assert epochs[name] == rows.epochs(round(weight * 2 * BLOCK))
 
 
 def test_validation_windows_cover_the_documents(tokens_dir: Path):
     data = data_in(tokens_dir)
-    assert data.validation_collections == ["much", "never"]
+    assert list(data.held_out) == ["much", "never"]
     rows = data.validation_rows("much", 1000)
     # Every token but the boundary is a target once, in order; every window's first input is the token before.
     targets = [token for row in rows for token in row[1:] if token >= 0]
@@ -219,7 +222,7 @@ def test_damaged_files_are_named(tokens_dir: Path, tmp_path: Path):
 def test_too_little_text_is_named(tmp_path: Path):
     write_tokens(tmp_path / "t", {"little": {"train": [[BOUNDARY, 2, 3]], "validation": [[BOUNDARY, 2]]}})
     with pytest.raises(ConfigError, match="'little' has fewer tokens than one row of 9"):
-        TokenData(tmp_path / "t", CONTEXT, 1, {"little": 1})
+        TokenData.load(tmp_path / "t", CONTEXT, 1, {"little": 1})
 
 
 @pytest.mark.parametrize(
@@ -232,4 +235,4 @@ def test_too_little_text_is_named(tmp_path: Path):
 )
 def test_weights_that_can_not_hold_are_named(tokens_dir: Path, weights: dict, named: str):
     with pytest.raises(ConfigError, match=named):
-        TokenData(tokens_dir, CONTEXT, 1, weights)
+        TokenData.load(tokens_dir, CONTEXT, 1, weights)

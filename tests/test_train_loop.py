@@ -22,7 +22,7 @@ from train.core.model import GPT, attention_in_blocks, dropout_noise, gelu_by_si
 from train.core.muon import Muon, orthogonalize
 from train.core.schedule import lr_factor, total_steps
 from train.core.validation import bits_per_byte
-from train.data import TokenData
+from train.data.tokens import TokenData
 from train.evaluate import WINDOWS_A_BATCH, make_runner, score_document, windows
 from train.stage import load_tokens
 
@@ -234,7 +234,7 @@ def test_settings_that_do_not_fit_are_named(config: TrainConfig, tmp_path: Path)
     for key, value, ours in (("vocab_size", 500, 400), ("boundary_id", 2, 1)):
         documents = {"train": [[value if key == "boundary_id" else 1, *range(3, 99)]], "validation": [[1, 2]]}
         write_tokens(tmp_path / key, {"s": documents}, **{key: value})
-        data = TokenData(tmp_path / key, 32, 1, {"s": 1})
+        data = TokenData.load(tmp_path / key, 32, 1, {"s": 1})
         with pytest.raises(ConfigError, match=f"{key} is {ours}, but the tokens were made with {value}"):
             train(config, data, Tokenizer(config.tokenizer_path), print, print)
 

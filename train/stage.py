@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
 from train.config import ConfigError, TrainConfig, command_line, load_config
-from train.data import TokenData
+from train.data.tokens import TokenData
 from train.files import file_sha256
 
 
@@ -58,7 +58,7 @@ def load_tokens(config: TrainConfig) -> TokenData:
     Without the text, only the tokenizer is compared.
     """
     require(config.index_path, "train.encode")
-    data = TokenData(config.tokens_dir, config.model_config_.context, config.seed, config.weights)
+    data = TokenData.load(config.tokens_dir, config.model_config_.context, config.seed, config.weights)
     for what, of_tokens, path in (
         ("with another tokenizer", data.tokenizer_sha256, config.tokenizer_path),
         ("from other text", data.text_sha256, config.manifest_path),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from train.config import ConfigError, TrainConfig
-from train.data import TokenData
+from train.data.tokens import TokenData
 from train.stage import require
 
 CHECKPOINT_FILE = "state.pt"  # in one of Ray Train's checkpoints, or in the directory of a run of `train.alone`

@@ -25,7 +25,7 @@ from train.core.ranks import Ranks
 from train.core.schedule import lr_factor, total_steps
 from train.core.start_from import load_start
 from train.core.validation import bits_per_byte, sample_story
-from train.data import TokenData
+from train.data.tokens import TokenData
 
 SEED_STRIDE = 1_000_003  # between the random numbers of one seed and the next
 ADAMW_BETAS = (0.9, 0.98)
@@ -202,7 +202,7 @@ class Trainer:
         run, context = self.config.run, self.config.model_config_.context
         piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes], device=self.device)
         val_bpb = {}
-        for name in self.data.validation_collections:
+        for name in self.data.held_out:
             rows = torch.from_numpy(self.data.validation_rows(name, run.validate_rows)).to(self.device)
             val_bpb[name] = round(bits_per_byte(self.averaged, rows, piece_bytes), 4)
         epochs = self.data.mixture.epochs(self.step * run.batch_rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tinylm.weights import TENSORS, TOKENIZER
 from train.config import ConfigError, TrainConfig
 from train.core.model import GPT, released_model
-from train.data import TokenData
+from train.data.tokens import TokenData
 from train.files import file_sha256
 
 

@@ -1,0 +1,71 @@
+"""The rows of several collections in the order in which training reads them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from train.config import ConfigError
+from train.data.rows import Rows
+
+BLOCK = 1000  # rows
+
+
+class Mixture:
+    """Rows of several collections, drawn by weight. Row number j is a function of collections, weights, seed and j.
+
+    The collections follow each other in a shuffled block of BLOCK rows, which repeats. A block has exact shares.
+    """
+
+    def __init__(self, collections: dict[str, Rows], weights: dict[str, float], context: int, seed: int) -> None:
+        self._names = list(collections)
+        self._collections = list(collections.values())
+        self._context = context
+        shares = {name: weights.get(name, 0.0) for name in collections}
+        block = np.repeat(np.arange(len(shares)), _rows_in_block(shares))
+        self._block = np.random.default_rng((seed, 0)).permutation(block)  # (BLOCK,) collection of each row
+        one_hot = self._block[:, None] == np.arange(len(shares))
+        self._before = np.cumsum(one_hot, axis=0) - one_hot  # (BLOCK, C) earlier rows of each in the block
+        self._per_block = one_hot.sum(axis=0)  # (C,)
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Return rows first..first+count-1, (count, context + 1) int64."""
+        return np.stack([self._row(number) for number in range(first, first + count)])
+
+    def collections(self, first: int, count: int) -> list[str]:
+        """Return the name of the collection of each of these rows."""
+        return [self._names[self._collection(number)] for number in range(first, first + count)]
+
+    def _row(self, number: int) -> np.ndarray:
+        collection = self._collection(number)
+        return self._collections[collection].row(int(self._counts(number)[collection]))
+
+    def _collection(self, number: int) -> int:
+        return int(self._block[number % BLOCK])
+
+    def _counts(self, rows: int) -> np.ndarray:
+        """Return how many of the first `rows` rows each collection has, (C,)."""
+        blocks, i = divmod(rows, BLOCK)
+        return blocks * self._per_block + self._before[i]
+
+    def tokens(self, rows: int) -> dict[str, int]:
+        """Return how many tokens of each collection the first `rows` rows hold; one that two rows hold counts twice."""
+        return {name: int(n) * self._context for name, n in zip(self._names, self._counts(rows), strict=True)}
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """Return how many epochs of each collection the first `rows` rows hold."""
+        collections = zip(self._names, self._collections, self._counts(rows), strict=True)
+        return {name: collection.epochs(int(n)) for name, collection, n in collections}
+
+
+def _rows_in_block(shares: dict[str, float]) -> np.ndarray:
+    """Return how many rows of a block each collection has, (C,); raises ConfigError when a share is less than a row."""
+    weights = np.array(list(shares.values()))
+    ends = np.round(np.cumsum(weights / weights.sum()) * BLOCK).astype(int)
+    counts = np.diff(ends, prepend=0)
+    for name, weight, rows in zip(shares, weights, counts, strict=True):
+        if weight and not rows:
+            raise ConfigError(
+                f"collection {name!r} has a weight of {weight:g} of {weights.sum():g}: "
+                f"too little for a row in {BLOCK}; give it 0, or more"
+            )
+    return counts

@@ -1,0 +1,77 @@
+"""The documents of one collection as training rows. A row is a function of documents, context, seed and number."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from train.data.documents import Documents
+
+
+class Rows:
+    """Rows of context + 1 tokens: the inputs, and one token on, their targets. Each epoch shuffles the documents anew.
+
+    A document that fits into a row is never cut, because users ask for whole stories (Ding et al. 2024, "Fewer
+    truncations improve language modeling"). If a row ends inside a document that began in that row, the next row starts
+    again at the beginning of the document. A longer document continues from row to row.
+    """
+
+    def __init__(self, documents: Documents, context: int, seed: tuple[int, ...]) -> None:
+        self._documents = documents
+        self._context = context
+        self._seed = seed
+        self.epoch_tokens = int(documents.lengths.sum())
+        self._order = lru_cache(maxsize=2)(self._shuffle)
+        self._starts = lru_cache(maxsize=2)(self._lay_out)
+        self._first_rows = [0]  # of each epoch so far
+
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the documents in the epoch's order, and the epoch's token at which each of them ends, (D,) each."""
+        order = np.random.default_rng((*self._seed, epoch)).permutation(len(self._documents))
+        return order, np.cumsum(self._documents.lengths[order])
+
+    def _lay_out(self, epoch: int) -> list[int]:
+        """Return the epoch's token at which each row starts."""
+        begins = [0, *self._order(epoch)[1].tolist()]  # of each document, and the end of the last
+        starts = [0]
+        while (end := starts[-1] + self._context) < self.epoch_tokens:
+            begin = begins[bisect_right(begins, end) - 1]  # of the document that the row's end cuts
+            starts.append(begin if begin > starts[-1] else end)
+        return starts
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Return the row's epoch and its number in that epoch."""
+        while self._first_rows[-1] <= row:
+            self._first_rows.append(self._first_rows[-1] + len(self._starts(len(self._first_rows) - 1)))
+        epoch = bisect_right(self._first_rows, row) - 1
+        return epoch, row - self._first_rows[epoch]
+
+    def row(self, number: int) -> np.ndarray:
+        """Return a row, (context + 1,) int64. The last row of an epoch takes its missing tokens from the next epoch."""
+        parts = [self._documents.tokens(document)[part] for document, part in self._parts(number)]
+        return np.concatenate(parts, dtype=np.int64)
+
+    def _parts(self, number: int) -> Iterator[tuple[int, slice]]:
+        """Yield the parts of a row in order, as (document, slice of it)."""
+        n_tokens = self._context + 1
+        epoch, place = self._place(number)
+        start = self._starts(epoch)[place]
+        while n_tokens:
+            order, ends = self._order(epoch)
+            i = int(np.searchsorted(ends, start, side="right"))
+            length = int(self._documents.lengths[order[i]])
+            first = start - int(ends[i]) + length
+            n = min(length - first, n_tokens)
+            yield int(order[i]), slice(first, first + n)
+            n_tokens -= n
+            start += n
+            if start == self.epoch_tokens:
+                epoch, start = epoch + 1, 0
+
+    def epochs(self, rows: int) -> float:
+        """Return how many epochs the first `rows` rows are."""
+        epoch, place = self._place(rows)
+        return epoch + place / len(self._starts(epoch))

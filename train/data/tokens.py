@@ -1,0 +1,87 @@
+"""The directory that `train.encode` writes, as training reads it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from train.config import INDEX_FILE, ConfigError
+from train.data.documents import Documents
+from train.data.mixture import Mixture
+from train.data.rows import Rows
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """The mixture to train on, and the held-out documents of each collection."""
+
+    vocab_size: int
+    boundary_id: int
+    tokenizer_sha256: str
+    text_sha256: str  # of the text's manifest, which holds the sums of all text
+    context: int
+    mixture: Mixture
+    held_out: dict[str, Documents]
+
+    @classmethod
+    def load(cls, directory: Path, context: int, seed: int, weights: dict[str, float]) -> TokenData:
+        """Read the directory of `train.encode`. weights: by collection, in any unit.
+
+        Raises ConfigError when a file is damaged, or when a collection with a weight has too few tokens.
+        """
+        try:
+            index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
+            documents = {split: _documents(directory, index, split) for split in ("train", "validation")}
+        except (EOFError, KeyError, ValueError) as error:  # JSON's and NumPy's for files that were cut off
+            raise ConfigError(f"{directory} is damaged, make it again: {error}") from None
+        rows = _training_rows(directory, documents["train"], context, seed, weights)
+        return cls(
+            vocab_size=index["vocab_size"],
+            boundary_id=index["boundary_id"],
+            tokenizer_sha256=index["tokenizer_sha256"],
+            text_sha256=index["text_sha256"],
+            context=context,
+            mixture=Mixture(rows, weights, context, seed),
+            held_out=documents["validation"],
+        )
+
+    def validation_rows(self, collection: str, count: int) -> np.ndarray:
+        """Return the first rows of the held-out documents, (<= count, context + 1) int64; each document starts a row.
+
+        A row shorter than that is filled with -1.
+        """
+        documents = self.held_out[collection]
+        rows: list[np.ndarray] = []
+        for i in range(len(documents)):
+            tokens = documents.tokens(i).astype(np.int64)
+            for start in range(0, len(tokens) - 1, self.context):
+                part = tokens[start : start + self.context + 1]
+                rows.append(np.pad(part, (0, self.context + 1 - len(part)), constant_values=-1))
+                if len(rows) == count:
+                    return np.stack(rows)
+        return np.stack(rows)
+
+
+def _documents(directory: Path, index: dict, split: str) -> dict[str, Documents]:
+    return {
+        name: Documents([directory / shard for shard in entry[split]["shards"]], index["boundary_id"])
+        for name, entry in index["collections"].items()
+        if split in entry
+    }
+
+
+def _training_rows(
+    directory: Path, documents: dict[str, Documents], context: int, seed: int, weights: dict[str, float]
+) -> dict[str, Rows]:
+    if missing := sorted(name for name, weight in weights.items() if weight and name not in documents):
+        raise ConfigError(
+            f"collection {missing[0]!r} is to be trained on, but {directory} has no tokens of it to train on: "
+            f"run `python -m train.prepare` and what follows it again"
+        )
+    rows = {name: Rows(of_collection, context, (seed, i)) for i, (name, of_collection) in enumerate(documents.items())}
+    if short := [name for name, of_collection in rows.items() if of_collection.epoch_tokens <= context]:
+        raise ConfigError(f"collection {short[0]!r} has fewer tokens than one row of {context + 1}: too little text")
+    return rows
