@@ -53,7 +53,7 @@ def test_overrides_reach_every_kind_of_key(path: Path):
     )
     assert (config.run.tokens, config.run.muon_lr, config.run.dropout) == (2_000_000, 0.03, {"a": 0.1})
     assert config.run.sample_prompt == "There was a dog"
-    assert (config.model_config_.hidden_size, config.model_config_.n_heads) == (64, 2)
+    assert (config.shape.hidden_size, config.shape.n_heads) == (64, 2)
     assert [collection.weight for collection in config.prepare.collections] == [1, 0.5]
     assert config.prepare.collections[0].minimum == {"simplicity": 0.9}
     assert config.prepare.max_documents is None

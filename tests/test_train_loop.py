@@ -17,7 +17,7 @@ from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, Run, TrainConfig
 from train.core.checkpoint import Checkpoint
-from train.core.loop import train
+from train.core.loop import VALIDATION_ROWS, train
 from train.core.model import GPT, attention_in_blocks, dropout_noise, gelu_by_sigmoid
 from train.core.muon import Muon, orthogonalize
 from train.core.schedule import lr_factor, total_steps
@@ -27,7 +27,7 @@ from train.evaluate import WINDOWS_A_BATCH, make_runner, score_document, windows
 from train.stage import load_tokens
 
 STEPS = 24
-RUN = short_run(STEPS, validate_every_steps=1000, validate_rows=8, checkpoint_every_steps=5, checkpoint_every_s=0)
+RUN = short_run(STEPS, validate_every_steps=1000, checkpoint_every_steps=5, checkpoint_every_s=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -170,7 +170,7 @@ def test_what_is_validated_drops_nothing(config: TrainConfig):
     lines: list[dict] = []
     model = train(config.model_copy(update={"run": run}), data, tokenizer, lines.append, lambda state: None)
     piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes])
-    rows = torch.from_numpy(data.validation_rows("stories", run.validate_rows))
+    rows = torch.from_numpy(data.validation_rows("stories", VALIDATION_ROWS))
     assert lines[-1]["val_bpb"]["stories"] == round(bits_per_byte(model.eval(), rows, piece_bytes), 4)
 
 
@@ -241,7 +241,7 @@ def test_settings_that_do_not_fit_are_named(config: TrainConfig, tmp_path: Path)
 
 def random_model(config: TrainConfig) -> GPT:
     """Weights large enough, and no projection zero, that every part of the model matters."""
-    model = GPT(config.model_config_)
+    model = GPT(config.shape)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.3, generator=generator)
@@ -289,7 +289,7 @@ def test_windows_have_every_token_as_a_target_once_with_context(context: int):
 
 def test_a_long_document_is_scored_window_by_window(config: TrainConfig):
     """Each token as in a sequence of its window's tokens alone; more windows than go through the engine at once."""
-    tokenizer, model, shape = Tokenizer(config.tokenizer_path), random_model(config), config.model_config_
+    tokenizer, model, shape = Tokenizer(config.tokenizer_path), random_model(config), config.shape
     text = " ".join(f"Otto the bear had {n} kites." for n in range(30))
     ids = tokenizer.encode_document(text)
     spans = list(windows(len(ids), shape.context))
@@ -308,7 +308,7 @@ def test_a_long_document_is_scored_window_by_window(config: TrainConfig):
 
 def test_the_engine_scores_as_training_does(config: TrainConfig):
     """Two programs and one number: PyTorch's bits per byte, and TinyLM's engine on the exported weights."""
-    tokenizer, model, shape = Tokenizer(config.tokenizer_path), random_model(config), config.model_config_
+    tokenizer, model, shape = Tokenizer(config.tokenizer_path), random_model(config), config.shape
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     runner = make_runner(Model(shape, tensors))
     piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes])

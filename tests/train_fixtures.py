@@ -212,7 +212,6 @@ class Demo:
             "prepare.collections.0.source": self.directory / "stories.txt",
             "model.vocab_size": 512,
             "encode.shard_tokens": SHARD_TOKENS,
-            "encode.batch_documents": 64,
             "run.tokens": DEMO_STEPS * 8 * 128,
             "run.validate_every_steps": 80,
             "run.checkpoint_every_steps": 40,

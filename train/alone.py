@@ -43,7 +43,7 @@ def run_alone(config: TrainConfig) -> None:
             train(config, data, tokenizer, log, save, before, device)
         except torch.OutOfMemoryError:
             raise ConfigError(f"run.micro_rows is {config.run.micro_rows}: too many for the GPU's memory") from None
-    print(f"{path}: step {max(first_step, total_steps(config.run, config.model_config_))}")
+    print(f"{path}: step {max(first_step, total_steps(config.run, config.shape))}")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from tinylm.completion import Completion
 from tinylm.sampling import SamplingParams
-from train.config import TrainConfig
+from train.config import TOP_P, TrainConfig
 from train.prompts import Prompt
 
 
 def model_card(config: TrainConfig, evaluation: dict, manifest: dict) -> str:
     """The model's README: every figure in it comes from `evaluation.json` or the prepared text's manifest."""
-    shape = config.model_config_
+    shape = config.shape
     data = []
     for name, entry in manifest.items():
         licences = "; ".join(sorted({*entry["train"]["licences"], *entry["validation"]["licences"]})) or "not stated"
@@ -138,7 +138,7 @@ def samples_page(config: TrainConfig, samples: list[tuple[SamplingParams, Comple
     export = config.export
     parts = [
         f"# Samples of {config.name}\n\nUnedited, one a seed, none left out: prompt {export.sample_prompt!r}, "
-        f"temperature {export.sample_temperature}, top_p {export.sample_top_p}, up to the end of the context.\n"
+        f"temperature {export.sample_temperature}, top_p {TOP_P}, up to the end of the context.\n"
     ]
     for params, completion in samples:
         parts.append(
@@ -152,7 +152,7 @@ def prompts_page(config: TrainConfig, answers: list[tuple[Prompt, Completion | N
     export = config.export
     parts = [
         f"# What {config.name} makes of {export.prompts.name}\n\nUnedited, one a prompt, none left out: temperature "
-        f"{export.sample_temperature}, top_p {export.sample_top_p}, up to the end of the context. The same prompts and "
+        f"{export.sample_temperature}, top_p {TOP_P}, up to the end of the context. The same prompts and "
         "seeds for every released model.\n"
     ]
     for number, (prompt, completion) in enumerate(answers, 1):

@@ -1,11 +1,10 @@
-"""The training settings: one pydantic model for `configs/train.yaml`, and `key=value` overrides from the command line.
+"""The training settings, and `KEY=VALUE` overrides from the command line.
 
-Every stage reads the same file and takes its own part of it. Paths below `workdir` are laid out here and nowhere else.
+Every stage reads the same file and uses its own section. Only this module knows the paths below `workdir`.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,14 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tinylm.config import ModelConfig
 from tinylm.sampling import SamplingParams
 from tinylm.text_files import read_text
-from train.metrics import METRICS_FILE
 
 MAX_VOCAB = 2**16  # token shards are uint16
-INDEX_FILE = "index.json"  # beside shards
+INDEX_FILE = "index.json"  # beside the shards
+METRICS_FILE = "metrics.jsonl"  # in a run's directory, and in that of its exported model
+TOP_P = 0.95  # of every sample of an exported model
 
 
 class ConfigError(ValueError):
-    """The settings are unusable; the message names the key and what is wrong with it."""
+    """A setting or a file of the user is unusable. The message names it and says what is wrong."""
 
 
 class _Section(BaseModel):
@@ -30,27 +30,25 @@ class _Section(BaseModel):
 
 
 class Collection(_Section):
-    """One body of text: where it comes from, under which licence, and how much of training it makes up."""
+    """One body of text, its licence, and its share of the training rows."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
-    source: str  # a file, a glob of files, or a Hugging Face dataset id
-    weight: float = Field(ge=0)  # share of the training tokens; 0: all of it is held out, to be validated on
+    source: str  # a file, a pattern of files, or a Hugging Face dataset id
+    weight: float = Field(ge=0)  # share of the training rows, in any unit; 0 holds out the whole collection
     licence: str = ""
     attribution: str = ""
     text_column: str = "text"
-    source_column: str = "source"  # validation is split off by it; a table without it splits by document
-    minimum: dict[str, float] = {}  # keep rows whose column is at least this
-    validation_share: float | None = Field(default=None, gt=0, lt=1)  # overrides prepare.validation_share
+    source_column: str = "source"  # documents with the same value are never split; without the column, each is alone
+    minimum: dict[str, float] = {}  # keep only rows whose column is at least this
 
 
 class Prepare(_Section):
     collections: list[Collection] = Field(min_length=1)
     validation_share: float = Field(default=0.02, gt=0, lt=1)
-    min_chars: int = Field(default=64, ge=1)  # shorter documents are dropped
-    max_documents: int | None = Field(default=None, ge=1)  # of each collection, the first so many
+    max_documents: int | None = Field(default=None, ge=1)  # keep only the first ones of each collection
 
     @model_validator(mode="after")
-    def _collections_are_usable(self) -> Prepare:
+    def _check_collections(self) -> Prepare:
         names = [collection.name for collection in self.collections]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"collection {sorted(twice)[0]!r} is named twice")
@@ -59,38 +57,31 @@ class Prepare(_Section):
         return self
 
 
-class TokenizerSettings(_Section):
-    max_bytes: int = Field(default=40_000_000, ge=1)  # of training text, taken from the collections by weight
-    threads: int = Field(default=2, ge=1)
-
-
 class Encode(_Section):
     shard_tokens: int = Field(default=16_000_000, ge=1)
-    batch_documents: int = Field(default=256, ge=1)
 
 
-DropoutShare = Annotated[float, Field(ge=0, le=0.9)]  # in steps of 1/256
+DropoutShare = Annotated[float, Field(ge=0, le=0.9)]  # rounded to 1/256
 
 
 class Run(_Section):
-    tokens: int = Field(default=10_000_000, ge=1)  # in the whole run; the learning rate's schedule follows from it
-    batch_rows: int = Field(default=16, ge=1)  # rows of one context each, over all workers, for one optimizer step
-    micro_rows: int = Field(default=16, ge=1)  # rows that one worker puts through at once
+    tokens: int = Field(default=10_000_000, ge=1)  # of the whole run; the learning rate schedule follows from it
+    batch_rows: int = Field(default=16, ge=1)  # rows of one context for an optimizer step, over all workers
+    micro_rows: int = Field(default=16, ge=1)  # rows that one worker computes at once
     muon_lr: float = Field(default=0.02, gt=0)  # peak learning rate of the blocks' matrices
     adamw_lr: float = Field(default=3e-3, gt=0)  # peak learning rate of the embedding and the norms
-    weight_decay: float = Field(default=0.02, ge=0)  # of the matrices
-    dropout: DropoutShare | dict[str, DropoutShare] = 0.0  # or by collection: for text that is gone through many times
+    weight_decay: float = Field(default=0.02, ge=0)  # of the blocks' matrices
+    dropout: DropoutShare | dict[str, DropoutShare] = 0.0  # or by collection, for text that the run reads many times
     warmup_steps: int = Field(default=100, ge=0)
     constant_share: float = Field(default=0.4, ge=0, le=1)  # of the steps, before the linear decay begins
     log_every_steps: int = Field(default=10, ge=1)
     validate_every_steps: int = Field(default=200, ge=1)
-    validate_rows: int = Field(default=32, ge=1)  # of each collection
     checkpoint_every_steps: int = Field(default=100, ge=1)
-    checkpoint_every_s: float = Field(default=120, ge=0)  # and not oftener than this
+    checkpoint_every_s: float = Field(default=120, ge=0)  # the least time between two checkpoints
     workers: int = Field(default=1, ge=1)
     threads: int = Field(default=2, ge=1)  # of one worker
-    bfloat16: bool = False  # matrix products in it, as always on a GPU: faster on a CPU that has AVX512-BF16 or AMX
-    compile: bool = False  # the model's blocks, by torch.compile: half a minute at the start, and a C++ compiler
+    bfloat16: bool = False  # faster on a CPU with AVX512-BF16 or AMX; a GPU always uses it
+    compile: bool = False  # compile the model's blocks; needs a C++ compiler and half a minute at the start
     sample_prompt: str = "Once upon a time"
 
     def dropout_of(self, collection: str) -> float:
@@ -99,23 +90,22 @@ class Run(_Section):
 
 
 class Export(_Section):
-    evaluate_bytes: int = Field(default=200_000, ge=1)  # of held-out text of each collection, for the model card
-    n_samples: int = Field(default=10, ge=0)
-    n_stories: int = Field(default=200, ge=1)  # to be judged: how varied they are, how much is copied
-    prompts: Path = Path("configs/prompts.yaml")  # whose outputs go into prompts.md
+    evaluate_bytes: int = Field(default=200_000, ge=1)  # of held-out text of each collection
+    n_samples: int = Field(default=10, ge=0)  # stories in samples.md
+    n_stories: int = Field(default=200, ge=1)  # whose variety and copying are measured
+    prompts: Path = Path("configs/prompts.yaml")  # whose answers go into prompts.md
     sample_prompt: str = "Once upon a time"
     sample_temperature: float = Field(default=0.8, ge=0)
-    sample_top_p: float = Field(default=0.95, gt=0, le=1)
-    formats: tuple[Literal["onnx", "huggingface"], ...] = ("onnx", "huggingface")  # besides our own
+    formats: tuple[Literal["onnx", "huggingface"], ...] = ("onnx", "huggingface")  # besides TinyLM's own
 
     @model_validator(mode="after")
-    def _sampling_is_usable(self) -> Export:
-        self.sampling(max_tokens=1)  # built for its checks
+    def _check_sampling(self) -> Export:
+        self.sampling(max_tokens=1)  # SamplingParams checks itself
         return self
 
     def sampling(self, max_tokens: int) -> SamplingParams:
-        """How everything is drawn that an exported model shows of itself; the seeds are others' to say."""
-        return SamplingParams(max_tokens=max_tokens, temperature=self.sample_temperature, top_p=self.sample_top_p)
+        """Return how an exported model writes its samples, without a seed."""
+        return SamplingParams(max_tokens=max_tokens, temperature=self.sample_temperature, top_p=TOP_P)
 
 
 class TrainConfig(_Section):
@@ -126,7 +116,6 @@ class TrainConfig(_Section):
     start_from: Path | None = None  # a released model to fine-tune: its weights and its tokenizer
     model: dict[str, Any] = {}  # fields of tinylm.ModelConfig that differ from its defaults
     prepare: Prepare
-    tokenizer: TokenizerSettings = TokenizerSettings()
     encode: Encode = Encode()
     run: Run = Run()
     export: Export = Export()
@@ -169,7 +158,7 @@ class TrainConfig(_Section):
         return self.run_dir / METRICS_FILE
 
     @property
-    def model_config_(self) -> ModelConfig:
+    def shape(self) -> ModelConfig:
         return ModelConfig(**self.model)
 
     @property
@@ -177,16 +166,16 @@ class TrainConfig(_Section):
         return {collection.name: collection.weight for collection in self.prepare.collections}
 
     @model_validator(mode="after")
-    def _dropout_is_usable(self) -> TrainConfig:
+    def _check_dropout(self) -> TrainConfig:
         named = set(self.run.dropout) if isinstance(self.run.dropout, dict) else set()
         if unknown := sorted(named - set(self.weights)):
             raise ValueError(f"run.dropout: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
         return self
 
     @model_validator(mode="after")
-    def _model_is_usable(self) -> TrainConfig:
+    def _check_shape(self) -> TrainConfig:
         try:
-            shape = self.model_config_
+            shape = self.shape
         except (TypeError, ValueError) as error:
             raise ValueError(f"model: {error}") from None
         if shape.vocab_size > MAX_VOCAB:
@@ -199,65 +188,47 @@ class TrainConfig(_Section):
 
 
 def load_config(path: Path, overrides: list[str] = []) -> TrainConfig:
-    """Read `path` and lay `key=value` overrides over it (`run.tokens=2e6`, `prepare.collections.0.weight=0.5`).
+    """Read a config and apply `key=value` overrides, such as `run.tokens=2e6` or `prepare.collections.0.weight=0.5`.
 
-    Raises ConfigError naming the file or key that is wrong.
+    Raises ConfigError with one line that names the file or the key that is wrong.
     """
     try:
         values = yaml.safe_load(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"no such config: {path}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as text: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as text: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no settings")
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{override!r} is not an override: write key=value, as in run.tokens=2e6")
-        try:
-            value = _parse_value(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: {text!r} is not a value: quote it as YAML does") from None
-        _assign(values, key, value)
+        _apply(values, override)
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union's, that of the form that was written
-        keys = [str(key) for key in first["loc"]]
-        where = ".".join(key for key in keys if not key.startswith(("dict[", "constrained-"))) or "settings"
-        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
-        raise ConfigError(f"{path}: {where}: {first['msg']}{given}") from None
+        raise ConfigError(f"{path}: {_one_line(error)}") from None
 
 
-def _assign(values: Any, key: str, value: Any) -> None:
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one key of nested settings; raises ConfigError when it is not `key=value` or lies below a plain value."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not an override: write key=value, as in run.tokens=2e6")
     *parents, last = key.split(".")
-    node = values
-    for name in parents:
-        if isinstance(node, list):
-            node = node[_index(node, name, key)]
-        elif isinstance(node, dict):
-            node = node.setdefault(name, {})
-        else:
-            raise ConfigError(f"{key}: nothing lies below {name!r}")
-    if isinstance(node, list):
-        node[_index(node, last, key)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise ConfigError(f"{key}: nothing lies below {parents[-1]!r}")
+    node: Any = values
+    try:
+        for name in parents:
+            node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
+        node[int(last) if isinstance(node, list) else last] = _parse(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: {text!r} is not a value: quote it as YAML does") from None
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise ConfigError(f"{key}: the config has no such place") from None
 
 
-def _index(node: list, name: str, key: str) -> int:
-    if not name.isdigit() or int(name) >= len(node):
-        raise ConfigError(f"{key}: {name!r} is not an index of a list of {len(node)}")
-    return int(name)
-
-
-def _parse_value(text: str) -> Any:
-    """'2e6' -> 2000000, 'true' -> True, '[1, 2]' -> [1, 2], 'abc' -> 'abc'. (YAML alone reads 2e6 as a string.)"""
+def _parse(text: str) -> Any:
+    """'2e6' -> 2000000, 'true' -> True, '[1, 2]' -> [1, 2], 'abc' -> 'abc'. YAML alone reads 2e6 as a string."""
     try:
         number = float(text)
         return int(number) if number.is_integer() else number
@@ -265,9 +236,9 @@ def _parse_value(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-def command_line(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that every stage shares: `--config FILE` and `KEY=VALUE ...`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/train.yaml"), help="default: %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="over the config, as in run.tokens=2e6")
-    return parser
+def _one_line(error: ValidationError) -> str:
+    first = max(error.errors(), key=lambda one: len(one["loc"]))  # of the forms of a union, the one that was written
+    keys = [str(key) for key in first["loc"]]
+    where = ".".join(key for key in keys if not key.startswith(("dict[", "constrained-"))) or "settings"
+    given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+    return f"{where}: {first['msg']}{given}"

@@ -22,6 +22,7 @@ from train.files import file_sha256, replace_directory
 from train.stage import load_tokenizer, progress, require, run_stage, start_ray
 
 TOKEN_DTYPE = np.uint16
+BATCH_DOCUMENTS = 256
 
 
 class _Encoder:
@@ -97,7 +98,7 @@ def encode(config: TrainConfig) -> dict:
                 encoded = ray.data.read_parquet(str(path.resolve()), columns=["text"]).map_batches(
                     _Encoder,
                     fn_constructor_args=[str(config.tokenizer_path.resolve())],
-                    batch_size=config.encode.batch_documents,
+                    batch_size=BATCH_DOCUMENTS,
                     compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, os.cpu_count() or 1)),
                 )
                 n_tokens = n_documents = 0

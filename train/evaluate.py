@@ -28,8 +28,8 @@ from tinylm.llm import load
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
-from train.bootstrap import ratio_interval
 from train.config import ConfigError
+from train.intervals import ratio_interval
 from train.stage import progress
 
 WINDOWS_A_BATCH = 8

@@ -26,12 +26,12 @@ from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, quantize_rows, save_model
 from train.card import attribution_page, model_card, prompts_page, samples_page
-from train.config import ConfigError, TrainConfig
+from train.config import METRICS_FILE, ConfigError, TrainConfig
 from train.core.checkpoint import Checkpoint, last_checkpoint
 from train.curve import draw_curve
 from train.evaluate import Document, evaluate, per_byte, read_documents, summary
 from train.generated import judge, training_words, write_stories
-from train.metrics import METRICS_FILE, metrics_text, read_metrics
+from train.metrics import metrics_text, read_metrics
 from train.prompts import answer, load_prompts
 from train.stage import load_tokenizer, load_tokens, require, run_stage
 
@@ -70,7 +70,7 @@ def load_trained(config: TrainConfig) -> TrainedModel:
 
 def export(config: TrainConfig) -> None:
     """Run the stage."""
-    shape = config.model_config_
+    shape = config.shape
     checkpoint, tokenizer, tensors, quantized, manifest, documents = load_trained(config)
     prompts = load_prompts(config.export.prompts)
     exporters = load_exporters(config.export.formats)
@@ -137,7 +137,7 @@ def export(config: TrainConfig) -> None:
 
 def check_sample_prompt(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Raise ConfigError, before anything is measured, when the samples' prompt leaves no room in the context."""
-    size, context = len(tokenizer.encode_document(config.export.sample_prompt)), config.model_config_.context
+    size, context = len(tokenizer.encode_document(config.export.sample_prompt)), config.shape.context
     if size >= context:
         raise ConfigError(f"export.sample_prompt has {size} tokens: the context is {context}")
 

@@ -13,8 +13,6 @@ from typing import Any
 
 from tinylm.text_files import lines_of
 
-METRICS_FILE = "metrics.jsonl"  # in a run's directory, and in that of the model it released
-
 
 def read_metrics(path: Path, up_to_step: float = float("inf")) -> list[dict[str, Any]]:
     """The whole lines of the steps so far, in their order; none when there is no such file."""

@@ -32,6 +32,7 @@ SPLITS = ("train", "validation")
 SCHEMA = pa.schema([(name, pa.string()) for name in ("text", "collection", "source", "author", "licence")])
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 ROWS_A_WRITE = 1000
+MIN_CHARS = 64  # shorter documents are dropped
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TRAILING_SPACE = re.compile(r"[ \t\xa0]+\n")
@@ -161,7 +162,7 @@ def documents(collection: Collection, config: TrainConfig) -> Iterator[dict[str,
             wrong = {name: row[name] for name in (collection.text_column, *collection.minimum)}
             raise ConfigError(f"collection {collection.name!r}: not text, or no number: {str(wrong)[:200]}") from None
         digest = hashlib.sha256(text.encode()).digest()
-        if len(text) < config.prepare.min_chars or digest in seen:
+        if len(text) < MIN_CHARS or digest in seen:
             continue
         seen.add(digest)
         source = row.get(collection.source_column)
@@ -185,7 +186,7 @@ def prepare(config: TrainConfig) -> dict:
     with progress("documents") as bar:
         for collection in config.prepare.collections:
             task = bar.add_task(collection.name, total=None)
-            share = collection.validation_share or config.prepare.validation_share
+            share = config.prepare.validation_share
             counts = {split: Counts() for split in SPLITS}
             pending: dict[str, list] = {split: [] for split in SPLITS}
             writers = {s: pq.ParquetWriter(partial / f"{collection.name}.{s}.parquet", SCHEMA) for s in SPLITS}

@@ -23,11 +23,11 @@ from tinylm import bench
 from tinylm.machine import describe
 from tinylm.model import Model
 from tinylm.weights import SCALE_SUFFIX, quantize_rows
-from train.bootstrap import ratio_interval
-from train.config import ConfigError, TrainConfig, command_line, load_config
+from train.config import ConfigError, TrainConfig, load_config
 from train.evaluate import Score, evaluate, per_byte, summary
 from train.export import load_trained
-from train.stage import one_line_errors
+from train.intervals import ratio_interval
+from train.stage import command_line, one_line_errors
 
 GROUP = 32  # weights that share a scale
 BATCHES = (1, 4, 16)
@@ -122,7 +122,7 @@ def decode_speed(model: Model) -> dict[str, float]:
 def study(config: TrainConfig, speed: bool) -> dict:
     """The figures of every format, for JSON."""
     checkpoint, tokenizer, tensors, quantized, _, documents = load_trained(config)
-    shape = config.model_config_
+    shape = config.shape
     exact: dict[str, list[Score]] = {}
     rows = []
     for name, (blocks, embedding) in FORMATS.items():

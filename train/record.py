@@ -54,7 +54,7 @@ def followed(config: TrainConfig) -> Iterator[None]:
 
 def _follow(config: TrainConfig, done: threading.Event) -> None:
     """Each validation is a line of its own."""
-    path, steps = config.metrics_path, total_steps(config.run, config.model_config_)
+    path, steps = config.metrics_path, total_steps(config.run, config.shape)
     with progress("steps") as bar:
         task = bar.add_task("training", total=steps)
         position = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
-from train.config import ConfigError, TrainConfig, command_line, load_config
+from train.config import ConfigError, TrainConfig, load_config
 from train.data.tokens import TokenData
 from train.files import file_sha256
 
@@ -24,6 +25,14 @@ def run_stage(description: str | None, stage: Callable[[TrainConfig], Any]) -> N
     arguments = command_line(description).parse_args()
     with one_line_errors():
         stage(load_config(arguments.config, arguments.overrides))
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that every stage has: `--config FILE` and `KEY=VALUE ...`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/train.yaml"), help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a setting, as in run.tokens=2e6")
+    return parser
 
 
 @contextmanager
@@ -58,7 +67,7 @@ def load_tokens(config: TrainConfig) -> TokenData:
     Without the text, only the tokenizer is compared.
     """
     require(config.index_path, "train.encode")
-    data = TokenData.load(config.tokens_dir, config.model_config_.context, config.seed, config.weights)
+    data = TokenData.load(config.tokens_dir, config.shape.context, config.seed, config.weights)
     for what, of_tokens, path in (
         ("with another tokenizer", data.tokenizer_sha256, config.tokenizer_path),
         ("from other text", data.text_sha256, config.manifest_path),

@@ -19,14 +19,16 @@ from tinylm.weights import TOKENIZER, load_model
 from train.config import ConfigError, TrainConfig
 from train.stage import progress, require, run_stage
 
+MAX_BYTES = 40_000_000  # of training text, taken from the collections by weight
+THREADS = 2
 ASCII = "".join(map(chr, range(0x21, 0x7F)))  # what people type must not fall back to bytes, however rare in stories
 
 
 def training_lines(config: TrainConfig, advance: Callable[[int], None] = lambda count: None) -> Iterator[str]:
-    """Paragraphs of the training text, up to each collection's share of `tokenizer.max_bytes`, the same every time."""
+    """Paragraphs of the training text, up to each collection's share of MAX_BYTES, the same every time."""
     total = sum(collection.weight for collection in config.prepare.collections)
     for collection in config.prepare.collections:
-        budget = int(config.tokenizer.max_bytes * collection.weight / total)
+        budget = int(MAX_BYTES * collection.weight / total)
         path = config.text_dir / f"{collection.name}.train.parquet"
         for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
             for text in batch.column(0).to_pylist():
@@ -54,7 +56,7 @@ def train_tokenizer(config: TrainConfig) -> None:
 def trained_on(config: TrainConfig) -> bytes:
     """Return a SentencePiece model trained on the prepared text; raises ConfigError when the text is too small."""
     model = io.BytesIO()
-    shape = config.model_config_
+    shape = config.shape
     with progress("documents") as bar:
         task = bar.add_task("tokenizer", total=None)
         try:
@@ -77,7 +79,7 @@ def trained_on(config: TrainConfig) -> bytes:
                 eos_piece=BOUNDARY_PIECE,
                 bos_id=-1,
                 pad_id=-1,
-                num_threads=config.tokenizer.threads,
+                num_threads=THREADS,
                 minloglevel=1,
             )
         except RuntimeError as error:

@@ -63,7 +63,7 @@ class Checkpoint:
         for what, same in (
             ("with another tokenizer", self.tokenizer_sha256 == data.tokenizer_sha256),
             ("on other text", self.text_sha256 == data.text_sha256),
-            ("with another model", self.config.model_config_ == config.model_config_),
+            ("with another model", self.config.shape == config.shape),
         ):
             if not same:
                 raise ConfigError(f"the checkpoint was trained {what}: remove the run's directory to start again")

@@ -31,6 +31,7 @@ SEED_STRIDE = 1_000_003  # between the random numbers of one seed and the next
 ADAMW_BETAS = (0.9, 0.98)
 MUON_MOMENTUM = 0.95
 MAX_GRADIENT_NORM = 1.0
+VALIDATION_ROWS = 32  # of each collection
 AVERAGE_DECAY = 0.99  # of the running average of the weights, at each step
 
 Line = dict[str, Any]  # of metrics.jsonl
@@ -50,7 +51,7 @@ def train(
     `log` gets a line at each `log_every_steps` and at each validation, on rank 0 only. `save` gets checkpoints on every
     rank, equally often. Raises ConfigError when config, data and checkpoint do not fit together.
     """
-    run, steps = config.run, total_steps(config.run, config.model_config_)
+    run, steps = config.run, total_steps(config.run, config.shape)
     trainer = Trainer(config, data, checkpoint, torch.device(device))
     meter = _Meter(trainer)
     saved_at = time.monotonic()
@@ -71,7 +72,7 @@ def train(
 
 def check_fits(config: TrainConfig, data: TokenData, world: int) -> None:
     """Raise ConfigError when the settings do not fit the data or the number of workers."""
-    run, shape = config.run, config.model_config_
+    run, shape = config.run, config.shape
     if run.batch_rows % (world * run.micro_rows):
         raise ConfigError(
             f"run.batch_rows is {run.batch_rows}: it must be a multiple of "
@@ -105,7 +106,7 @@ class Trainer:
         if checkpoint is None and config.start_from:
             self.model, self._started_from = load_start(config.start_from, config, data)
         else:
-            self.model = GPT(config.model_config_, seed=config.seed)
+            self.model = GPT(config.shape, seed=config.seed)
         self.model.to(device)
         self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY)).eval()
         self._optimizers = make_optimizers(self.model, run)
@@ -157,7 +158,7 @@ class Trainer:
         return loss_sum
 
     def _set_learning_rates(self) -> None:
-        steps = total_steps(self.config.run, self.config.model_config_)
+        steps = total_steps(self.config.run, self.config.shape)
         self.lr_factor = lr_factor(self.step, steps, self.config.run)
         for optimizer, lrs in zip(self._optimizers, self._peak_lrs, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
@@ -181,12 +182,12 @@ class Trainer:
 
     def place(self) -> Line:
         """Return what every log line says of the point that the run has reached."""
-        steps = total_steps(self.config.run, self.config.model_config_)
+        steps = total_steps(self.config.run, self.config.shape)
         return {"step": self.step, "steps": steps, "tokens": self.step * self.tokens_per_step}
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.run.batch_rows * self.config.model_config_.context
+        return self.config.run.batch_rows * self.config.shape.context
 
     @property
     def wall_s(self) -> float:
@@ -199,11 +200,11 @@ class Trainer:
 
     def validation_line(self, tokenizer: Tokenizer) -> Line:
         """Return the log line of the averaged model: bits per byte of each collection, and a story."""
-        run, context = self.config.run, self.config.model_config_.context
+        run, context = self.config.run, self.config.shape.context
         piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes], device=self.device)
         val_bpb = {}
         for name in self.data.held_out:
-            rows = torch.from_numpy(self.data.validation_rows(name, run.validate_rows)).to(self.device)
+            rows = torch.from_numpy(self.data.validation_rows(name, VALIDATION_ROWS)).to(self.device)
             val_bpb[name] = round(bits_per_byte(self.averaged, rows, piece_bytes), 4)
         epochs = self.data.mixture.epochs(self.step * run.batch_rows)
         return {

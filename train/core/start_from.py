@@ -17,7 +17,7 @@ def load_start(directory: Path, config: TrainConfig, data: TokenData) -> tuple[G
     Raises ModelError when the directory holds no whole model, and ConfigError when its shape or its tokenizer differs.
     """
     model = released_model(directory)
-    if model.config != config.model_config_:
+    if model.config != config.shape:
         raise ConfigError(f"start_from: {directory} has another shape than the config: set model to {model.config}")
     if file_sha256(directory / TOKENIZER) != data.tokenizer_sha256:
         raise ConfigError(
