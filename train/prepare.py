@@ -158,7 +158,7 @@ def documents(collection: Collection, config: TrainConfig) -> Iterator[dict[str,
             text = clean(row[collection.text_column] or "")
         except KeyError as error:
             raise ConfigError(f"collection {collection.name!r}: no column {error}, only {list(row)}") from None
-        except TypeError:
+        except (AttributeError, TypeError):
             wrong = {name: row[name] for name in (collection.text_column, *collection.minimum)}
             raise ConfigError(f"collection {collection.name!r}: not text, or no number: {str(wrong)[:200]}") from None
         digest = hashlib.sha256(text.encode()).digest()
