@@ -121,7 +121,7 @@ def _filled(model: Model, n: int, ids: list[int], seed: int) -> Engine | None:
         engine.submit([2 + i, *ids[1:]], SamplingParams(max_tokens=200, seed=seed + i))
     while engine.n_running == n or engine.n_waiting:
         engine.step()
-        if engine.n_running == n and min(len(s.tokens) for s in engine._running) >= LENGTH - len(ids):
+        if engine.n_running == n and min(len(s.tokens) for s in engine._unfinished) >= LENGTH - len(ids):
             return engine
     return None
 

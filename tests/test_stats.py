@@ -36,7 +36,7 @@ def test_tokens_steps_and_positions_are_counted_once_each(tiny_model, prompts, n
     while engine.has_work:
         engine.step()
         n_steps += 1
-        held = [s.n_cached for s in sequences if s.slot is not None]
+        held = [s.n_cached for s in sequences if s.finish_reason is None]
         assert engine.kv_usage == pytest.approx(sum(held) / (n_slots * tiny_model.config.context))
         if n_steps == 12:
             engine.cancel(next(s for s in sequences if len(s.tokens) > 1))

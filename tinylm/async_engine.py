@@ -17,8 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 
-from threadpoolctl import ThreadpoolController
-
+from tinylm.blas import run_limited
 from tinylm.engine import Engine
 from tinylm.engine import Sequence as EngineSequence
 from tinylm.sampling import SamplingParams
@@ -48,7 +47,11 @@ class _Listener:
 
 
 class AsyncEngine:
-    """Start it inside a running event loop; `generate` may be called by any number of tasks of that loop."""
+    """Runs an engine on its own thread for the tasks of one event loop. Create it while that loop runs.
+
+    Any number of tasks of that loop may call `generate`. Any thread may call `check` and read the properties and the
+    `stats` of `engine`.
+    """
 
     def __init__(self, engine: Engine, blas_threads: int = 1, niceness: int = 0) -> None:
         """niceness: how far the engine's thread stands back behind others of this machine, 0 to 19 (Linux only)."""
@@ -149,22 +152,25 @@ class AsyncEngine:
             raise
 
     def _run(self) -> None:
+        """Run on the engine's thread until it is stopped or an exception ends it."""
         try:
             _be_nice(self._niceness)
-            with ThreadpoolController().limit(limits=self._blas_threads, user_api="blas"):
-                while self._obey():
-                    changed = self.engine.step()
-                    self._last_beat = now = time.monotonic()
-                    if wanted := [
-                        listener.changed
-                        for sequence in changed
-                        if (listener := self._listeners.get(sequence)) and listener.wants(sequence, now)
-                    ]:
-                        self._loop.call_soon_threadsafe(_set_all, wanted)
+            run_limited(self._blas_threads, self._step_until_stopped)
             self._end(RuntimeError("it was stopped"))
-        except BaseException as error:  # whatever it was, those who wait must hear of it
+        except BaseException as error:  # the tasks that wait must get every kind of error
             self._end(error)
             raise
+
+    def _step_until_stopped(self) -> None:
+        while self._obey():
+            changed = self.engine.step()
+            self._last_beat = now = time.monotonic()
+            if wanted := [
+                listener.changed
+                for sequence in changed
+                if (listener := self._listeners.get(sequence)) and listener.wants(sequence, now)
+            ]:
+                self._loop.call_soon_threadsafe(_set_all, wanted)
 
     def _end(self, error: BaseException) -> None:
         self._error = error

@@ -15,8 +15,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
+from tinylm.blas import run_limited
 from tinylm.engine import Engine
 from tinylm.model import Model
 from tinylm.sampling import SamplingParams
@@ -71,18 +71,21 @@ def run(
         for value in values:
             if not 1 <= value <= most:
                 raise ValueError(f"{field} has {value}: each must be 1 to {most}")
-    with ThreadpoolController().limit(limits=1, user_api="blas"):
-        weight_bytes = model.kernels.weight_bytes(model.weights)
-        bandwidth, peak = measure_bandwidth(weight_bytes), model.kernels.measure_peak()
-        decode = []
-        text = _own_text(model, TEXT_TOKENS + max(prompts, default=0))
-        for batch in batches:
-            decode.append(_decode(model, text, batch, weight_bytes, bandwidth, peak))
-            advance()
-        prefill = []
-        for n_tokens in prompts:
-            prefill.append(_prefill(model, text, n_tokens))
-            advance()
+    return run_limited(1, lambda: _measure(model, batches, prompts, advance))
+
+
+def _measure(model: Model, batches: Sequence[int], prompts: Sequence[int], advance: Callable[[], None]) -> Report:
+    weight_bytes = model.kernels.weight_bytes(model.weights)
+    bandwidth, peak = measure_bandwidth(weight_bytes), model.kernels.measure_peak()
+    decode = []
+    text = _own_text(model, TEXT_TOKENS + max(prompts, default=0))
+    for batch in batches:
+        decode.append(_decode(model, text, batch, weight_bytes, bandwidth, peak))
+        advance()
+    prefill = []
+    for n_tokens in prompts:
+        prefill.append(_prefill(model, text, n_tokens))
+        advance()
     return Report(model.arithmetic, bandwidth / 1e9, peak / 1e9, decode, prefill)
 
 

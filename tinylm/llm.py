@@ -1,18 +1,21 @@
 """Text in, text out, in this process: a model directory, its tokenizer and an engine behind three methods.
 
-Not for several threads at once; a server wants `tinylm.async_engine`.
+A server that runs an event loop uses `tinylm.async_engine` instead.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
+from tinylm.blas import run_limited
 from tinylm.completion import Completion, CompletionBuilder
 from tinylm.engine import Engine
+from tinylm.engine import Sequence as EngineSequence
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.paths import DEFAULT_MODEL
 from tinylm.sampling import SamplingParams
@@ -45,6 +48,12 @@ class LLM:
 
     >>> llm = LLM()
     >>> llm.generate("Once upon a time", SamplingParams(max_tokens=16, temperature=0))[0].text
+
+    Thread-safe: several threads may call all methods at once, and their requests share the engine's batch. Iterate one
+    stream in one thread at a time. A signal handler must not call the LLM that it interrupts. There is no background
+    thread: a stream advances while its owner iterates it, or while another request runs.
+
+    An exception at any moment, such as Ctrl-C, ends the call that it interrupts. The LLM and its other calls continue.
     """
 
     def __init__(
@@ -57,69 +66,76 @@ class LLM:
     ) -> None:
         """kernels, precision: as `Model` takes them.
 
-        threads: of NumPy's matrix library; more than 1 helps the numpy kernels with long prompts only.
+        threads: the most threads of NumPy's matrix library. Only the numpy kernels with long prompts benefit from more
+        than 1.
         """
         self._set_up(*load(model, kernels, precision), n_slots, threads)
 
     @classmethod
     def from_parts(cls, tokenizer: Tokenizer, model: Model, n_slots: int = 16, threads: int = 1) -> LLM:
-        """The same around a model that is in memory already."""
+        """Return an LLM for a model that is in memory."""
         llm = cls.__new__(cls)
         llm._set_up(tokenizer, model, n_slots, threads)
         return llm
 
     def _set_up(self, tokenizer: Tokenizer, model: Model, n_slots: int, threads: int) -> None:
+        if threads < 1:
+            raise ValueError(f"threads is {threads}: it must be at least 1")
         self.tokenizer, self.model = tokenizer, model
         self.config = model.config
         self._engine = Engine(model, n_slots=n_slots, max_waiting=2**31)
-        self._blas = ThreadpoolController().select(user_api="blas")
         self._threads = threads
+        self._stepping = threading.Lock()  # held by the thread that steps the engine
+        self._last_in_line = threading.Lock()  # held by the last thread that waits to step it
 
     def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
-        """Answer every prompt, up to `n_slots` of them in one batch. One completion a prompt, in their order.
+        """Return one completion per prompt, in the prompts' order. Up to `n_slots` prompts share a batch.
 
-        Raises ValueError, before anything is generated, when a prompt is too long.
+        Raise ValueError, before anything is generated, if a prompt is too long.
         """
         params = params or SamplingParams()
-        sequences = []
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        sequences = [self._engine.request(self.tokenizer.encode_document(text), params) for text in texts]
+        builders = [CompletionBuilder(sequence, self.tokenizer) for sequence in sequences]
         try:
-            for prompt in [prompts] if isinstance(prompts, str) else prompts:
-                sequences.append(self._engine.submit(self.tokenizer.encode_document(prompt), params))
-            builders = [CompletionBuilder(sequence, self.tokenizer) for sequence in sequences]
-            while any(builder.completion is None for builder in builders):
-                self._step()
-                for builder, sequence in zip(builders, sequences, strict=True):
-                    builder.take()
-                    if builder.completion is not None:
-                        self._engine.cancel(sequence)  # a stop string may have ended the text alone
+            try:
+                for sequence in sequences:
+                    self._engine.add(sequence)
+                self._finish(list(zip(sequences, builders, strict=True)))
+            finally:
+                self._cancel(sequences)
         finally:
-            for sequence in sequences:
-                self._engine.cancel(sequence)
+            self._cancel(sequences)  # again: a second Ctrl-C can interrupt the first
         return [builder.completion for builder in builders if builder.completion is not None]
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream[Completion]:
-        """Answer one prompt piece by piece; the pieces joined are the text that `generate` returns.
+        """Return a stream of the pieces of one answer. The pieces joined are the text that `generate` returns.
 
-        Begins with the first piece asked for, and raises as `generate` does. Closing it early frees its slot.
+        The request begins when the first piece is asked for. Raise as `generate` does. Closing the stream frees its
+        slot.
         """
         return Stream(self._updates(prompt, params or SamplingParams()))
 
     def _updates(self, prompt: str, params: SamplingParams) -> Generator[Update[Completion], None, None]:
-        sequence = self._engine.submit(self.tokenizer.encode_document(prompt), params)
+        sequence = self._engine.request(self.tokenizer.encode_document(prompt), params)
         builder = CompletionBuilder(sequence, self.tokenizer)
         try:
-            while builder.completion is None:
-                self._step()
-                before = builder.n_taken
-                text = builder.take()
-                yield text, sequence.logprobs[before : builder.n_taken], builder.completion
+            try:
+                self._engine.add(sequence)
+                while builder.completion is None:
+                    before = builder.n_taken
+                    self._step(sequence, before)
+                    text = builder.take()
+                    yield text, sequence.logprobs[before : builder.n_taken], builder.completion
+            finally:
+                self._engine.cancel(sequence)
         finally:
-            self._engine.cancel(sequence)
+            self._engine.cancel(sequence)  # again: a second Ctrl-C can interrupt the first
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Scores of the next token after each of `ids`, (len(ids), vocab) float32, starting from nothing cached.
+        """Return the scores of the next token after each of `ids`, (len(ids), vocab) float32, without the KV cache.
 
-        Raises ValueError when there are no ids, unknown ones, or more than the context holds.
+        Raise ValueError if there are no ids, unknown ids, or more ids than the context holds.
         """
         if not 1 <= len(ids) <= self.config.context:
             raise ValueError(f"ids has {len(ids)} tokens: it must have 1 to {self.config.context}")
@@ -128,10 +144,38 @@ class LLM:
             raise ValueError(f"ids has {array.ndim} dimensions: it must be one list of token ids")
         if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= self.config.vocab_size:
             raise ValueError(f"ids must be whole numbers from 0 to {self.config.vocab_size - 1}")
-        with self._blas.limit(limits=self._threads):
+
+        def forward() -> np.ndarray:
             runner = ModelRunner(self.model, 1, len(array), len(array))
             return runner.forward(array, [Chunk(0, 0, len(array))], np.arange(len(array))).copy()
 
-    def _step(self) -> None:
-        with self._blas.limit(limits=self._threads):
-            self._engine.step()
+        return run_limited(self._threads, forward)
+
+    def _finish(self, pending: list[tuple[EngineSequence, CompletionBuilder]]) -> None:
+        """Step the engine until all these builders have their completion."""
+        while pending:
+            self._step(pending[0][0])
+            for sequence, builder in pending[: self._engine.n_slots]:  # no others can have a slot
+                if sequence.params.stop or sequence.finish_reason is not None:
+                    builder.take()
+                if builder.completion is not None:
+                    self._engine.cancel(sequence)  # it still runs if a stop string ended the text
+                    pending.remove((sequence, builder))
+
+    def _cancel(self, sequences: list[EngineSequence]) -> None:
+        for sequence in sequences:
+            self._engine.cancel(sequence)
+
+    def _step(self, sequence: EngineSequence, n_taken: float = math.inf) -> None:
+        """Wait until it is this thread's turn, then step the engine, which advances the requests of all threads.
+
+        Don't step it if other threads' steps have ended `sequence` or given it more than `n_taken` tokens.
+        """
+        # Each thread waits for the one before it, so that a thread that steps often can't keep the others out. The
+        # locks of the line only set the order: an exception can release one too early. `_stepping` excludes the others.
+        mine = threading.Lock()
+        with mine:
+            ahead, self._last_in_line = self._last_in_line, mine
+            with ahead, self._stepping:
+                if sequence.finish_reason is None and len(sequence.tokens) <= n_taken:
+                    run_limited(self._threads, self._engine.step)

@@ -1,6 +1,6 @@
-"""An answer on its way: iterate for its pieces of text; afterwards it has its completion. Plain and asynchronous.
+"""An answer that is still being generated: iterate over its pieces of text, then read its completion.
 
-Where the pieces come from, an engine in this process or a service, is the business of who makes the stream.
+`Stream` is for plain code, `AsyncStream` for asyncio. The pieces come from a generator: an engine's or a service's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class _Answer(Generic[C]):
 
 
 class Stream(_Answer[C]):
-    """Pieces of text, none of them empty. `close`, or leaving its `with`, ends the answer where it is."""
+    """Pieces of text, none of them empty. `close`, or the end of its `with`, cancels the rest of the answer.
+
+    Only one thread at a time may use a stream. An exception in `next`, such as Ctrl-C, ends the stream.
+    """
 
     def __init__(self, updates: Generator[Update[C], None, None]) -> None:
         super().__init__()
@@ -45,13 +48,20 @@ class Stream(_Answer[C]):
         return self
 
     def __next__(self) -> str:
-        for update in self._updates:
-            if text := self._take(update):
-                return text
+        try:
+            for update in self._updates:
+                if text := self._take(update):
+                    return text
+        except BaseException:  # it may have interrupted the stream between two updates: continuing would lose a piece
+            self.close()
+            raise
         raise StopIteration
 
     def close(self) -> None:
-        self._updates.close()
+        try:
+            self._updates.close()
+        finally:
+            self._updates.close()  # again: a second Ctrl-C can interrupt the first
 
     def __enter__(self) -> Self:
         return self
