@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 class Client(Connection):
-    """A connection to a service; close it, or use it in a `with`. Safe for several threads."""
+    """A connection to a service; close it, or use it in a `with`. Thread-safe, but iterate one stream in one thread at a time."""
 
     def __init__(
         self,
