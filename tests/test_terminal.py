@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -240,3 +241,12 @@ def test_the_script_for_each_shell_is_shown(shell: str):
     command = [TINYLM, "--show-completion", shell]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "_TINYLM_COMPLETE" in done.stdout
+
+
+def test_story_goes_on_when_its_history_cannot_be_written(tmp_path: Path) -> None:
+    with terminal(*GREEDY, state=tmp_path) as t:
+        t.enter(BEGIN)
+        shutil.rmtree(tmp_path / "tinylm")
+        (tmp_path / "tinylm").write_text("a file in the place of the directory")
+        assert "length · 20 tokens" in t.enter("")
+        assert BEGIN in t.enter("/show")

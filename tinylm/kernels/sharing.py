@@ -7,6 +7,7 @@ copy does not. The copy is a file that all processes map.
 from __future__ import annotations
 
 import hashlib
+import logging
 import mmap
 import os
 import tempfile
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from tinylm.files import write_file
+
+logger = logging.getLogger(__name__)
 
 
 def shared(array: np.ndarray) -> np.ndarray:
@@ -27,13 +30,23 @@ def shared(array: np.ndarray) -> np.ndarray:
     data = array.data.cast("B")
     try:
         path = _directory() / hashlib.sha256(data).hexdigest()
-        if not path.exists():
+        pages = _mapped(path)
+        if pages is None or memoryview(pages) != data:  # there is no file yet, or it is damaged
             write_file(path, data)
-        with path.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError):
+            pages = _mapped(path)
+    except OSError as error:
+        logger.warning("this process keeps its own copy of the weights in memory: %s", error)
         return array
-    return np.frombuffer(pages, array.dtype) if memoryview(pages) == data else array
+    return np.frombuffer(pages, array.dtype) if pages is not None and memoryview(pages) == data else array
+
+
+def _mapped(path: Path) -> mmap.mmap | None:
+    """Return the content of a file, mapped into memory; None when there is no such file or it is empty."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (FileNotFoundError, ValueError):  # ValueError: the file is empty
+        return None
 
 
 def _directory() -> Path:

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -93,11 +94,19 @@ def history_path() -> Path:
 
 
 def _history() -> History:
-    """A file that its owner alone can read; where it can't be had, the lines of this session."""
+    """Return the history in a file that only its owner can read, or a history in memory when there can be no file."""
     path = history_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
     except OSError:
         return InMemoryHistory()
-    return FileHistory(path)
+    return _FileHistory(path)
+
+
+class _FileHistory(FileHistory):
+    """A history whose lines stay in memory when the disk is full or the file is gone: the story matters more."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string)

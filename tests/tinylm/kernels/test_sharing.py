@@ -51,12 +51,23 @@ def test_processes_that_start_together_write_one_file(directory: Path) -> None:
     assert len(list(directory.iterdir())) == 1
 
 
-def test_a_file_with_other_content_is_not_used(directory: Path) -> None:
+def test_a_file_with_other_content_is_replaced(directory: Path) -> None:
     shared(ARRAY)
     (file,) = directory.iterdir()
     for data in (b"", b"\0", bytes(ARRAY.nbytes), ARRAY.tobytes() + b"\0"):
         file.write_bytes(data)
-        assert shared(ARRAY) is ARRAY
+        found = shared(ARRAY)
+        assert found is not ARRAY
+        np.testing.assert_array_equal(found, ARRAY)
+    assert list(directory.iterdir()) == [file]
+
+
+def test_a_full_disk_is_reported_and_leaves_the_array(tmp_path: Path) -> None:
+    code = MAKE.replace("assert found is not array and", "assert found is array and")
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)){code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.count("keeps its own copy of the weights") == 1
+    assert list((tmp_path / f"tinylm-{os.getuid()}").iterdir()) == []
 
 
 def test_a_directory_of_others_is_not_used(directory: Path) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -35,7 +36,8 @@ def kept_on_disk(function: Callable[..., None]) -> Any:
     """Compile a function like `compiled`, and keep its machine code on disk. Return Numba's dispatcher."""
     try:
         return njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:  # Numba finds no directory that it can write to: each process compiles for itself
+    except RuntimeError as error:  # Numba finds no directory that it can write to
+        _report(os.environ.get("NUMBA_CACHE_DIR", "the user's cache directory"), str(error))
         return njit(**OPTIONS)(function)
 
 
@@ -46,25 +48,50 @@ def compile_or_load(dispatcher: Any, *arguments: Any) -> Callable[..., None]:
     compiles and the others load. The returned function accepts arguments of these types only and does not check them,
     which saves the 10 us that a dispatcher takes per call.
 
-    A cache that cannot be used (a full disk, a directory without write permission, a damaged file) is reported once
-    per process. The process then goes on without it.
+    A damaged file in the cache is replaced. When the cache cannot be used (a full disk, a directory without write
+    permission), the process reports it once and goes on without it.
     """
     directory = dispatcher.stats.cache_path
-    try:
-        with FileLock(Path(directory) / "tinylm.lock") if directory else nullcontext():
-            dispatcher(*arguments)
-    except Exception as error:
-        if not directory:
-            raise
-        logger.warning(
-            "cannot keep compiled kernels in %s (%s: %s): this process compiles them for itself. Free some space, "
-            "remove that directory, or set NUMBA_CACHE_DIR to another one",
-            directory, type(error).__name__, error,
-        )  # fmt: skip
-        dispatcher._cache = NullCache()  # Numba 0.68 has no public way to drop a dispatcher's cache
+    if directory is None:
         dispatcher(*arguments)
+    else:
+        try:
+            with FileLock(Path(directory) / "tinylm.lock"):
+                _compile_into_cache(dispatcher, arguments)
+        except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
+            _report(directory, f"{type(error).__name__}: {error}")
+            dispatcher._cache = NullCache()  # Numba 0.68 has no public way to drop a dispatcher's cache
+            dispatcher(*arguments)
     types = tuple(map(dispatcher.typeof_pyval, arguments))
     return cast(Callable[..., None], dispatcher.overloads[types].entry_point)
+
+
+def _compile_into_cache(dispatcher: Any, arguments: tuple[Any, ...]) -> None:
+    """Call a function once, and leave no index behind that describes other files than those in the cache.
+
+    Numba writes the index first. When the disk is full, the index then describes code that was not written, and the
+    next process would run the code of an earlier version that the file still holds.
+    """
+    index = Path(dispatcher._cache._cache_file._index_path)
+    try:
+        dispatcher(*arguments)
+    except (OSError, KeyboardInterrupt):
+        index.unlink(missing_ok=True)
+        raise
+    except Exception:  # a damaged file ends in many kinds of error
+        index.unlink(missing_ok=True)
+        dispatcher(*arguments)
+
+
+@cache
+def _report(directory: str, reason: str) -> None:
+    """Log, once per process, that there is no cache."""
+    logger.warning(
+        "cannot keep compiled kernels in %s (%s): this process compiles them for itself. Free some space, remove that "
+        "directory, or set NUMBA_CACHE_DIR to another one",
+        directory,
+        reason,
+    )
 
 
 def hash_of(files: list[Path]) -> str:
