@@ -21,7 +21,10 @@ R = TypeVar("R")
 
 
 class Client(Connection):
-    """A connection to a service; close it, or use it in a `with`. Thread-safe, but iterate one stream in one thread at a time."""
+    """A connection to a service. Close it, or use it in a `with`.
+
+    Thread-safe. Iterate one stream in one thread at a time.
+    """
 
     def __init__(
         self,
