@@ -20,14 +20,12 @@ DOCS = Path("docs")
 CHAOS_COLUMNS = {
     "requests": "requests",
     "answered": "answered",
-    "answered_after_retries": "of these after retries",
     "refused": "refused",
     "cut": "cut",
     "lost": "lost",
-    "slowest_request_s": "slowest request, s",
-    "longest_silence_s": "longest time without an answer, s",
-    "healed_s": "healed after, s",
-    "memory_growth_mib": "replica's memory, MiB",
+    "slowest_request_s": "slowest, s",
+    "healed_s": "healed, s",
+    "memory_growth_mib": "memory, MiB",
 }
 # The names on the page of peers that have other names in results.
 PEER_LABELS = {
@@ -69,15 +67,10 @@ def engine_blocks(results: Path) -> dict[str, str]:
         ]
         for row in bench["decode"]
     ]
-    prefill = [
-        [f"{row['prompt_tokens']}", f"{row['first_token_ms']:.2f}", f"{row['tokens_per_s']:,.0f}"]
-        for row in bench["prefill"]
-    ]
-    head = ["batch", "ms a step", "tokens/s", "MB a step", "of the core's bandwidth", "of its arithmetic"]
+    head = ["batch", "ms per step", "tokens/s", "MB per step", "of the core's bandwidth", "of its arithmetic"]
     return {
         "parts": _parts(_read(results / "parts.json")["microseconds"]),
         "decode": table(head, decode),
-        "prefill": table(["prompt tokens", "ms to the first token", "tokens/s"], prefill),
         "peers": _peers(_read(results / "peers.json")),
     }
 
@@ -104,7 +97,7 @@ def _peers(result: dict[str, Any]) -> str:
     ]
     rows += [[f"*{label}*", *(f"{ratios[case]:.2f}" for case in cases)] for label, ratios in result["ratios"].items()]
     head = [case.replace("decode ", "batch ").replace("prefill ", "prompt of ") for case in cases]
-    return table(["tokens a CPU second", *head], rows)
+    return table(["tokens per CPU second", *head], rows)
 
 
 def _read(path: Path) -> Any:

@@ -99,17 +99,16 @@ def _conditions(parts: Parts) -> str:
 def _services(parts: Parts) -> str:
     head = ["", "clients", "requests/s", "tokens/s", "p50 ms", "p99 ms", "first token p50 ms", "per token ms"]
     rows = []
-    for name, label in SERVICES.items():
-        for mode in MODES:
-            part = parts[name, mode]
-            for clients in SHOWN_CLIENTS:
-                row = [f"{label}, {mode}", str(clients), f"{part.mean(clients, 'requests_per_s'):.1f}"]
-                row += [f"{part.mean(clients, 'tokens_per_s'):,.0f}", f"{part.mean(clients, 'latency_ms', 'p50'):.1f}"]
-                row.append(f"{part.worst(clients, 'latency_ms', 'p99'):.0f}")
-                streamed = mode == "stream"
-                row.append(f"{part.mean(clients, 'ttft_ms', 'p50'):.1f}" if streamed else "")
-                row.append(f"{part.mean(clients, 'tpot_ms', 'p50'):.2f}" if streamed else "")
-                rows.append(row)
+    for name, mode in (("haproxy", "unary"), ("haproxy", "stream"), ("python-proxy", "unary")):
+        label, part = SERVICES[name], parts[name, mode]
+        for clients in SHOWN_CLIENTS:
+            row = [f"{label}, {mode}", str(clients), f"{part.mean(clients, 'requests_per_s'):.1f}"]
+            row += [f"{part.mean(clients, 'tokens_per_s'):,.0f}", f"{part.mean(clients, 'latency_ms', 'p50'):.1f}"]
+            row.append(f"{part.worst(clients, 'latency_ms', 'p99'):.0f}")
+            streamed = mode == "stream"
+            row.append(f"{part.mean(clients, 'ttft_ms', 'p50'):.1f}" if streamed else "")
+            row.append(f"{part.mean(clients, 'tpot_ms', 'p50'):.2f}" if streamed else "")
+            rows.append(row)
     return table(head, rows)
 
 
