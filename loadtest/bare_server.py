@@ -22,9 +22,9 @@ from pathlib import Path
 
 import grpc
 
-from tinylm.async_engine import STREAM_INTERVAL_S, AsyncEngine
-from tinylm.completion import Completion, CompletionBuilder
 from tinylm.engine import Engine, EngineFull
+from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine
+from tinylm.engine.completion import Completion, CompletionBuilder
 from tinylm.llm import load
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinylm.client import AsyncClient, Client, ServiceError
-    from tinylm.completion import Completion
     from tinylm.config import ModelConfig
+    from tinylm.engine.completion import Completion
     from tinylm.llm import LLM
     from tinylm.sampling import SamplingParams, TokenLogprobs
     from tinylm.weights import ModelError

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.blas import run_limited
 from tinylm.engine import Engine
+from tinylm.kernels.blas import run_limited
 from tinylm.model import Model
 from tinylm.sampling import SamplingParams
 

@@ -1,6 +1,6 @@
 """Text in, text out, in this process: a model directory, its tokenizer and an engine behind three methods.
 
-A server that runs an event loop uses `tinylm.async_engine` instead.
+A server that runs an event loop uses `tinylm.engine.async_engine` instead.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm.blas import run_limited
-from tinylm.completion import Completion, CompletionBuilder
-from tinylm.engine import Engine
-from tinylm.engine import Sequence as EngineSequence
+from tinylm.engine.completion import Completion, CompletionBuilder
+from tinylm.engine.engine import Engine
+from tinylm.engine.request import Request
+from tinylm.kernels.blas import run_limited
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.paths import DEFAULT_MODEL
 from tinylm.sampling import SamplingParams
@@ -95,17 +95,17 @@ class LLM:
         """
         params = params or SamplingParams()
         texts = [prompts] if isinstance(prompts, str) else prompts
-        sequences = [self._engine.request(self.tokenizer.encode_document(text), params) for text in texts]
-        builders = [CompletionBuilder(sequence, self.tokenizer) for sequence in sequences]
+        requests = [self._engine.make_request(self.tokenizer.encode_document(text), params) for text in texts]
+        builders = [CompletionBuilder(request, self.tokenizer) for request in requests]
         try:
             try:
-                for sequence in sequences:
-                    self._engine.add(sequence)
-                self._finish(list(zip(sequences, builders, strict=True)))
+                for request in requests:
+                    self._engine.add(request)
+                self._finish(list(zip(requests, builders, strict=True)))
             finally:
-                self._cancel(sequences)
+                self._cancel(requests)
         finally:
-            self._cancel(sequences)  # again: a second Ctrl-C can interrupt the first
+            self._cancel(requests)  # again: a second Ctrl-C can interrupt the first
         return [builder.completion for builder in builders if builder.completion is not None]
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream[Completion]:
@@ -117,20 +117,20 @@ class LLM:
         return Stream(self._updates(prompt, params or SamplingParams()))
 
     def _updates(self, prompt: str, params: SamplingParams) -> Generator[Update[Completion], None, None]:
-        sequence = self._engine.request(self.tokenizer.encode_document(prompt), params)
-        builder = CompletionBuilder(sequence, self.tokenizer)
+        request = self._engine.make_request(self.tokenizer.encode_document(prompt), params)
+        builder = CompletionBuilder(request, self.tokenizer)
         try:
             try:
-                self._engine.add(sequence)
+                self._engine.add(request)
                 while builder.completion is None:
                     before = builder.n_taken
-                    self._step(sequence, before)
+                    self._step(request, before)
                     text = builder.take()
-                    yield text, sequence.logprobs[before : builder.n_taken], builder.completion
+                    yield text, request.logprobs[before : builder.n_taken], builder.completion
             finally:
-                self._engine.cancel(sequence)
+                self._engine.cancel(request)
         finally:
-            self._engine.cancel(sequence)  # again: a second Ctrl-C can interrupt the first
+            self._engine.cancel(request)  # again: a second Ctrl-C can interrupt the first
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return the scores of the next token after each of `ids`, (len(ids), vocab) float32, without the KV cache.
@@ -151,25 +151,25 @@ class LLM:
 
         return run_limited(self._threads, forward)
 
-    def _finish(self, pending: list[tuple[EngineSequence, CompletionBuilder]]) -> None:
+    def _finish(self, pending: list[tuple[Request, CompletionBuilder]]) -> None:
         """Step the engine until all these builders have their completion."""
         while pending:
             self._step(pending[0][0])
-            for sequence, builder in pending[: self._engine.n_slots]:  # no others can have a slot
-                if sequence.params.stop or sequence.finish_reason is not None:
+            for request, builder in pending[: self._engine.n_slots]:  # no others can have a slot
+                if request.params.stop or request.finish_reason is not None:
                     builder.take()
                 if builder.completion is not None:
-                    self._engine.cancel(sequence)  # it still runs if a stop string ended the text
-                    pending.remove((sequence, builder))
+                    self._engine.cancel(request)  # it still runs if a stop string ended the text
+                    pending.remove((request, builder))
 
-    def _cancel(self, sequences: list[EngineSequence]) -> None:
-        for sequence in sequences:
-            self._engine.cancel(sequence)
+    def _cancel(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._engine.cancel(request)
 
-    def _step(self, sequence: EngineSequence, n_taken: float = math.inf) -> None:
+    def _step(self, request: Request, n_taken: float = math.inf) -> None:
         """Wait until it is this thread's turn, then step the engine, which advances the requests of all threads.
 
-        Don't step it if other threads' steps have ended `sequence` or given it more than `n_taken` tokens.
+        Don't step it if other threads' steps have ended `request` or given it more than `n_taken` tokens.
         """
         # Each thread waits for the one before it, so that a thread that steps often can't keep the others out. The
         # locks of the line only set the order: an exception can release one too early. `_stepping` excludes the others.
@@ -177,5 +177,5 @@ class LLM:
         with mine:
             ahead, self._last_in_line = self._last_in_line, mine
             with ahead, self._stepping:
-                if sequence.finish_reason is None and len(sequence.tokens) <= n_taken:
+                if request.finish_reason is None and len(request.tokens) <= n_taken:
                     run_limited(self._threads, self._engine.step)

@@ -1,6 +1,6 @@
 """Text to token ids and back, losslessly, by a SentencePiece model.
 
-The only module below which there is text. Turning tokens into text as they come is `tinylm.text_stream`.
+The only module below which there is text. Turning tokens into text as they come is `tinylm.engine.text_stream`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from tinylm.sampling import FinishReason, SamplingParams
 from tinylm.v1 import tinylm_pb2 as pb
 
 if TYPE_CHECKING:  # only the service makes completions, and clients need no tokenizer
-    from tinylm.completion import Completion
+    from tinylm.engine.completion import Completion
 
 # Fields of a request that are unset when they have their default.
 _OPTIONAL = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs")

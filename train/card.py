@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinylm.completion import Completion
+from tinylm.engine.completion import Completion
 from tinylm.sampling import SamplingParams
 from train.config import TOP_P, TrainConfig
 from train.prompts import Prompt

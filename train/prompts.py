@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from tinylm.completion import Completion
+from tinylm.engine.completion import Completion
 from tinylm.llm import LLM
 from tinylm.sampling import MAX_SEED, SamplingParams
 from tinylm.text_files import read_text

@@ -18,7 +18,7 @@ from statistics import median
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from tinylm.engine import Engine, Sequence
+from tinylm.engine import Engine, Request
 from tinylm.files import write_file
 from tinylm.kernels import numpy as kernels
 from tinylm.llm import load
@@ -267,7 +267,7 @@ def timeline(tokenizer: Tokenizer, model: Model) -> dict:
     arrivals = (0, 0, 3, 6, 8, 10, 18, 24)
     lengths = (24, 30, 14, 22, 12, 10, 16, 8)
     engine = Engine(model, n_slots=4, prefill_tokens=12)
-    sequences: list[Sequence] = []
+    sequences: list[Request] = []
     rows: list[dict] = []
     step = 0
     while len(sequences) < len(prompts) or engine.has_work:

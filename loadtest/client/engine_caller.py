@@ -14,9 +14,9 @@ from pathlib import Path
 from loadtest.load import Load
 from loadtest.records import Call
 from loadtest.workload import Ask
-from tinylm.async_engine import STREAM_INTERVAL_S, AsyncEngine
-from tinylm.completion import CompletionBuilder
 from tinylm.engine import Engine, EngineFull
+from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine
+from tinylm.engine.completion import CompletionBuilder
 from tinylm.llm import load as load_model
 from tinylm.sampling import SamplingParams
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from loadtest.peers.peer import DECODE_STEPS, PROMPT_TOKENS, TEMPERATURE, TOP_P, Case, Settings
-from tinylm.engine import Engine, Sequence
+from tinylm.engine import Engine, Request
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.sampling import SamplingParams
 from tinylm.weights import load_model
@@ -26,7 +26,7 @@ class TinyLM:
     def __init__(self, directory: Path, batch: int, kernels: str, precision: str) -> None:
         self._model = _model(directory, kernels, precision)
         self._engine = Engine(self._model, n_slots=batch, prefill_tokens=max(64, batch * PROMPT_TOKENS))
-        self._sequences: list[Sequence] = []
+        self._sequences: list[Request] = []
         self._seed = 0
 
     @classmethod
@@ -63,7 +63,7 @@ class TinyLM:
     def close(self) -> None:
         pass
 
-    def _submit(self, prompts: np.ndarray, max_tokens: int) -> list[Sequence]:
+    def _submit(self, prompts: np.ndarray, max_tokens: int) -> list[Request]:
         sequences = []
         for prompt in prompts.tolist():
             self._seed += 1

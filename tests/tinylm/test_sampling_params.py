@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tinylm import SamplingParams
-from tinylm.logprobs import token_logprobs
+from tinylm.engine.logprobs import token_logprobs
 
 NAN, INF = float("nan"), float("inf")
 LOGITS = hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(-20, 20, width=32))

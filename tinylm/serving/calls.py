@@ -15,9 +15,9 @@ from typing import Any
 
 import grpc
 
-from tinylm.async_engine import EngineDied
-from tinylm.completion import Completion
-from tinylm.engine import EngineFull, Sequence
+from tinylm.engine import EngineFull, Request
+from tinylm.engine.async_engine import EngineDied
+from tinylm.engine.completion import Completion
 
 logger = logging.getLogger("ray.serve")
 _ENDINGS = ("stop", "length", "timeout")  # the later say more of a call with several answers
@@ -43,18 +43,18 @@ class Refused(Exception):
 class Answer:
     """One text that a call asked for, from the moment the engine took it."""
 
-    sequence: Sequence
+    request: Request
     completion: Completion | None = None  # once it has ended
     index: int = 0  # among the answers to the same prompt, which is counted once
 
     @property
     def n_prompt_tokens(self) -> int:
-        return len(self.sequence.prompt) if self.index == 0 else 0
+        return len(self.request.prompt) if self.index == 0 else 0
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the answer, or of what there was of it."""
-        return len(self.sequence.tokens if self.completion is None else self.completion.token_ids)
+        return len(self.request.tokens if self.completion is None else self.completion.token_ids)
 
 
 @dataclass(slots=True)

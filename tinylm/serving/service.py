@@ -14,9 +14,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from tinylm.async_engine import STREAM_INTERVAL_S, AsyncEngine, EngineDied
-from tinylm.completion import Completion, CompletionBuilder
 from tinylm.engine import Engine, check_ids, check_length
+from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine, EngineDied
+from tinylm.engine.completion import Completion, CompletionBuilder
 from tinylm.kernels import KernelName, Precision
 from tinylm.llm import load
 from tinylm.paths import DEFAULT_MODEL
@@ -117,16 +117,16 @@ class Service:
         answer: Answer | None = None
         n_sent = 0
         async with aclosing(self.engine.generate(ids, params, timeout_s, every_s)) as updates:
-            async for sequence in updates:
+            async for request in updates:
                 if answer is None:
-                    builder, answer = CompletionBuilder(sequence, self.tokenizer), Answer(sequence, index=index)
+                    builder, answer = CompletionBuilder(request, self.tokenizer), Answer(request, index=index)
                     call.answers.append(answer)
                 text = builder.take()
                 answer.completion = builder.completion
                 if text or builder.completion is not None:
                     new = slice(n_sent, builder.n_taken)
                     n_sent = builder.n_taken
-                    yield Delta(text, sequence.tokens[new], sequence.logprobs[new], builder.completion)
+                    yield Delta(text, request.tokens[new], request.logprobs[new], builder.completion)
                 if builder.completion is not None:
                     return
 

@@ -11,9 +11,9 @@ import logging
 
 from ray.serve import metrics as ray_metrics
 
+from tinylm.engine.stats import Histogram
 from tinylm.serving.metrics import METRICS, PREFIX, Metric, ServiceMetrics
 from tinylm.serving.ray.internals import export_zero
-from tinylm.stats import Histogram
 
 logger = logging.getLogger("ray.serve")
 

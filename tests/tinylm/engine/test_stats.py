@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tinylm import SamplingParams
 from tinylm.engine import Engine
-from tinylm.stats import Histogram
+from tinylm.engine.stats import Histogram
 
 NUMBERS = st.floats(-10, 10, allow_nan=False)
 

@@ -17,9 +17,9 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 
-from tinylm.blas import run_limited
-from tinylm.engine import Engine
-from tinylm.engine import Sequence as EngineSequence
+from tinylm.engine.engine import Engine
+from tinylm.engine.request import Request
+from tinylm.kernels.blas import run_limited
 from tinylm.sampling import SamplingParams
 
 STREAM_INTERVAL_S = 0.04  # between two messages of a stream: a film has 24 pictures a second
@@ -30,7 +30,7 @@ class EngineDied(RuntimeError):
 
 
 class _Listener:
-    """Whoever waits for a sequence, and when it wants to hear of it next."""
+    """Whoever waits for a request, and when it wants to hear of it next."""
 
     __slots__ = ("changed", "every_s", "next_at")
 
@@ -39,8 +39,8 @@ class _Listener:
         self.every_s = every_s
         self.next_at = 0.0 if math.isfinite(every_s) else math.inf  # the first token at once, or none but the last
 
-    def wants(self, sequence: EngineSequence, now: float) -> bool:
-        if sequence.finish_reason is None and now < self.next_at:
+    def wants(self, request: Request, now: float) -> bool:
+        if request.finish_reason is None and now < self.next_at:
             return False
         self.next_at = now + self.every_s
         return True
@@ -59,10 +59,10 @@ class AsyncEngine:
         self._blas_threads, self._niceness = blas_threads, niceness
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[EngineSequence, _Listener] = {}  # the engine's thread adds them and takes them away
+        self._listeners: dict[Request, _Listener] = {}  # the engine's thread adds them and takes them away
         # Those that the engine has yet to see.
-        self._submitting: set[asyncio.Future[tuple[EngineSequence, asyncio.Event]]] = set()
-        self._leaving: set[EngineSequence] = set()  # whose place is free as soon as the engine hears of it
+        self._submitting: set[asyncio.Future[tuple[Request, asyncio.Event]]] = set()
+        self._leaving: set[Request] = set()  # whose place is free as soon as the engine hears of it
         self._error: BaseException | None = None
         self._last_beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="tinylm-engine", daemon=True)
@@ -77,57 +77,55 @@ class AsyncEngine:
 
     async def generate(
         self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None, every_s: float = 0.0
-    ) -> AsyncGenerator[EngineSequence, None]:
-        """Yields the same sequence once the engine has taken it, when it has gained tokens, and when it has ended.
+    ) -> AsyncGenerator[Request, None]:
+        """Yields the same request once the engine has taken it, when it has gained tokens, and when it has ended.
 
         every_s: after the first token, not oftener than this; infinity: only when it has ended. Raises ValueError or
         EngineFull as `Engine.submit` does, EngineDied when there is no engine any more. Closing the generator, or
         cancelling the task that runs it, frees the slot before the next step.
         """
-        sequence, changed = await self._submit(lambda: self.engine.submit(prompt, params, timeout_s), every_s)
+        request, changed = await self._submit(lambda: self.engine.submit(prompt, params, timeout_s), every_s)
         try:
-            yield sequence
+            yield request
             finished = False
             while not finished:
                 await changed.wait()
                 changed.clear()
-                finished = sequence.finish_reason is not None
+                finished = request.finish_reason is not None
                 if self._error is not None and not finished:
                     raise self._died()
-                yield sequence
+                yield request
         finally:
-            self._leave(sequence)
+            self._leave(request)
 
     def stop(self) -> None:
         """End the thread after the step it is in; whoever still waits for an answer gets EngineDied."""
         self._commands.put(None)
         self._thread.join()
 
-    def _leave(self, sequence: EngineSequence) -> None:
+    def _leave(self, request: Request) -> None:
         def command() -> None:
-            self._listeners.pop(sequence, None)
-            self.engine.cancel(sequence)
-            self._leaving.discard(sequence)
+            self._listeners.pop(request, None)
+            self.engine.cancel(request)
+            self._leaving.discard(request)
 
-        if sequence.finish_reason is None:
-            self._leaving.add(sequence)
+        if request.finish_reason is None:
+            self._leaving.add(request)
         self._commands.put(command)
 
-    async def _submit(
-        self, submit: Callable[[], EngineSequence], every_s: float
-    ) -> tuple[EngineSequence, asyncio.Event]:
-        """Run `submit` on the engine's thread and listen to its sequence before that can make a step."""
+    async def _submit(self, submit: Callable[[], Request], every_s: float) -> tuple[Request, asyncio.Event]:
+        """Run `submit` on the engine's thread and listen to its request before that can make a step."""
         self.check()
         # A refusal need not wait for the step under way; the engine looks again.
         self.engine.check_room(len(self._submitting) - len(self._leaving))
-        future: asyncio.Future[tuple[EngineSequence, asyncio.Event]] = self._loop.create_future()
+        future: asyncio.Future[tuple[Request, asyncio.Event]] = self._loop.create_future()
         self._submitting.add(future)
 
-        def accept(sequence: EngineSequence, changed: asyncio.Event) -> None:
+        def accept(request: Request, changed: asyncio.Event) -> None:
             if future.cancelled():
-                self._leave(sequence)
+                self._leave(request)
             else:
-                future.set_result((sequence, changed))
+                future.set_result((request, changed))
 
         def refuse(error: Exception) -> None:
             if not future.cancelled():
@@ -136,12 +134,12 @@ class AsyncEngine:
         def command() -> None:
             self._submitting.discard(future)
             try:
-                sequence = submit()
+                request = submit()
             except Exception as error:  # the caller's, whatever it is: the engine has not changed
                 self._loop.call_soon_threadsafe(refuse, error)
             else:
-                self._listeners[sequence] = listener = _Listener(every_s)
-                self._loop.call_soon_threadsafe(accept, sequence, listener.changed)
+                self._listeners[request] = listener = _Listener(every_s)
+                self._loop.call_soon_threadsafe(accept, request, listener.changed)
 
         self._commands.put(command)
         try:
@@ -167,8 +165,8 @@ class AsyncEngine:
             self._last_beat = now = time.monotonic()
             if wanted := [
                 listener.changed
-                for sequence in changed
-                if (listener := self._listeners.get(sequence)) and listener.wants(sequence, now)
+                for request in changed
+                if (listener := self._listeners.get(request)) and listener.wants(request, now)
             ]:
                 self._loop.call_soon_threadsafe(_set_all, wanted)
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kernel_fixtures import SETTINGS, quantized
 
 from tinylm import LLM, SamplingParams
-from tinylm.engine import LEAST_TO_COPY, Engine, EngineFull, choose_slot
+from tinylm.engine import Engine, EngineFull
+from tinylm.engine.scheduler import LEAST_TO_COPY
 from tinylm.model import Chunk, Model, ModelRunner
 
 
@@ -240,29 +241,6 @@ def test_a_beginning_is_copied_from_one_that_is_still_running(tiny_model, shared
     run(engine)
     assert [s.n_reused for s in sequences] == [0] + [shared if shared >= LEAST_TO_COPY else 0] * 2
     assert [s.tokens for s in sequences] == alone(tiny_model, prompts, params)
-
-
-@given(
-    st.lists(st.integers(0, 2), min_size=1, max_size=40),
-    st.lists(st.lists(st.integers(0, 2), max_size=40), min_size=1, max_size=5),
-    st.data(),
-)
-def test_the_chosen_slot_is_free_and_its_prefix_right(ids, cached, data):
-    """The prefix is that of the source, leaves a token to compute, and only a much longer one is copied."""
-    slots = range(len(cached))
-    free = data.draw(st.lists(st.sampled_from(slots), min_size=1, unique=True))
-    slot, source, n = choose_slot(ids, cached, free)
-    assert slot in free
-    assert n < len(ids)
-    assert ids[:n] == cached[source][:n]
-    lengths = [max(k for k in range(len(ids)) if ids[:k] == tokens[:k]) for tokens in cached]
-    if source == slot:
-        assert n == max(lengths[f] for f in free)
-        assert slot == next(f for f in free if lengths[f] == n), "the longest unused one comes first"
-        assert max(lengths) < n + LEAST_TO_COPY
-    else:
-        assert n == max(lengths) >= max(lengths[f] for f in free) + LEAST_TO_COPY
-        assert slot == free[0]
 
 
 @pytest.mark.parametrize("choice", SETTINGS[:2], ids="-".join, indirect=True)

@@ -13,8 +13,8 @@ from itertools import pairwise
 import pytest
 
 from tinylm import SamplingParams
-from tinylm.async_engine import AsyncEngine, EngineDied
 from tinylm.engine import Engine, EngineFull
+from tinylm.engine.async_engine import AsyncEngine, EngineDied
 from tinylm.model import Model, ModelRunner
 
 LONG = SamplingParams(temperature=0, max_tokens=10**6)

@@ -14,7 +14,7 @@ import pytest
 from threadpoolctl import ThreadpoolController
 
 from tinylm import LLM, SamplingParams
-from tinylm.blas import run_limited
+from tinylm.kernels.blas import run_limited
 
 N_THREADS = 8
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinylm.text_stream import TextStream, earliest_stop
+from tinylm.engine.text_stream import TextStream, earliest_stop
 
 TEXTS = st.text(max_size=40) | st.text("ab é🙂\u2581\n", max_size=40)
 

@@ -1,4 +1,4 @@
-"""An answer: a sequence of the engine turned into text as it grows, and what it is when it has ended.
+"""An answer: a request of the engine turned into text as it grows, and what it is when it has ended.
 
 The same for a library call, a unary call and a stream; who steps the engine, and how tokens arrive, is their business.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from tinylm.engine import Sequence
+from tinylm.engine.request import Request
+from tinylm.engine.text_stream import TextStream
 from tinylm.sampling import FinishReason, TokenLogprobs
-from tinylm.text_stream import TextStream
 from tinylm.tokenizer import Tokenizer
 
 
@@ -29,15 +29,15 @@ class Completion:
 
 
 class CompletionBuilder:
-    """Follows a sequence: `take` gives the text that has become certain; `completion` is set with the last of it.
+    """Follows a request: `take` gives the text that has become certain; `completion` is set with the last of it.
 
-    When a stop string ends the text, the sequence itself may still run: whoever steps the engine cancels it.
+    When a stop string ends the text, the request itself may still run: whoever steps the engine cancels it.
     """
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.completion: Completion | None = None
-        self._sequence = sequence
-        self._stream = TextStream(tokenizer, sequence.params.stop)
+        self._request = request
+        self._stream = TextStream(tokenizer, request.params.stop)
         self._pieces: list[str] = []
         self._n_taken = 0
 
@@ -50,11 +50,11 @@ class CompletionBuilder:
         """The text that has become certain since the last call, '' once there is a completion."""
         if self.completion is not None:
             return ""
-        finish_reason = self._sequence.finish_reason  # read before the tokens: none can come after it
+        finish_reason = self._request.finish_reason  # read before the tokens: none can come after it
         text = ""
-        tokens = self._sequence.tokens[self._n_taken :]
+        tokens = self._request.tokens[self._n_taken :]
         # Tokens after a stop string don't count, so where there are any, each token has to be asked for one.
-        for part in [[token] for token in tokens] if self._sequence.params.stop else [tokens]:
+        for part in [[token] for token in tokens] if self._request.params.stop else [tokens]:
             text += self._stream.push(part)
             self._n_taken += len(part)
             if self._stream.stopped:
@@ -68,16 +68,16 @@ class CompletionBuilder:
         return text
 
     def _complete(self, finish_reason: FinishReason) -> Completion:
-        sequence = self._sequence
-        ended_at = sequence.finished_at or time.monotonic()
-        wants_logprobs = sequence.params.logprobs is not None
+        request = self._request
+        ended_at = request.finished_at or time.monotonic()
+        wants_logprobs = request.params.logprobs is not None
         return Completion(
             text="".join(self._pieces),
             finish_reason=finish_reason,
-            token_ids=sequence.tokens[: self._n_taken],
-            n_prompt_tokens=len(sequence.prompt),
-            logprobs=sequence.logprobs[: self._n_taken] if wants_logprobs else None,
-            queue_s=(sequence.admitted_at or ended_at) - sequence.submitted_at,
-            first_token_s=(sequence.first_token_at or ended_at) - sequence.submitted_at,
-            total_s=ended_at - sequence.submitted_at,
+            token_ids=request.tokens[: self._n_taken],
+            n_prompt_tokens=len(request.prompt),
+            logprobs=request.logprobs[: self._n_taken] if wants_logprobs else None,
+            queue_s=(request.admitted_at or ended_at) - request.submitted_at,
+            first_token_s=(request.first_token_at or ended_at) - request.submitted_at,
+            total_s=ended_at - request.submitted_at,
         )

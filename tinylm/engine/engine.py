@@ -1,0 +1,264 @@
+"""Continuous batching: run the tokens of many requests through the model, one batch per step.
+
+A slot keeps the keys and values of its last request until it gets another one, so a prompt that begins like an earlier
+prompt reuses that prefix. The engine is synchronous: its owner calls `step` until nothing is left. It takes and returns
+token ids. `tinylm.llm` turns them into text; `tinylm.engine.async_engine` runs an engine for an event loop.
+`tinylm.engine.scheduler` makes the decisions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from tinylm.engine.logprobs import token_logprobs
+from tinylm.engine.request import Request, check_ids, check_length, whole_ids
+from tinylm.engine.scheduler import choose_slot, share_tokens
+from tinylm.engine.stats import EngineStats
+from tinylm.model import Model, ModelRunner
+from tinylm.sampling import FinishReason, SamplingParams
+
+
+class EngineFull(RuntimeError):
+    """All slots are in use and the queue is full: try again later."""
+
+
+class Engine:
+    """Runs up to `n_slots` requests at once. Further ones wait and get a slot in the order they came.
+
+    One thread at a time may call `step`, or add a request that has a deadline. Any thread may call everything else at
+    any time, also during a step. An exception in `step`, such as a KeyboardInterrupt, loses nothing: the next step
+    computes again what the interrupted one left undone.
+    """
+
+    def __init__(self, model: Model, n_slots: int = 16, max_waiting: int = 256, prefill_tokens: int = 64) -> None:
+        """prefill_tokens: the most prompt tokens in a step while other requests decode, so that these don't stall."""
+        for name, value, least in (
+            ("n_slots", n_slots, 1),
+            ("max_waiting", max_waiting, 0),
+            ("prefill_tokens", prefill_tokens, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}: it must be at least {least}")
+        self.model = model
+        self.config = model.config
+        self.n_slots = n_slots
+        n_tokens = max(model.config.context, n_slots + prefill_tokens)
+        self._runner = ModelRunner(model, n_slots, n_tokens=n_tokens, n_rows=n_slots)
+        self._max_waiting = max_waiting
+        self._prefill_tokens = prefill_tokens
+        # In the order they came. The first n_slots have the slots. Other threads append and remove during a step, so
+        # this list is only ever changed by single list operations.
+        self._unfinished: list[Request] = []
+        self._cached: list[Request | None] = [None] * n_slots  # whose keys and values each slot holds
+        self._in_step = False  # between steps, True means that an exception ended the last one
+        self._next_deadline = float("inf")  # no request has an earlier one
+        self.stats = EngineStats()
+        self._stepped_at = time.monotonic()  # when the last step ended
+
+    @property
+    def cache_bytes(self) -> int:
+        """Return the size of the KV cache in bytes."""
+        return self._runner.cache_bytes
+
+    @property
+    def n_running(self) -> int:
+        return sum(request.slot is not None for request in self._unfinished[: self.n_slots])
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._unfinished) - self.n_running
+
+    @property
+    def kv_usage(self) -> float:
+        """Return the share of the KV cache's positions (n_slots times the context) that running requests use."""
+        n_cached = sum(request.n_cached for request in self._unfinished[: self.n_slots])
+        return n_cached / (self.n_slots * self.config.context)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._unfinished)
+
+    def check_room(self, n_coming: int = 0) -> None:
+        """Raise EngineFull if the engine would refuse another request after `n_coming` more."""
+        if len(self._unfinished) + n_coming >= self.n_slots + self._max_waiting:
+            raise EngineFull(
+                f"{self.n_running} requests are running and {self.n_waiting} waiting, the limit: try later"
+            )
+
+    def make_request(self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None) -> Request:
+        """Return the request of a prompt of token ids (with its boundary). `add` queues it.
+
+        Raise ValueError if the prompt is empty, contains an unknown id or leaves no room in the context for an answer.
+        """
+        check_length(len(prompt), self.config.context)
+        prompt = whole_ids(prompt)
+        check_ids(prompt, self.config.vocab_size)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        max_tokens = min(params.max_tokens, self.config.context - len(prompt))
+        return Request(prompt, params, deadline, np.random.default_rng(params.seed).random(max_tokens))
+
+    def add(self, request: Request) -> None:
+        """Queue a request that `make_request` returned. Raise EngineFull if the queue is full."""
+        self.check_room()
+        if request.deadline is not None:
+            self._next_deadline = min(self._next_deadline, request.deadline)
+        self._unfinished.append(request)
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None) -> Request:
+        """Queue a prompt. Return its request, whose fields show the progress. Raise as `make_request` and `add` do."""
+        request = self.make_request(prompt, params, timeout_s)
+        self.add(request)
+        return request
+
+    def cancel(self, request: Request, reason: FinishReason = "cancelled") -> None:
+        """End a request now. The next step can use its slot. No effect on a request that has ended."""
+        self._finish(request, reason)
+
+    def step(self) -> list[Request]:
+        """Admit what fits, run one batch through the model, sample. Return the requests that gained a token or ended.
+
+        After an exception, that list is lost: look at the requests instead.
+        """
+        if self._in_step:
+            self._recover()
+        self._in_step = True
+        began_at = time.monotonic()
+        changed = self._expire()
+        if running := self._admitted():
+            changed += self._run(running, began_at)
+        self._in_step = False
+        return changed
+
+    def _recover(self) -> None:
+        """Rebuild the state after an interrupted step, from the requests' tokens alone.
+
+        Trusts nothing in the KV cache: every unfinished request waits for a slot again, and keeps its tokens.
+        """
+        self._cached = [None] * self.n_slots
+        self._next_deadline = 0.0
+        for request in self._unfinished.copy():
+            request.slot, request.n_cached = None, 0
+            del request.logprobs[len(request.tokens) :]
+            if request.is_full or request.finish_reason is not None:
+                self._finish(request, "length")
+
+    def _run(self, running: list[Request], began_at: float) -> list[Request]:
+        """Run one batch of tokens of these requests through the model. Return the requests that it gave a token."""
+        pending = [request.n_tokens - request.n_cached for request in running]
+        shares = share_tokens(pending, self._prefill_tokens, self.config.context)
+        parts = [(running[place], count) for place, count in shares]
+        sampled = self._fill_batch(parts)
+        batch = self._runner.batch
+        self._runner.step(sum(count for _, count in parts), len(sampled))
+        for request, count in parts:
+            request.n_cached += count
+        n_later = sum(
+            self._append(request, token, batch.logits[row, : self.config.vocab_size])
+            for row, (request, token) in enumerate(zip(sampled, batch.chosen[: len(sampled)].tolist(), strict=True))
+        )
+        self._count_step(began_at, len(sampled), n_later)
+        return sampled
+
+    def _count_step(self, began_at: float, n_sampled: int, n_later: int) -> None:
+        """n_later: how many of the tokens were not the first of their answer, and so followed one of the last step."""
+        now = time.monotonic()
+        self.stats.step_s.observe(now - began_at)
+        if n_sampled:
+            self.stats.batch_size.observe(n_sampled)
+        if n_later:
+            self.stats.inter_token_s.observe(now - self._stepped_at, n_later)
+        self._stepped_at = now
+
+    def _expire(self) -> list[Request]:
+        """End the requests whose deadline has passed, and return them."""
+        now = time.monotonic()
+        if now < self._next_deadline:
+            return []
+        with_deadline = [(s.deadline, s) for s in self._unfinished.copy() if s.deadline is not None]
+        late = [s for deadline, s in with_deadline if deadline <= now]
+        for request in late:
+            self._finish(request, "timeout")
+        self._next_deadline = min((deadline for deadline, _ in with_deadline if deadline > now), default=float("inf"))
+        return late
+
+    def _admitted(self) -> list[Request]:
+        """Give a slot to each of the first n_slots requests that has none. Return all of them."""
+        first = self._unfinished[: self.n_slots]
+        for request in first:
+            if request.slot is None:
+                taken = {other.slot for other in first}
+                self._admit(request, [slot for slot in range(self.n_slots) if slot not in taken])
+        return first
+
+    def _admit(self, request: Request, free: list[int]) -> None:
+        """Give a request one of the free slots, with as much of its tokens as any slot holds."""
+        ids = request.prompt + request.tokens  # it has tokens if it ran before an interrupted step
+        cached = [[] if s is None else (s.prompt + s.tokens)[: s.n_cached] for s in self._cached]
+        slot, source, n_cached = choose_slot(ids, cached, sorted(free, key=self._unused_since))
+        if source != slot:
+            self._runner.copy_prefix(source, slot, n_cached)
+        self._cached[slot] = request
+        request.slot, request.n_cached = slot, n_cached
+        batch = self._runner.batch
+        batch.set_params(slot, request.params)
+        batch.seen[slot] = False
+        batch.seen[slot, ids] = True
+        batch.seen[slot, self.config.boundary_id] = False  # every prompt begins with it, and the penalty is for text
+        if request.admitted_at is None:
+            request.admitted_at = time.monotonic()
+            request.n_reused = n_cached
+            self.stats.n_prompt_tokens += len(request.prompt)
+            self.stats.n_reused_tokens += n_cached
+
+    def _unused_since(self, slot: int) -> float:
+        request = self._cached[slot]
+        return 0.0 if request is None else request.finished_at or 0.0
+
+    def _fill_batch(self, parts: list[tuple[Request, int]]) -> list[Request]:
+        """Write the parts' tokens into the batch. Return the requests that get a token from it, one per row."""
+        ids: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        sampled: list[Request] = []
+        for request, count in parts:
+            ids += request.next_ids(count)
+            slots += [request.slot] * count  # type: ignore[list-item]  # a running request has a slot
+            positions += range(request.n_cached, request.n_cached + count)
+            if request.n_cached + count == request.n_tokens:
+                rows.append(len(ids) - 1)
+                sampled.append(request)
+        batch = self._runner.batch
+        batch.ids[: len(ids)] = ids
+        batch.slots[: len(ids)] = slots
+        batch.positions[: len(ids)] = positions
+        batch.rows[: len(rows)] = rows
+        batch.uniforms[: len(rows)] = [request.uniforms.item(len(request.tokens)) for request in sampled]
+        return sampled
+
+    def _append(self, request: Request, token: int, logits: np.ndarray) -> bool:
+        """Give a request its new token. Return whether its answer now has a token that follows another."""
+        if request.first_token_at is None:
+            request.first_token_at = time.monotonic()
+        if token == self.config.boundary_id:
+            self._finish(request, "stop")
+            return False
+        if request.params.logprobs is not None:  # before its token, so that no other thread sees the token alone
+            request.logprobs.append(token_logprobs(logits, token, request.params.logprobs))
+        request.tokens.append(token)
+        self._runner.batch.seen[request.slot, token] = True
+        if request.is_full:
+            self._finish(request, "length")
+        return len(request.tokens) > 1
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        """Record the end of a request and remove it. Calling it again, also after an interrupted call, is harmless."""
+        if request.finish_reason is None:
+            request.finished_at = time.monotonic()
+            request.finish_reason = reason
+        with suppress(ValueError):  # it has been removed
+            self._unfinished.remove(request)

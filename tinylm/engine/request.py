@@ -1,0 +1,79 @@
+"""One request of the engine: its token ids, its settings, and its progress. Also the checks of a prompt."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import SupportsIndex
+
+import numpy as np
+
+from tinylm.sampling import FinishReason, SamplingParams, TokenLogprobs
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One request: its prompt, its answer so far, and its state. Times are `time.monotonic()` seconds."""
+
+    prompt: list[int]
+    params: SamplingParams
+    deadline: float | None
+    uniforms: np.ndarray  # one random number for each token that the answer can have
+    tokens: list[int] = field(default_factory=list)  # the answer, without the boundary that ends it
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, if the request asks for them
+    finish_reason: FinishReason | None = None
+    slot: int | None = None  # the slot that the request has; after its end, the slot that it had
+    n_cached: int = 0  # how many of its tokens have their keys and values in the slot
+    n_reused: int = 0  # how many tokens of the prompt were in the cache when it was admitted
+    submitted_at: float = field(default_factory=time.monotonic)
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the answer has reached `max_tokens` or the end of the context."""
+        return len(self.tokens) >= len(self.uniforms)
+
+    def next_ids(self, count: int) -> list[int]:
+        """Return the `count` tokens after those cached."""
+        begin = self.n_cached - len(self.prompt)
+        if begin >= 0:
+            return self.tokens[begin : begin + count]
+        head = self.prompt[self.n_cached : self.n_cached + count]
+        return head + self.tokens[: count - len(head)]
+
+
+def whole_ids(ids: Iterable[SupportsIndex]) -> list[int]:
+    """Return token ids, also NumPy's, as Python integers. Raise ValueError that names one that is no whole number."""
+    whole = []
+    for token in ids:
+        try:
+            whole.append(operator.index(token))
+        except TypeError:
+            raise ValueError(f"the prompt holds {token!r}: token ids are whole numbers") from None
+    return whole
+
+
+def check_length(n_tokens: int, context: int) -> None:
+    """Raise ValueError unless a prompt of `n_tokens` has a token and leaves room for one more in the context."""
+    if not n_tokens:
+        raise ValueError("the prompt has no tokens: it must have at least 1")
+    if n_tokens >= context:
+        raise ValueError(
+            f"prompt has {n_tokens} tokens: it must have at most {context - 1}, "
+            f"since prompt and answer share a context of {context}"
+        )
+
+
+def check_ids(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raise ValueError unless these are tokens of the vocabulary."""
+    if not all(0 <= token < vocab_size for token in prompt):
+        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
+        raise ValueError(f"the prompt holds token {wrong}: tokens are 0 to {vocab_size - 1}")
