@@ -1,11 +1,17 @@
-"""What happens when compiled code cannot be kept on disk, in processes of their own with a real file system."""
+"""How machine code is kept on disk, in real processes and with a real file system."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from kernel_fixtures import ROOT, outcome, start_python
+
+from tinylm import LLM
 
 MODULE = """
 import logging, resource, sys
@@ -27,18 +33,26 @@ if __name__ == "__main__":
 """
 
 
+def module_beside(directory: Path, factor: int = 2) -> Path:
+    """Write the module, unless it is there. Numba compares its time of modification."""
+    module, code = directory.parent / "kept.py", MODULE.replace("FACTOR = 2", f"FACTOR = {factor}")
+    if not module.exists() or module.read_text() != code:
+        module.write_text(code)
+    return module
+
+
 def run(directory: Path, limit: int = 0, factor: int = 2, **variables: str) -> subprocess.CompletedProcess[str]:
     """Compile a small function with its cache in `directory`. limit: the most bytes of a file, 0 for any number."""
-    module = directory.parent / "kept.py"
-    module.write_text(MODULE.replace("FACTOR = 2", f"FACTOR = {factor}"))
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(directory), **variables}
-    command = [sys.executable, str(module), str(limit)]
+    command = [sys.executable, str(module_beside(directory, factor)), str(limit)]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
 
 
-def test_second_process_loads_what_the_first_compiled(tmp_path: Path) -> None:
-    assert run(tmp_path / "cache").stdout == "8 10 0\n"
-    assert run(tmp_path / "cache").stdout == "8 10 1\n"
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    module_beside(tmp_path / "cache")  # before the first process, so that none of them changes it
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(run, [tmp_path / "cache"] * 4))
+    assert sorted(result.stdout for result in results) == ["8 10 0\n", *["8 10 1\n"] * 3]
 
 
 def test_full_disk_is_reported_once_and_costs_only_the_cache(tmp_path: Path) -> None:
@@ -71,3 +85,53 @@ def test_damaged_file_is_replaced(tmp_path: Path, ending: str, keep: int) -> Non
         path.write_bytes(path.read_bytes()[:keep])
     assert run(tmp_path / "cache").stderr == ""
     assert run(tmp_path / "cache").stdout == "8 10 1\n"
+
+
+LOADS = """
+import json, os, pathlib, sys
+from numba.core import event
+
+class Compiles(BaseException):  # not an Exception, which would be taken for a damaged file
+    pass
+
+class Refuse(event.Listener):
+    def on_start(self, event):
+        raise Compiles
+    def on_end(self, event):
+        pass
+
+def loads():
+    "Return whether the step is loaded from disk."
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tinylm"]:
+        del sys.modules[name]
+    from tinylm import LLM
+    try:
+        LLM("models/stories-8m", 1, kernels="numba")
+    except Compiles:
+        return False
+    return True
+
+event.register("numba:compile", Refuse())
+results = {"before": loads()}
+for path in map(pathlib.Path, sys.argv[1:]):
+    text, times = path.read_text(), path.stat()
+    path.write_text(text + "\\n")
+    results[path.name] = loads()
+    path.write_text(text)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+results["after"] = loads()
+print(json.dumps(results))
+"""
+
+
+def test_change_of_any_compiled_module_is_noticed(stories: LLM, tmp_path: Path) -> None:
+    """Numba alone would run the old code of all modules but the one that defines the step."""
+    assert "numba" in stories.model.arithmetic, "the code lies on disk"
+    shutil.copytree(ROOT / "tinylm", tmp_path / "tinylm")
+    package = tmp_path / "tinylm" / "kernels"
+    modules = [package / "batch.py", *sorted((package / "numba").glob("*.py"))]
+    assert len(modules) > 7
+    env = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    out, _ = outcome(start_python(LOADS, *map(str, modules), **env))
+    results = json.loads(out)
+    assert results == {"before": True, **{module.name: False for module in modules}, "after": True}

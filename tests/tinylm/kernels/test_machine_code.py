@@ -1,15 +1,13 @@
-"""Compiled code on every kind of processor, in many processes, and on disk."""
+"""Compiled code on every kind of processor, and the memory that it needs."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from kernel_fixtures import ROOT, computed_here, outcome, row_errors, scale_of, start_python
+from kernel_fixtures import computed_here, outcome, row_errors, scale_of, start_python
 
 from tinylm.kernels.numba import emitter
 
@@ -49,99 +47,6 @@ def test_every_instruction_set_computes_the_same(tmp_path):
     assert scale_of(other["stories"] - ours["stories"]) < 0.02 * scale_of(ours["stories"])
     lost = ours["stories"].max(axis=1) - ours["stories"][np.arange(256), other["chosen"]]
     assert lost.max() < 0.1, "a greedy token that is not the likeliest here, by more than a tie"
-
-
-# --- machine code on disk
-
-SMALL_FUNCTION = """
-from tinylm.kernels.numba.jit import compile_or_load, kept_on_disk
-
-def add(values):
-    values[0] += 1
-
-def call():
-    "Return how often the code was compiled and loaded, and whether there is a place for it on disk."
-    import numpy as np
-    function, values = kept_on_disk(add), np.zeros(1)
-    compile_or_load(function, values)(values)
-    assert values[0] == 2
-    compiled, loaded, directory = (getattr(function.stats, f"cache_{name}") for name in ("misses", "hits", "path"))
-    return [sum(compiled.values()), sum(loaded.values()), directory is not None]
-"""
-CALL = "import json, small; print(json.dumps(small.call()))"
-
-
-@pytest.fixture
-def start_small(tmp_path):
-    """Return a function that starts a process which calls a small kept function."""
-    (tmp_path / "small.py").write_text(SMALL_FUNCTION)
-
-    def start(**env):
-        return start_python(CALL, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}", **env)
-
-    return start
-
-
-def test_processes_that_start_together_compile_once(start_small):
-    processes = [start_small() for _ in range(4)]
-    assert sorted(json.loads(outcome(process)[0]) for process in processes) == [[0, 1, True]] * 3 + [[1, 0, True]]
-
-
-def test_code_compiles_where_nothing_can_be_written(start_small, tmp_path):
-    """In a read-only container, or for a user without a home directory."""
-    (tmp_path / "__pycache__").touch()  # a file, so that not even root can write into this directory
-    env = {"HOME": os.devnull, "XDG_CACHE_HOME": os.devnull, "PYTHONDONTWRITEBYTECODE": "1"}
-    assert json.loads(outcome(start_small(**env))[0]) == [1, 0, False]
-
-
-LOADS = """
-import importlib, json, pathlib, sys
-import numpy as np
-from numba.core import event
-
-class Compiles(Exception):
-    pass
-
-class Refuse(event.Listener):
-    def on_start(self, event):
-        raise Compiles
-    def on_end(self, event):
-        pass
-
-def loads():
-    "Return whether the step is loaded from disk."
-    for name in [name for name in sys.modules if name.partition(".")[0] == "tinylm"]:
-        del sys.modules[name]
-    from tinylm import LLM
-    try:
-        LLM("models/stories-8m", 1, kernels="numba")
-    except Compiles:
-        return False
-    return True
-
-event.register("numba:compile", Refuse())
-results = {"unchanged": loads()}
-for path in map(pathlib.Path, sys.argv[1:]):
-    text = path.read_text()
-    path.write_text(text + "\\n")
-    results[path.name] = loads()
-    path.write_text(text)
-print(json.dumps(results))
-"""
-
-
-def test_a_change_of_any_compiled_module_is_noticed(stories, tmp_path):
-    """Numba alone would run the old code of all modules but the one that defines the step."""
-    assert "numba" in stories.model.arithmetic, "the code lies on disk"
-    shutil.copytree(ROOT / "tinylm", tmp_path / "tinylm")
-    package = tmp_path / "tinylm" / "kernels"
-    modules = [package / "batch.py", *sorted((package / "numba").glob("*.py"))]
-    assert len(modules) > 7
-    env = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    out, _ = outcome(start_python(LOADS, *map(str, modules), **env))
-    results = json.loads(out)
-    assert results.pop("unchanged")
-    assert results == {module.name: False for module in modules}
 
 
 # --- memory
