@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,10 @@ from matplotlib.figure import Figure
 
 from loadtest import plots
 from loadtest.table import load_name, ms, notes
-from tinylm.files import check_file, check_own, write_file
+from tinylm.files import PNG, as_png, check_file, check_own, is_own_png, write_file
 
 DPI = 110
 HEAD = '<!doctype html><html lang="en"><meta charset="utf-8"><title>'
-PNG = b"\x89PNG\r\n\x1a\n"
-MAKER = b"Software\0TinyLM"  # in our pictures
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
@@ -74,15 +71,8 @@ def check_picture(path: Path, is_shown: bool = False) -> None:
 
     is_shown: a report beside it shows a picture of this name. The pictures of older reports do not name their maker.
     """
-    check_own(path, lambda content: content.startswith(PNG) and (is_shown or MAKER in content[:256]))
+    check_own(path, lambda content: is_own_png(content) or (is_shown and content.startswith(PNG)))
     check_file(path)
-
-
-def as_png(figure: Figure, dpi: int) -> bytes:
-    """Return the figure as a PNG that names TinyLM as its maker."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": "TinyLM"})
-    return buffer.getvalue()
 
 
 def _overview(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Figure]]:

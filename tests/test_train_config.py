@@ -131,6 +131,12 @@ def test_a_directory_is_no_config(tmp_path: Path):
         load_config(tmp_path)
 
 
+def test_a_model_that_training_starts_from_is_not_replaced(path: Path):
+    """Its weights would be lost to those of the fine-tuned model."""
+    with pytest.raises(ConfigError, match="is start_from and would be replaced"):
+        load_config(path, ["name=released", "models_dir=models", "start_from=elsewhere/../models/released"])
+
+
 @pytest.mark.parametrize("key", ["name", "prepare"])
 def test_a_missing_key_is_named(path: Path, key: str):
     path.write_text(yaml.safe_dump({name: value for name, value in MINIMAL.items() if name != key}), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from hypothesis import strategies as st
 from train_fixtures import tree_bytes
 
 from tinylm import LLM, SamplingParams
+from tinylm.files import check_directory
 from tinylm.llm import load
 from tinylm.weights import load_model
 from train.export_huggingface import convert_tokenizer, export_huggingface, require_same_ids
 from train.export_onnx import FILE, Session, export_onnx
-from train.exporting import ExportError, engine_logits, float32_tensors
+from train.exporting import ExportError, engine_logits, export_files, float32_tensors
 
 EXPORTS = {"onnx": export_onnx, "huggingface": export_huggingface}
 
@@ -103,10 +105,34 @@ def test_other_logits_are_refused_and_nothing_is_kept(tmp_path, tiny_model_dir, 
     """A file whose logits are a hundredth larger or smaller than the engine's, or no numbers."""
     module = sys.modules[EXPORTS[name].__module__]
     monkeypatch.setattr(module, "engine_logits", lambda *arguments: engine_logits(*arguments) * times)
-    (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(ExportError, match="other logits"):
-        EXPORTS[name](tiny_model_dir, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+        EXPORTS[name](tiny_model_dir, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_replaces_only_an_export_of_its_form(exported, tmp_path, tiny_model_dir, name: str):
+    other = next(form for form in EXPORTS if form != name)
+    for place in (
+        shutil.copytree(tiny_model_dir, tmp_path / "model"),
+        shutil.copytree(exported[other], tmp_path / "x"),
+    ):
+        before = tree_bytes(place)
+        with pytest.raises(FileExistsError, match="cannot replace"):
+            check_directory(place, partial(export_files, name))
+        assert tree_bytes(place) == before
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_of_an_older_release_may_be_replaced(exported, tmp_path, name: str):
+    """It has no manifest."""
+    older = shutil.copytree(exported[name], tmp_path / "older")
+    names = check_directory(older, partial(export_files, name))
+    (older / "manifest.json").unlink()
+    assert check_directory(older, partial(export_files, name)) == names - {"manifest.json"}
+    (older / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match=r"it holds notes\.txt"):
+        check_directory(older, partial(export_files, name))
 
 
 @pytest.mark.parametrize("name", EXPORTS)

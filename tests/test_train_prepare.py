@@ -293,3 +293,33 @@ def test_a_dataset_that_cannot_be_loaded_is_one_line(tmp_path: Path):
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: collection 'tinystories': 'roneneldan/TinyStories'")
     assert not (tmp_path / "text").exists()
+
+
+@pytest.mark.parametrize("through", ["text", "link", "linked file"])
+def test_a_source_inside_the_output_is_refused_and_kept(tmp_path: Path, through: str):
+    """All sources were deleted: `data/text` is a natural place for texts, and the default of workdir is `data`."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for n, story in enumerate(STORIES):
+        (text / f"{n}.txt").write_text(story, encoding="utf-8")
+    (tmp_path / "link").symlink_to("text")
+    (tmp_path / "linked file").mkdir()
+    (tmp_path / "linked file" / "0.txt").symlink_to(text / "0.txt")
+    before = tree_bytes(tmp_path)
+    with pytest.raises(ConfigError, match=rf"'a': {tmp_path / through}/0.txt lies in {text}, which this command"):
+        prepared(tmp_path, tmp_path / through / "*.txt")
+    assert tree_bytes(tmp_path) == before
+
+
+def test_a_work_directory_of_an_older_release_is_usable(tmp_path: Path):
+    """Its manifest has the form of today's, and lists which files may be replaced."""
+    text = tmp_path / "text"
+    text.mkdir()
+    splits = {split: {"documents": 1, "bytes": 1, "sources": 1, "sha256": "0"} for split in SPLITS}
+    (text / "manifest.json").write_text(json.dumps({"old": {"source": "x", **splits}}))
+    for name in ("text/old.train.parquet", "text/old.validation.parquet", "text.old", "text.partial"):
+        (tmp_path / name).write_text("of the older release")
+    prepared(tmp_path, write_parquet(tmp_path / "t.parquet", {"text": STORIES}))
+    assert {path.name for path in text.iterdir()} == {"manifest.json", "a.train.parquet", "a.validation.parquet"}
+    assert (tmp_path / "text.old").exists()
+    assert (tmp_path / "text.partial").exists()

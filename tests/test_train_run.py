@@ -123,12 +123,12 @@ def test_a_model_is_not_judged_on_other_text_than_it_was_kept_from(demo: Demo, t
 
 def test_the_fine_tune_example_learns_the_users_text(tmp_path: Path, one_torch_thread: None):
     """The released model knows English stories at the first step, and writes this text better at the last one."""
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "stories.txt").write_text(demo_text(80, seed=3), encoding="utf-8")
+    (tmp_path / "my-text").mkdir()
+    (tmp_path / "my-text" / "stories.txt").write_text(demo_text(80, seed=3), encoding="utf-8")
     settings = {
         "workdir": tmp_path,
         "models_dir": tmp_path / "models",
-        "prepare.collections.0.source": tmp_path / "text/*.txt",
+        "prepare.collections.0.source": tmp_path / "my-text/*.txt",
         "prepare.validation_share": 0.2,
         "run.tokens": 6 * 4 * 256,
         "run.batch_rows": 4,

@@ -8,6 +8,7 @@ the command did its work or refused it.
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from train_fixtures import prepared_stories
 
 from loadtest import report, result
 from loadtest.standard import parts as standard
 from tinylm import ModelConfig, SamplingParams
-from tinylm.files import write_file
+from tinylm.files import replaced_directory, write_file
 from tinylm.kernels import sharing
 from tinylm.serving.keys import add_key
 from tinylm.terminal.lines import PipeLines
@@ -29,6 +32,14 @@ from tinylm.terminal.screen import Screen
 from tinylm.terminal.source import Source
 from tinylm.terminal.writer import Writer
 from tinylm.weights import save_model
+from train import demo_text
+from train.config import TrainConfig
+from train.encode import token_files, write_tokens
+from train.exporting import exported_directory
+from train.prepare import prepare
+from train.record import recorded
+from train.stage import load_tokenizer
+from train.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MINE = "a file of the user\n"
@@ -50,7 +61,9 @@ class Command:
 
     act: Callable[[Path], Any]
     named: tuple[str, ...] = ()  # paths that its user names: a regular file there gets new content
+    inputs: Callable[[Path], Any] = lambda directory: None  # makes what it reads
     once: bool = False  # it refuses to write there again
+    replaces_directory: bool = False  # as a whole
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +91,61 @@ def save_story(directory: Path, source: Source, monkeypatch: pytest.MonkeyPatch)
     Writer(source, SamplingParams(), reader, Screen()).run()
 
 
+def encode_here(config: TrainConfig) -> None:
+    """Run `train.encode` without Ray."""
+    tokenizer = load_tokenizer(config)
+
+    def encoded(config: TrainConfig, path: Path) -> Iterator[dict[str, Any]]:
+        for text in pq.read_table(path)["text"].to_pylist():
+            yield {"tokens": tokenizer.encode_document(text), "documents": 1}
+
+    with replaced_directory(config.tokens_dir, token_files) as new:
+        write_tokens(config, tokenizer, new, encoded)
+
+
+def record_run(config: TrainConfig) -> None:
+    """Leave the record of a run of one step."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    with recorded(config, 1) as log:
+        log({"step": 1, "steps": 1, "tokens": 1, "loss": 1.0})
+
+
+def exporting(form: str, model: Path) -> Command:
+    """An export to another program's format, without the conversion."""
+
+    def export(directory: Path) -> None:
+        with exported_directory(form, model, directory / "e") as new:
+            write_file(new / "model", "weights")
+
+    return Command(export, replaces_directory=True)
+
+
+def demo_story(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["demo_text", "--stories", "2", "--out", str(directory / "stories.txt")])
+    try:
+        demo_text.main()
+    except SystemExit as error:
+        raise OSError(error) from None
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A work directory with a little prepared text and its tokenizer."""
+    return prepared_stories(tmp_path_factory.mktemp("prepared"), n_stories=100)
+
+
+def stage(stage: Callable[[TrainConfig], Any], prepared: TrainConfig, *inputs: str) -> Command:
+    """A training stage in a work directory that holds `inputs`, which earlier stages made."""
+
+    def give(workdir: Path) -> None:
+        for name in inputs:
+            source = prepared.workdir / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, workdir / name)
+
+    whole = stage in (prepare, encode_here)
+    return Command(lambda at: stage(prepared.model_copy(update={"workdir": at})), inputs=give, replaces_directory=whole)
+
+
 def share_weights(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(directory))
     sharing.shared(np.arange(9, dtype=np.uint8))
@@ -89,6 +157,8 @@ def commands(
     tiny_config: ModelConfig,
     tiny_tensors: dict[str, np.ndarray],
     stories_dir: Path,
+    tiny_model_dir: Path,
+    prepared: TrainConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, Command]:
     tokenizer = (stories_dir / "tokenizer.model").read_bytes()
@@ -100,15 +170,24 @@ def commands(
         "tinylm write, /save": Command(lambda at: save_story(at, None, monkeypatch), once=True),  # type: ignore[arg-type]
         "kernels.sharing": Command(lambda at: share_weights(at, monkeypatch)),
         "save_model": Command(
-            lambda at: save_model(at / "m", tiny_config, tiny_tensors, tokenizer, extra_files={"README.md": b"card"})
+            lambda at: save_model(at / "m", tiny_config, tiny_tensors, tokenizer, extra_files={"README.md": b"card"}),
+            replaces_directory=True,
         ),
+        "train.prepare": stage(prepare, prepared),
+        "train.tokenizer": stage(train_tokenizer, prepared, "text"),
+        "train.encode": stage(encode_here, prepared, "text", "tokenizer.model"),
+        "train.run, train.alone": stage(record_run, prepared),
+        "train.export_onnx": exporting("onnx", tiny_model_dir),
+        "train.export_huggingface": exporting("huggingface", tiny_model_dir),
+        "train.demo_text": Command(lambda at: demo_story(at, monkeypatch)),
         "any file that is named": Command(lambda at: write_file(at / "file", "new"), ("file",)),
     }
 
 
 NAMES = [
     "loadtest --output", "loadtest report", "loadtest standard", "tinylm key --file", "tinylm write, /save",
-    "kernels.sharing", "save_model", "any file that is named",
+    "kernels.sharing", "save_model", "train.prepare", "train.tokenizer", "train.encode", "train.run, train.alone",
+    "train.export_onnx", "train.export_huggingface", "train.demo_text", "any file that is named",
 ]  # fmt: skip
 
 
@@ -189,6 +268,7 @@ def run_beside(root: Path, command: Command, taken: str | None, kind: str, has_r
     make_file(root / "elsewhere" / "directory" / "notes")
     for name in DECOYS:
         make_directory(out / name) if name.startswith("text") else make_file(out / name)
+    command.inputs(out)
     foreign = set(snapshot(root))
     if has_run:
         command.act(out)
@@ -223,7 +303,7 @@ def test_a_command_changes_no_file_that_is_not_its_own(commands: dict[str, Comma
     assert command.once or run_beside(tmp_path / "again", command, None, "", has_run=True) == made
     cases = [(path, kind, False) for path in sorted(made) for kind in kinds]
     for path in sorted(made):
-        if (tmp_path / "free" / "out" / path).is_dir():
+        if command.replaces_directory and (tmp_path / "free" / "out" / path).is_dir():
             cases += [(f"{path}/notes", kind, True) for kind in kinds]
             cases += [(other, "a dangling link", True) for other in made if other.startswith(f"{path}/")]
     for number, (path, kind, has_run) in enumerate(cases):

@@ -7,6 +7,7 @@ of them. docs/files.md lists the commands and what each may replace.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import secrets
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".tinylm-"  # a random part follows, so that two commands never use the same name
+PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 _ANY_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 Made = Callable[[Path], set[str] | None]  # directory -> names of the files that a command wrote there, None: it did not
@@ -69,6 +71,18 @@ def check_own(path: Path, is_ours: Callable[[bytes], bool]) -> None:
     """
     if os.path.lexists(path) and not (path.is_file() and is_ours(path.read_bytes())):
         raise FileExistsError(f"{path} exists and TinyLM did not write it: move it away or choose another name")
+
+
+def as_png(figure: Any, dpi: int) -> bytes:
+    """Return a Matplotlib figure as a PNG that names TinyLM as its maker."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": "TinyLM"})
+    return buffer.getvalue()
+
+
+def is_own_png(content: bytes) -> bool:
+    """Return whether `as_png` made this."""
+    return content.startswith(PNG) and b"Software\0TinyLM" in content[:256]
 
 
 def is_inside(path: Path, directory: Path) -> bool:

@@ -9,8 +9,11 @@ command that began it.
 
 from __future__ import annotations
 
+import io
+
 import torch
 
+from tinylm.files import write_file
 from train.config import ConfigError, TrainConfig
 from train.core.checkpoint import CHECKPOINT_FILE, Checkpoint, has_checkpoints
 from train.core.loop import check_fits, train
@@ -32,9 +35,9 @@ def run_alone(config: TrainConfig) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
 
     def save(checkpoint: Checkpoint) -> None:
-        partial = path.with_suffix(".partial")
-        checkpoint.save(partial)
-        partial.replace(path)
+        buffer = io.BytesIO()
+        checkpoint.save(buffer)
+        write_file(path, buffer.getbuffer())
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     first_step = before.step if before else 0

@@ -120,6 +120,13 @@ class TrainConfig(_Section):
     run: Run = Run()
     export: Export = Export()
 
+    @model_validator(mode="after")
+    def _start_is_kept(self) -> TrainConfig:
+        target = self.models_dir / self.name
+        if self.start_from and self.start_from.resolve() == target.resolve():
+            raise ValueError(f"name is {self.name!r}: {target} is start_from and would be replaced: set another name")
+        return self
+
     def resolved(self) -> TrainConfig:
         """Return the same settings with absolute paths, for workers that run in other directories."""
         names = ("workdir", "models_dir", "start_from")

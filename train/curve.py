@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tinylm.files import as_png, write_file
+
 
 def draw_curve(lines: Sequence[dict[str, Any]], picture: Path) -> None:
     """Training loss (nats a token) and bits per byte by collection against tokens seen, as a PNG."""
@@ -28,6 +30,4 @@ def draw_curve(lines: Sequence[dict[str, Any]], picture: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     FigureCanvasAgg(figure)
-    partial = picture.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(picture)
+    write_file(picture, as_png(figure, 110))

@@ -14,6 +14,7 @@ import random
 import sys
 from pathlib import Path
 
+from tinylm.files import check_own, write_file
 from train.prepare import DOCUMENT_SEPARATOR
 
 NAMES = {
@@ -109,10 +110,12 @@ def main() -> None:
     if arguments.stories < 1:
         sys.exit(f"error: --stories is {arguments.stories}: it must be at least 1")
     text = demo_text(arguments.stories, arguments.seed)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.out.with_name(arguments.out.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(arguments.out)
+    try:
+        if arguments.out.is_file():
+            check_own(arguments.out, lambda content: content.startswith(b"Once upon a time there was a "))
+        write_file(arguments.out, text)
+    except OSError as error:
+        sys.exit(f"error: {error}")
     print(f"{arguments.out}: {arguments.stories:,} stories, {len(text.encode()):,} bytes")
 
 

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from tinylm.files import manifest_names, replaced_directory
 from tinylm.tokenizer import Tokenizer
-from train.config import TrainConfig
-from train.files import file_sha256, replace_directory
+from train.config import INDEX_FILE, TrainConfig
+from train.files import file_sha256
 from train.stage import load_tokenizer, progress, require, run_stage, start_ray
 
 TOKEN_DTYPE = np.uint16
 BATCH_DOCUMENTS = 256
+# (config, Parquet file) -> batches in order: `tokens` of documents end to end, and the number of `documents`
+Encoded = Callable[[TrainConfig, Path], Iterable[dict]]
 
 
 class _Encoder:
@@ -62,20 +65,33 @@ class _ShardWriter:
             self._pending, self._size = [], 0
 
 
+def token_files(directory: Path) -> set[str] | None:
+    """Return the names of the files that `encode` wrote; None when it did not write `directory`."""
+
+    def names(index: dict) -> list[str]:
+        if not index["tokenizer_sha256"]:
+            raise KeyError("an index without its tokenizer")
+        return [name for entry in index["collections"].values() for split in entry.values() for name in split["shards"]]
+
+    return manifest_names(directory / INDEX_FILE, names)
+
+
 def encode(config: TrainConfig) -> dict:
-    """Run the stage; returns the index that it wrote."""
+    """Run the stage; return the index that it wrote. The old tokens stay until the new are whole."""
     require(config.manifest_path, "train.prepare")
     for collection in config.prepare.collections:  # one may be new in the config
         require(config.text_dir / f"{collection.name}.train.parquet", "train.prepare")
     tokenizer = load_tokenizer(config)
-    import ray.data  # slow to import, and only the running of the stage needs it
+    with replaced_directory(config.tokens_dir, token_files) as new:
+        index = write_tokens(config, tokenizer, new, _encoded_by_ray)
+    for name, entry in index["collections"].items():
+        counts = ", ".join(f"{split} {entry[split]['tokens']:,}" for split in ("train", "validation") if split in entry)
+        print(f"{name}: {counts} tokens")
+    return index
 
-    start_ray()
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts documents
-    partial = config.tokens_dir.with_name("tokens.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+
+def write_tokens(config: TrainConfig, tokenizer: Tokenizer, directory: Path, encoded: Encoded) -> dict:
+    """Write the shards of all collections and their index; return the index."""
     index: dict = {
         "text_sha256": file_sha256(config.manifest_path),
         "tokenizer_sha256": file_sha256(config.tokenizer_path),
@@ -92,31 +108,39 @@ def encode(config: TrainConfig) -> dict:
                 if not n_rows:
                     continue  # never trained on
                 task = bar.add_task(f"{collection.name} {split}", total=n_rows)
-                writer = _ShardWriter(
-                    partial, f"{collection.name}.{split}", config.encode.shard_tokens, tokenizer.boundary_id
-                )
-                encoded = ray.data.read_parquet(str(path.resolve()), columns=["text"]).map_batches(
-                    _Encoder,
-                    fn_constructor_args=[str(config.tokenizer_path.resolve())],
-                    batch_size=BATCH_DOCUMENTS,
-                    compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, os.cpu_count() or 1)),
-                )
+                stem, limit = f"{collection.name}.{split}", config.encode.shard_tokens
+                writer = _ShardWriter(directory, stem, limit, tokenizer.boundary_id)
                 n_tokens = n_documents = 0
-                for row in encoded.iter_rows():
-                    tokens = np.asarray(row["tokens"], TOKEN_DTYPE)
+                for batch in encoded(config, path):
+                    tokens = np.asarray(batch["tokens"], TOKEN_DTYPE)
                     writer.add(tokens)
                     n_tokens += len(tokens)
-                    n_documents += int(row["documents"])
-                    bar.advance(task, int(row["documents"]))
+                    n_documents += int(batch["documents"])
+                    bar.advance(task, int(batch["documents"]))
                 writer.flush()
                 entry[split] = {"shards": writer.shards, "tokens": n_tokens, "documents": n_documents}
             index["collections"][collection.name] = entry
-    (partial / config.index_path.name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    replace_directory(partial, config.tokens_dir)
-    for name, entry in index["collections"].items():
-        counts = ", ".join(f"{split} {entry[split]['tokens']:,}" for split in ("train", "validation") if split in entry)
-        print(f"{name}: {counts} tokens")
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return index
+
+
+def _encoded_by_ray(config: TrainConfig, path: Path) -> Iterator[dict]:
+    """Yield what `_Encoder` makes of each batch of documents of a Parquet file, in their order."""
+    import ray.data  # slow to import, and only the running of the stage needs it
+
+    start_ray()
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts documents
+    yield from (
+        ray.data.read_parquet(str(path.resolve()), columns=["text"])
+        .map_batches(
+            _Encoder,
+            fn_constructor_args=[str(config.tokenizer_path.resolve())],
+            batch_size=BATCH_DOCUMENTS,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, os.cpu_count() or 1)),
+        )
+        .iter_rows()
+    )
 
 
 if __name__ == "__main__":

@@ -21,15 +21,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinylm.files import check_directory
 from tinylm.llm import LLM
 from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer
-from tinylm.weights import Tensor, quantize_rows, save_model
+from tinylm.weights import Tensor, model_files, quantize_rows, save_model
 from train.card import attribution_page, model_card, prompts_page, samples_page
 from train.config import METRICS_FILE, ConfigError, TrainConfig
 from train.core.checkpoint import Checkpoint, last_checkpoint
 from train.curve import draw_curve
 from train.evaluate import Document, evaluate, per_byte, read_documents, summary
+from train.exporting import export_files
 from train.generated import judge, training_words, write_stories
 from train.metrics import metrics_text, read_metrics
 from train.prompts import answer, load_prompts
@@ -74,6 +76,10 @@ def export(config: TrainConfig) -> None:
     checkpoint, tokenizer, tensors, quantized, manifest, documents = load_trained(config)
     prompts = load_prompts(config.export.prompts)
     exporters = load_exporters(config.export.formats)
+    directory, exports = config.models_dir / config.name, config.workdir / "exports" / config.name
+    check_directory(directory, model_files)
+    for name in exporters:
+        check_directory(exports / name, partial(export_files, name))
     check_sample_prompt(config, tokenizer)
     lines = read_metrics(config.metrics_path, checkpoint.step)
     exact = evaluate(Model(shape, tensors), tokenizer, documents, "float32")
@@ -123,8 +129,7 @@ def export(config: TrainConfig) -> None:
         )
         save(Path(scratch) / config.name)
         for name, exporter in exporters.items():  # before the model is put in place: one that fails stops it all
-            exporter(Path(scratch) / config.name, config.workdir / "exports" / config.name / name)
-    directory = config.models_dir / config.name
+            exporter(Path(scratch) / config.name, exports / name)
     save(directory)
 
     print(f"{directory}: step {checkpoint.step}, {evaluation['tokens_seen']:,} tokens seen")

@@ -25,8 +25,8 @@ from tinylm.tokenizer import BOUNDARY_PIECE, Tokenizer
 from tinylm.weights import TOKENIZER, load_model
 from train.exporting import (
     ExportError,
-    checked_files,
     engine_logits,
+    exported_directory,
     float32_tensors,
     require_equal,
     run_export,
@@ -131,7 +131,7 @@ def export_huggingface(model: Path, out: Path) -> None:
     tensors = float32_tensors(quantized)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with checked_files(model, out) as scratch:
+    with exported_directory("huggingface", model, out) as scratch:
         convert_model(config, tensors).save_pretrained(scratch)
         convert_tokenizer(model / TOKENIZER, config.context).save_pretrained(scratch)
         _name_for_every_version(scratch / "tokenizer_config.json")

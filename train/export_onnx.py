@@ -26,7 +26,7 @@ from onnx import TensorProto, helper
 from tinylm.config import ModelConfig
 from tinylm.kernels.numpy import rope_tables
 from tinylm.weights import TOKENIZER, load_model
-from train.exporting import checked_files, engine_logits, float32_tensors, require_equal, run_export, sample_ids
+from train.exporting import engine_logits, exported_directory, float32_tensors, require_equal, run_export, sample_ids
 from train.onnx_graph import Graph
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
@@ -126,9 +126,9 @@ def export_onnx(model: Path, out: Path) -> None:
     """Write `out`/model.onnx; raises ExportError, and writes nothing, when its logits are not the engine's."""
     config, quantized = load_model(model)
     tensors = float32_tensors(quantized)
-    with checked_files(model, out) as scratch:
+    with exported_directory("onnx", model, out) as scratch:
         onnx.save(build_graph(config, tensors), scratch / FILE)
-        shutil.copy(model / TOKENIZER, scratch)
+        shutil.copyfile(model / TOKENIZER, scratch / TOKENIZER)
         ids = sample_ids(config)
         ours = engine_logits(config, tensors, ids)
         whole = Session(scratch / FILE, config).forward(ids)

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from tinylm.config import ModelConfig
+from tinylm.files import manifest_names, replaced_directory
 from tinylm.model import Chunk, Model, ModelRunner
-from tinylm.weights import ModelError, Tensor, as_float32
+from tinylm.weights import MANIFEST, ModelError, Tensor, as_float32
 
 TOLERANCE = 1e-3  # of logits: float32 rounds to 1e-5 or so
 ATTRIBUTION = "ATTRIBUTION.md"  # goes wherever the weights go
+# By form, of exports without a manifest: a file, what is in the beginning of it, and the names of all files.
+OLDER_EXPORTS = {
+    "onnx": ("model.onnx", (b"tinylm",), {"model.onnx", "tokenizer.model", ATTRIBUTION}),
+    "huggingface": (
+        "config.json",
+        (b'"ArceeForCausalLM"', b'"gelu_pytorch_tanh"'),
+        {
+            "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+            "special_tokens_map.json", ATTRIBUTION,
+        },
+    ),
+}  # fmt: skip
 
 
 class ExportError(ModelError):
@@ -29,7 +43,9 @@ def run_export(description: str | None, export: Callable[[Path, Path], None]) ->
     """`--model DIR --out DIR`; what the user can mend becomes one line and exit status 1."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/stories-8m"), help="default: %(default)s")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if missing")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="missing, empty, or with an earlier export"
+    )
     arguments = parser.parse_args()
     try:
         export(arguments.model, arguments.out)
@@ -38,22 +54,37 @@ def run_export(description: str | None, export: Callable[[Path, Path], None]) ->
 
 
 @contextmanager
-def checked_files(model: Path, out: Path) -> Iterator[Path]:
-    """A scratch directory whose files are moved into `out` when the block ends without an error, else removed.
+def exported_directory(form: str, model: Path, out: Path) -> Iterator[Path]:
+    """Yield an empty directory, which takes the place of `out` when the block ends without an error.
 
-    Files of the same names are replaced, others stay. The model's attribution is among them. Raises ExportError when
-    `out` is the model's own directory.
+    form: "onnx" or "huggingface". The model's attribution and a manifest are added. Raises ExportError when `out` is
+    the model's own directory, and FileExistsError when it holds anything but an earlier export of this form.
     """
     if out.resolve() == model.resolve():
         raise ExportError(f"--out is {out}, the model itself, whose files it would replace: give another directory")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as scratch:
-        yield Path(scratch)
+    with replaced_directory(out, partial(export_files, form)) as new:
+        yield new
         if (model / ATTRIBUTION).exists():
-            shutil.copy(model / ATTRIBUTION, scratch)
-        for path in sorted(Path(scratch).iterdir()):
+            shutil.copyfile(model / ATTRIBUTION, new / ATTRIBUTION)
+        for path in new.iterdir():
             path.chmod(0o644)
-            path.replace(out / path.name)
+        manifest = {"format": form, "files": sorted(path.name for path in new.iterdir())}
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def export_files(form: str, directory: Path) -> set[str] | None:
+    """Return the names of the files of an export of this form; None when `directory` is not one.
+
+    Older exports have no manifest. One of their files shows that TinyLM wrote it.
+    """
+    if (directory / MANIFEST).exists():
+        return manifest_names(directory / MANIFEST, lambda found: found["files"] if found["format"] == form else [])
+    name, signs, older = OLDER_EXPORTS[form]
+    if not (directory / name).is_file():
+        return None
+    with (directory / name).open("rb") as file:
+        begin = file.read(4096)
+    return older if all(sign in begin for sign in signs) else None
 
 
 def float32_tensors(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tinylm.files import write_file
 from tinylm.text_files import lines_of
 
 
@@ -31,7 +32,11 @@ def metrics_text(lines: Iterable[dict[str, Any]]) -> str:
 
 
 def write_metrics(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """In place of what is there, at once."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(metrics_text(lines), encoding="utf-8")
-    partial.replace(path)
+    """Replace the file of a run by these lines."""
+    write_file(path, metrics_text(lines))
+
+
+def is_of_a_run(content: bytes) -> bool:
+    """Return whether these are lines of `train.loop`. A run that was killed may leave half a line and nothing else."""
+    first, newline, _ = content.partition(b"\n")
+    return not content or (first.startswith(b'{"step"') and (b'"tokens"' in first or not newline))

@@ -14,21 +14,21 @@ import hashlib
 import json
 import lzma
 import re
-import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tinylm.files import is_inside, manifest_names, replaced_directory
 from tinylm.text_files import BYTE_ORDER_MARK, decode_text
 from train.config import Collection, ConfigError, TrainConfig
-from train.files import replace_directory
 from train.stage import progress, run_stage
 
 SPLITS = ("train", "validation")
+MANIFEST = "manifest.json"
 SCHEMA = pa.schema([(name, pa.string()) for name in ("text", "collection", "source", "author", "licence")])
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 ROWS_A_WRITE = 1000
@@ -90,10 +90,34 @@ class Counts:
         }
 
 
+def source_paths(collection: Collection) -> list[Path]:
+    """Return the files of a collection, sorted; none when its source is the name of a dataset."""
+    return sorted(Path(path) for path in glob.glob(collection.source, recursive=True))  # noqa: PTH207
+
+
+def check_sources(config: TrainConfig) -> None:
+    """Raise ConfigError when a source lies in the directory that `prepare` replaces."""
+    for collection in config.prepare.collections:
+        for path in source_paths(collection):
+            if is_inside(path, config.text_dir):
+                raise ConfigError(
+                    f"collection {collection.name!r}: {path} lies in {config.text_dir}, which this command replaces: "
+                    "move it, or set another workdir"
+                )
+
+
+def text_files(directory: Path) -> set[str] | None:
+    """Return the names of the files that `prepare` wrote; None when it did not write `directory`."""
+
+    def names(manifest: dict[str, dict]) -> list[str]:
+        return [f"{name}.{split}.parquet" for name in manifest for split in SPLITS if manifest[name][split]["sha256"]]
+
+    return manifest_names(directory / MANIFEST, names)
+
+
 def read_rows(collection: Collection) -> Iterator[dict]:
     """Rows of a collection as dictionaries with at least the text column; raises ConfigError when there is nothing."""
-    paths = sorted(Path(path) for path in glob.glob(collection.source, recursive=True))  # noqa: PTH207
-    if paths:
+    if paths := source_paths(collection):
         for path in paths:
             yield from (_read_parquet if path.suffix == ".parquet" else _read_text)(path, collection)
     elif _is_dataset_id(collection.source):
@@ -178,50 +202,59 @@ def documents(collection: Collection, config: TrainConfig) -> Iterator[dict[str,
 
 
 def prepare(config: TrainConfig) -> dict:
-    """Run the stage; returns the manifest that it wrote. The old text stays until the new is whole."""
-    partial = config.text_dir.with_name("text.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """Run the stage; return the manifest that it wrote. The old text stays until the new is whole."""
+    check_sources(config)
     manifest: dict[str, dict] = {}
-    with progress("documents") as bar:
-        for collection in config.prepare.collections:
-            task = bar.add_task(collection.name, total=None)
-            share = config.prepare.validation_share
-            counts = {split: Counts() for split in SPLITS}
-            pending: dict[str, list] = {split: [] for split in SPLITS}
-            writers = {s: pq.ParquetWriter(partial / f"{collection.name}.{s}.parquet", SCHEMA) for s in SPLITS}
-            for row in documents(collection, config):
-                held_out = not collection.weight or is_validation(row["source"], share, config.seed)
-                split = SPLITS[held_out]
-                counts[split].add(row)
-                pending[split].append(row)
-                if len(pending[split]) == ROWS_A_WRITE:
-                    writers[split].write_batch(pa.RecordBatch.from_pylist(pending[split], SCHEMA))
-                    pending[split] = []
-                bar.advance(task)
-            for split, writer in writers.items():
-                writer.write_batch(pa.RecordBatch.from_pylist(pending[split], SCHEMA))
-                writer.close()
-                if not counts[split].documents and (collection.weight or split == "validation"):
-                    raise ConfigError(
-                        f"collection {collection.name!r}: no documents for {split}, "
-                        f"of {sum(c.documents for c in counts.values())} usable in {collection.source!r} "
-                        f"(validation_share is {share})"
-                    )
-            manifest[collection.name] = {
-                "source": collection.source if _is_dataset_id(collection.source) else Path(collection.source).name,
-                "attribution": collection.attribution,
-                **{split: counts[split].summary() for split in SPLITS},
-            }
-            bar.update(task, total=sum(c.documents for c in counts.values()))
-    (partial / config.manifest_path.name).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    replace_directory(partial, config.text_dir)
+    with replaced_directory(config.text_dir, text_files) as new:
+        with progress("documents") as bar:
+            for collection in config.prepare.collections:
+                task = bar.add_task(collection.name, total=None)
+                counts = write_collection(collection, config, new, lambda task=task: bar.advance(task))  # type: ignore[misc]
+                bar.update(task, total=sum(count.documents for count in counts.values()))
+                manifest[collection.name] = {
+                    "source": collection.source if _is_dataset_id(collection.source) else Path(collection.source).name,
+                    "attribution": collection.attribution,
+                    **{split: counts[split].summary() for split in SPLITS},
+                }
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for name, entry in manifest.items():
         print(
             f"{name}: {entry['train']['documents']:,} documents to train on ({entry['train']['bytes'] / 1e6:.1f} MB), "
             f"{entry['validation']['documents']:,} held out ({entry['validation']['bytes'] / 1e6:.2f} MB)"
         )
     return manifest
+
+
+def write_collection(
+    collection: Collection, config: TrainConfig, directory: Path, advance: Callable[[], None]
+) -> dict[str, Counts]:
+    """Write the documents of a collection, one file for each split; return what each split holds.
+
+    advance: called once for each document. Raises ConfigError when a split that must not be empty is.
+    """
+    share = config.prepare.validation_share
+    counts = {split: Counts() for split in SPLITS}
+    pending: dict[str, list] = {split: [] for split in SPLITS}
+    writers = {s: pq.ParquetWriter(directory / f"{collection.name}.{s}.parquet", SCHEMA) for s in SPLITS}
+    for row in documents(collection, config):
+        held_out = not collection.weight or is_validation(row["source"], share, config.seed)
+        split = SPLITS[held_out]
+        counts[split].add(row)
+        pending[split].append(row)
+        if len(pending[split]) == ROWS_A_WRITE:
+            writers[split].write_batch(pa.RecordBatch.from_pylist(pending[split], SCHEMA))
+            pending[split] = []
+        advance()
+    for split, writer in writers.items():
+        writer.write_batch(pa.RecordBatch.from_pylist(pending[split], SCHEMA))
+        writer.close()
+        if not counts[split].documents and (collection.weight or split == "validation"):
+            raise ConfigError(
+                f"collection {collection.name!r}: no documents for {split}, "
+                f"of {sum(c.documents for c in counts.values())} usable in {collection.source!r} "
+                f"(validation_share is {share})"
+            )
+    return counts
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from tinylm import bench
+from tinylm.files import check_file, write_file
 from tinylm.machine import describe
 from tinylm.model import Model
 from tinylm.weights import SCALE_SUFFIX, quantize_rows
@@ -182,11 +183,11 @@ def main() -> None:
     parser.add_argument("--no-speed", action="store_true", help="sizes and quality only, which a busy machine can tell")
     arguments = parser.parse_args()
     with one_line_errors():
+        check_file(arguments.out)
         command = shlex.join(["python", "-m", "train.quantization_study", *sys.argv[1:]])
         measured = {"command": command, **describe()}  # before: the revision may be another one afterwards
         result = {**measured, **study(load_config(arguments.config, arguments.overrides), not arguments.no_speed)}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_file(arguments.out, json.dumps(result, indent=2) + "\n")
     print(markdown(result))
 
 

@@ -11,20 +11,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tinylm.files import check_file, check_own, is_own_png
 from train.config import TrainConfig
 from train.core.schedule import total_steps
 from train.curve import draw_curve
-from train.metrics import metrics_text, read_metrics, write_metrics
+from train.metrics import is_of_a_run, metrics_text, read_metrics, write_metrics
 from train.stage import progress
 
 
 @contextmanager
 def recorded(config: TrainConfig, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Gives the function that takes the lines of a run that goes on after `step`; draws the curve as they come.
+    """Yield the function that writes a line of a run that resumes after `step`; draw the curve after validations.
 
-    What was logged later than that will be so again.
+    Lines of later steps are removed first, since the run writes them again. Raises FileExistsError when the metrics or
+    the curve in the run's directory are not those of a run.
     """
     metrics, picture = config.metrics_path, config.metrics_path.with_name("curve.png")
+    check_own(metrics, is_of_a_run)
+    if not metrics.exists():  # the curves of older runs do not name their maker
+        check_own(picture, is_own_png)
+    for path in (metrics, picture):
+        check_file(path)
     write_metrics(metrics, read_metrics(metrics, step))
 
     def log(values: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import pyarrow.parquet as pq
 import sentencepiece as spm
 
+from tinylm.files import check_file, check_own, write_file
 from tinylm.tokenizer import BOUNDARY_PIECE, Tokenizer
 from tinylm.weights import TOKENIZER, load_model
 from train.config import ConfigError, TrainConfig
@@ -42,15 +43,20 @@ def training_lines(config: TrainConfig, advance: Callable[[int], None] = lambda 
 def train_tokenizer(config: TrainConfig) -> None:
     """Run the stage: train a tokenizer, or copy that of the model in `start_from`."""
     require(config.manifest_path, "train.prepare")
+    check_own(config.tokenizer_path, is_trained_here)
+    check_file(config.tokenizer_path)
     if config.start_from:
         load_model(config.start_from)  # raises ModelError when the model is damaged
         model = (config.start_from / TOKENIZER).read_bytes()
     else:
         model = trained_on(config)
-    partial = config.tokenizer_path.with_suffix(".partial")
-    partial.write_bytes(model)
-    partial.replace(config.tokenizer_path)
+    write_file(config.tokenizer_path, model)
     print(f"{config.tokenizer_path}: {Tokenizer(config.tokenizer_path).vocab_size} pieces")
+
+
+def is_trained_here(content: bytes) -> bool:
+    """Return whether this is a tokenizer by `trained_on`: its settings are part of it."""
+    return ASCII.encode() in content and BOUNDARY_PIECE.encode() in content
 
 
 def trained_on(config: TrainConfig) -> bytes:

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from loadtest.peers.peer import PREFILL_TOKENS, Case
 from loadtest.peers.worker import Measurement
-from loadtest.report import as_png
-from tinylm.files import write_file
+from tinylm.files import as_png, write_file
 
 OURS, LLAMA = "tinylm", "llama.cpp"
 

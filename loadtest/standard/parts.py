@@ -21,12 +21,12 @@ from rich.table import Table
 from loadtest import result
 from loadtest.load import Load, Mix
 from loadtest.plots import against_load
-from loadtest.report import DPI, as_png, check_picture
+from loadtest.report import DPI, check_picture
 from loadtest.server import facts
 from loadtest.standard import services
 from loadtest.sweep import Sweep
 from loadtest.sweep import carry_out as run_sweep
-from tinylm.files import write_file
+from tinylm.files import as_png, write_file
 from tinylm.terminal.output import PlainConsole
 
 TOKENS = Mix((64,), (1.0,))

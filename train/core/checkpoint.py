@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -35,9 +35,9 @@ class Checkpoint:
     text_sha256: str
     config: TrainConfig
 
-    def save(self, path: Path) -> None:
+    def save(self, file: Path | BinaryIO) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        torch.save({**values, "config": self.config.model_dump(mode="json")}, path)
+        torch.save({**values, "config": self.config.model_dump(mode="json")}, file)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
