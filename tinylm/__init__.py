@@ -29,7 +29,7 @@ _MODULES = {
     "LLM": "llm",
     "AsyncClient": "client",
     "Client": "client",
-    "Completion": "completion",
+    "Completion": "engine.completion",
     "ModelConfig": "config",
     "ModelError": "weights",
     "SamplingParams": "sampling",
