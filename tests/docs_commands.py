@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES_ONLY = {"files.md"}  # it names commands without their arguments
 MADE_OF_EXCERPTS = {"how-it-works.md"}  # its Python consists of excerpts, which `test_docs_pages` checks
 SHELL = {"", "bash", "sh", "console"}  # languages of blocks with commands
 PROGRAMS = (
@@ -185,7 +186,7 @@ class Command:
 def commands() -> list[Command]:
     """Return the commands of blocks and of sentences, page by page, each once per page."""
     found: dict[tuple[str, str], Command] = {}
-    for path in PAGES:
+    for path in [page for page in PAGES if page.name not in NAMES_ONLY]:
         page, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
         for language, block in blocks(text):
             for command in _of_block(page, language, block) if language in SHELL else []:

@@ -111,7 +111,10 @@ def test_the_readme_shows_measured_setup_and_quality() -> None:
 
 
 def test_the_training_page_shows_measured_weight_formats() -> None:
-    assert markdown(load("quantization.json")) in Path("docs/training.md").read_text(encoding="utf-8")
+    study = load("quantization.json")
+    for row in study["formats"]:
+        row["decode_tokens_per_cpu_s"] = None  # the page shows no speeds
+    assert markdown(study) in Path("docs/training.md").read_text(encoding="utf-8")
 
 
 def test_the_usage_page_shows_measured_http_latency() -> None:
