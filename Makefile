@@ -65,15 +65,15 @@ proto: $(VENV)/development ## Generate tinylm/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. tinylm/v1/tinylm.proto
 
 bench: $(VENV)/bench ## Measure the standard set of services (ONLY=haproxy,bare) into docs/results/standard/ and docs/speed.md
-	$(BIN)/python -m loadtest standard $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python -m loadtest.bench.standard $(if $(ONLY),--only $(ONLY))
 	$(BIN)/python -m loadtest.bench.pages
 
 peers: $(VENV)/peers ## Compare the engine with llama.cpp, ONNX Runtime and PyTorch; writes docs/results/peers.json
-	$(BIN)/python -m loadtest.peers --out docs/results/peers.json --plot docs/images/peers.png
+	$(BIN)/python -m loadtest.bench.peers --out docs/results/peers.json --plot docs/images/peers.png
 	$(BIN)/python -m loadtest.bench.pages
 
 parts: $(VENV)/serving ## Where the time of a decode step goes; writes docs/results/parts.json
-	$(BIN)/python -m loadtest.parts --out docs/results/parts.json
+	$(BIN)/python -m loadtest.bench.parts --out docs/results/parts.json
 	$(BIN)/python -m loadtest.bench.pages
 
 pictures: $(VENV)/development ## Measure, draw and write docs/how-it-works.md again

@@ -1,4 +1,4 @@
-"""What a run looks like while it goes on: a bar, rates, percentiles so far, on standard error."""
+"""Show a run on standard error while it is going on: a progress bar, rates, percentiles so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from loadtest.client.worker import Tick
+from loadtest.generator.worker_process import Tick
 from loadtest.load import Load
 from tinylm.terminal.output import PlainConsole
 
@@ -21,7 +21,7 @@ RECENT_CALLS = 2000
 
 
 class LiveView:
-    """Use it in a `with` around a sweep; nothing is drawn when `quiet` or when standard error is no terminal."""
+    """The view of a sweep, shown within its `with` block if standard error is a terminal and `quiet` is not set."""
 
     def __init__(self, n_runs: int, quiet: bool) -> None:
         console = PlainConsole(stderr=True)
@@ -49,7 +49,7 @@ class LiveView:
             self._live.stop()
 
     def begin(self, load: Load, begin: float) -> None:
-        """A run starts; its measured time begins at `begin`."""
+        """Start to show a run whose measured time begins at `begin`, in seconds of `time.monotonic()`."""
         self._load, self._begin = load, begin
         self._answers.clear()
         self._latencies.clear()

@@ -1,4 +1,4 @@
-"""What one run asks and how hard: settings alone, checked once, where they enter. `workload` makes requests of them."""
+"""The settings of one run: what it asks, and how hard. They are checked here; `workload` makes requests of them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ OPEN_LOOP_CONNECTIONS = 16
 
 @dataclass(frozen=True)
 class Mix:
-    """Whole numbers and the share of requests that each is for, as in `16:0.5,64:0.3,128:0.2`; shares are relative to
-    their sum. For lengths of answers, of prompts, for delays."""
+    """Whole numbers with relative shares, as in `16:0.5,64:0.3,128:0.2`: lengths of answers or prompts, delays."""
 
     values: tuple[int, ...]
     shares: tuple[float, ...]
 
     @classmethod
     def parse(cls, text: str, name: str, least: int = 1) -> Mix:
-        """`64` -> always 64; `16:3,64:1` -> three times in four 16. Raises ValueError naming `name`."""
+        """Read `64` (always 64) or `16:3,64:1` (16 in three of four cases). Raises ValueError that names `name`."""
         values, shares = [], []
         for item in text.split(","):
             number, _, share = item.partition(":")
@@ -42,7 +41,7 @@ class Mix:
         return cls(tuple(values), tuple(shares))
 
     def draw(self, n: int, seed: int) -> np.ndarray:
-        """(n,) of the values, each as often as its share says but for the luck of the draw."""
+        """Return (n,) random values with these shares."""
         if len(self.values) == 1:
             return np.full(n, self.values[0])
         shares = np.array(self.shares)
@@ -58,24 +57,24 @@ class Mix:
 class Load:
     """One run. Exactly one of `concurrency` (closed loop) and `rate_per_s` (open loop) is set."""
 
-    server: str  # HOST:PORT (gRPC), http://HOST:PORT (OpenAI's completions), engine:DIRECTORY (no server at all)
+    server: str  # HOST:PORT (gRPC), http://HOST:PORT (OpenAI's completions), engine:DIRECTORY (no server)
     max_tokens: Mix
-    concurrency: int | None = None  # clients that each ask again as soon as they have their answer
-    rate_per_s: float | None = None  # requests sent a second, whatever comes back
+    concurrency: int | None = None  # clients; each sends its next request when it has its answer
+    rate_per_s: float | None = None  # requests sent a second, without waiting for answers
     arrivals: Arrivals = "poisson"
     stream: bool = False
     duration_s: float = 60.0  # measured, after the warm-up; `requests` replaces it
-    requests: int | None = None  # stop after so many measured requests
-    warmup_s: float = 5.0  # left out of every figure
-    prompts: tuple[str, ...] = ()  # empty: built in
+    requests: int | None = None  # stop after this number of measured requests
+    warmup_s: float = 5.0  # in no figure
+    prompts: tuple[str, ...] = ()  # empty: built-in prompts
     prompt_words: Mix | None = None  # lengths of built-in prompts; None: four short ones
     connections: int | None = None  # None: one a client, or OPEN_LOOP_CONNECTIONS
     timeout_s: float = 60.0  # a call that takes longer counts as DEADLINE_EXCEEDED
-    max_in_flight: int = 4096  # open loop: later requests wait, and their waiting counts
+    max_in_flight: int = 4096  # open loop: requests beyond this number wait, and their waiting counts
     seed: int = 0
-    priority: bool = True  # the load generator's threads run before all others, where the system permits it
+    priority: bool = True  # schedule the load generator before other processes, where that is permitted
     api_key: str | None = dataclasses.field(default=None, repr=False)
-    ca: bytes | None = dataclasses.field(default=None, repr=False)  # PEM; set: TLS
+    ca: bytes | None = dataclasses.field(default=None, repr=False)  # PEM certificates; None: no TLS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "api_key", checked_api_key("api_key", self.api_key))
@@ -103,25 +102,25 @@ class Load:
 
     @property
     def protocol(self) -> str:
-        """ "grpc", "openai" or "engine", by the form of `server`."""
+        """Return "grpc", "openai" or "engine", by the form of `server`."""
         if self.server.startswith(("http://", "https://")):
             return "openai"
         return "engine" if self.server.startswith("engine:") else "grpc"
 
     @property
     def comes_first(self) -> bool:
-        """Whether the load generator wants the cores before all others: not where it holds what is measured."""
+        """Return whether to schedule the load generator first: not if it contains the engine that it measures."""
         return self.priority and self.protocol != "engine"
 
     @property
     def name(self) -> str:
-        """For a table: "16 clients" or "200/s"."""
+        """Return "16 clients" or "200/s"."""
         if self.concurrency is not None:
             return f"{self.concurrency} client{'s' if self.concurrency > 1 else ''}"
         return f"{self.rate_per_s:g}/s"
 
     def as_dict(self) -> dict[str, Any]:
-        """For a result file: no secrets, and of prompts their number."""
+        """Return the settings for a result file: without secrets, and with the number of prompts only."""
         values = dataclasses.asdict(self)
         values |= {"max_tokens": str(self.max_tokens), "prompt_words": str(self.prompt_words or "") or None}
         values |= {"prompts": len(self.prompts) or "built in", "connections": self.n_connections}

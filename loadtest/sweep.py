@@ -1,26 +1,26 @@
-"""A sweep: every load of a list, every repeat of it, one run after the other, each with what it cost in CPU."""
+"""Make a list of runs, one after the other, and measure the CPU that each costs."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.client.pool import Pool
-from loadtest.client.scheduling import schedule
+from loadtest.generator.priority import schedule
+from loadtest.generator.process_pool import ProcessPool
 from loadtest.live import LiveView
 from loadtest.load import Load
-from loadtest.server import CpuMeter
-from loadtest.summary import summarize
+from loadtest.measured_server import CpuMeter
+from loadtest.results.summary import summarize
 
-BUSY = 0.8  # of a core: a generating process that uses more may be what is measured
+BUSY = 0.8  # of a core: a process of the load generator that uses more may be the limit
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Loads in order, `repeats` times over: rounds, so that the machine's moods fall on all loads alike."""
+    """Loads in order, `repeats` times over, so that a slow period of the machine affects all loads alike."""
 
     loads: tuple[Load, ...]
     repeats: int = 1
@@ -29,31 +29,29 @@ class Sweep:
 
     @property
     def seconds(self) -> float:
-        """About how long it takes; runs by number count as their `duration_s`."""
+        """Return about how long it takes. A run by number of requests counts with its `duration_s`."""
         return self.repeats * sum(load.warmup_s + load.duration_s + 0.5 for load in self.loads)
 
 
-def carry_out(sweep: Sweep, quiet: bool = False, on_run: Callable[[dict], None] = lambda run: None) -> list[dict]:
-    """The runs as they stand in a result file; `on_run` gets each as it ends."""
+def carry_out(sweep: Sweep, quiet: bool = False) -> list[dict[str, Any]]:
+    """Make all runs, and return them as they stand in a result file."""
     runs = []
-    with Pool() as pool, LiveView(len(sweep.loads) * sweep.repeats, quiet) as view:
+    with ProcessPool() as pool, LiveView(len(sweep.loads) * sweep.repeats, quiet) as view:
         needed = dict.fromkeys(range(len(sweep.loads)), sweep.n_processes or 1)
         for repeat in range(sweep.repeats):
             for index, load in enumerate(sweep.loads):
-                for n_processes in _attempts(needed[index], sweep.n_processes is None):
+                for n_processes in _attempts(needed[index], may_grow=sweep.n_processes is None):
                     run = _one(pool, load, n_processes, sweep.limits, view)
                     needed[index] = n_processes
                     if not run["client"]["too_busy"]:
                         break
-                run["repeat"] = repeat
-                runs.append(run)
-                on_run(run)
+                runs.append({**run, "repeat": repeat})
                 view.end()
     return runs
 
 
 def _attempts(first: int, may_grow: bool) -> Iterator[int]:
-    """Numbers of processes to try: twice as many while one is too busy, at most one a core."""
+    """Yield numbers of processes to try: twice as many each time, but at most one a core."""
     n = first
     yield n
     while may_grow and 2 * n <= (os.cpu_count() or 1):
@@ -61,7 +59,10 @@ def _attempts(first: int, may_grow: bool) -> Iterator[int]:
         yield n
 
 
-def _one(pool: Pool, load: Load, n_processes: int, limits: dict[str, float] | None, view: LiveView) -> dict[str, Any]:
+def _one(
+    pool: ProcessPool, load: Load, n_processes: int, limits: dict[str, float] | None, view: LiveView
+) -> dict[str, Any]:
+    """Make one run."""
     meter = CpuMeter(load.server)
     begin, end = math.inf, math.inf
 
@@ -70,7 +71,7 @@ def _one(pool: Pool, load: Load, n_processes: int, limits: dict[str, float] | No
         begin, end = moment, math.inf if load.requests else moment + load.duration_s
         view.begin(load, moment)
 
-    schedule(load.comes_first)  # this process too: it looks at the server's processes at the right moments
+    schedule(load.comes_first)  # this process too: it must look at the CPU of the server at the right moments
     try:
         outcome = pool.run(load, n_processes, on_begin, view.tick, lambda: meter.look(begin, end))
         server = meter.finish()
@@ -85,7 +86,8 @@ def _one(pool: Pool, load: Load, n_processes: int, limits: dict[str, float] | No
             "busiest_process": max(outcome.cores),
             "scheduling": outcome.scheduling,
             "longest_waiting": max(outcome.waited),
-            "too_busy": max(outcome.cores) > BUSY and load.protocol != "engine",  # there it is the engine that is busy
+            # With the protocol "engine", the engine keeps the process busy.
+            "too_busy": max(outcome.cores) > BUSY and load.protocol != "engine",
         },
         "server": server,
     }

@@ -71,7 +71,7 @@ HELD_OUT = {"FILE.parquet": "data/demo/text/demo.validation.parquet"}
 # Pattern of whole commands (the first match counts) -> HERE, CI, the test that executes it, or a walk. Walks run in
 # this order. The row of a server comes after the rows that need it, and ends it.
 TABLE: dict[str, str | Walk] = {
-    r".* --help|make help|python -m loadtest standard --list|python -m tinylm.serving.metrics": HERE,
+    r".* --help|make help|python -m loadtest.bench.standard --list|python -m tinylm.serving.metrics": HERE,
     r"tinylm write --seed 1 -n 40": "tests/test_terminal.py::test_the_transcript_of_the_page_is_what_happens",
     r"(printf .* \| )?tinylm (generate|info|tokenize|key|write|--version)\b(?!.*--server).*": HERE,
     r"cat fullchain.pem privkey.pem > server.pem.*": HERE,
@@ -166,7 +166,7 @@ TABLE: dict[str, str | Walk] = {
     r"make proto": Walk(Until.END),
     r"python -m (loadtest.bench.pages|docs.making.page)": Walk(Until.END),
     r"(SOAK_S=\d+ )?make chaos": Walk(Until.AT_WORK, r"tests/chaos/\w+\.py \.", limit_s=400),
-    r"make bench( ONLY=.*)?|python -m loadtest standard": Walk(Until.AT_WORK, BUSY, limit_s=400),
+    r"make bench( ONLY=.*)?|python -m loadtest.bench.standard": Walk(Until.AT_WORK, BUSY, limit_s=400),
     r"make peers": Walk(Until.AT_WORK, r"Building wheel for llama|round 1", limit_s=900),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from marked import Mark
 
-from loadtest.standard.services import with_own_ports
+from loadtest.bench.services import with_own_ports
 from tinylm.client import Client, ServiceError
 
 START_LIMIT_S = 150

@@ -15,7 +15,7 @@ import grpc
 import psutil
 import pytest
 
-from loadtest.standard.services import free_ports
+from loadtest.bench.services import free_ports
 from tinylm.client import CHANNEL_OPTIONS
 from tinylm.serving.ray import haproxy
 from tinylm.v1 import tinylm_pb2 as pb

@@ -24,7 +24,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from service_fixtures import with_own_ports
 
-from loadtest.standard.services import free_ports
+from loadtest.bench.services import free_ports
 from tinylm.serving import metrics
 from tinylm.serving.ray.monitor import DISCOVERY_FILE
 from tinylm.v1 import tinylm_pb2 as pb

@@ -20,11 +20,11 @@ import grpc
 import psutil
 import pytest
 import yaml
+from fault_load import FaultLoad, account
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from service_fixtures import PLAIN_PATH, Service
 from tls_fixtures import make_certificate, tls_front
 
-from loadtest.faults import FaultLoad, account
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, AsyncClient, Client, ServedCompletion, ServiceError
 from tinylm.v1 import tinylm_pb2 as pb

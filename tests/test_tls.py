@@ -21,7 +21,7 @@ import grpc
 import pytest
 from tls_fixtures import Front, make_certificate, tls_command, tls_front
 
-from loadtest.standard.services import free_ports
+from loadtest.bench.services import free_ports
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, Client, ServiceError
 from tinylm.v1 import tinylm_pb2 as pb

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from train_fixtures import prepared_stories
 
-from loadtest import report, result
-from loadtest.standard import parts as standard
+from loadtest.bench import standard
+from loadtest.results import html_report, result_file
 from tinylm import ModelConfig, SamplingParams
 from tinylm.files import replaced_directory, write_file
 from tinylm.kernels import sharing
@@ -69,18 +69,18 @@ class Command:
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
     """A result of the load test, without histograms, since drawing them takes long."""
-    found = result.read(ROOT / "docs" / "results" / "overhead.json")
+    found = result_file.read(ROOT / "docs" / "results" / "overhead.json")
     return {**found, "runs": [{**found["runs"][0], "histograms": {}}]}
 
 
 def load_test(directory: Path, measured: dict[str, Any]) -> None:
-    result.check_output(directory / "res.json")
-    result.write(directory / "res.json", measured)
+    result_file.check_output(directory / "res.json")
+    result_file.write(directory / "res.json", measured)
 
 
 def standard_set(directory: Path, measured: dict[str, Any]) -> None:
-    result.check_own_result(directory / "engine-unary.json")
-    result.write(directory / "engine-unary.json", measured)
+    result_file.check_own_result(directory / "engine-unary.json")
+    result_file.write(directory / "engine-unary.json", measured)
     standard.draw([measured], directory / standard.PICTURE)
 
 
@@ -164,7 +164,7 @@ def commands(
     tokenizer = (stories_dir / "tokenizer.model").read_bytes()
     return {
         "loadtest --output": Command(lambda at: load_test(at, measured), ("res.json",)),
-        "loadtest report": Command(lambda at: report.write([measured], at)),
+        "loadtest report": Command(lambda at: html_report.write([measured], at)),
         "loadtest standard": Command(lambda at: standard_set(at, measured)),
         "tinylm key --file": Command(lambda at: add_key(at / "keys", "anna"), once=True),
         "tinylm write, /save": Command(lambda at: save_story(at, None, monkeypatch), once=True),  # type: ignore[arg-type]

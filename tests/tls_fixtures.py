@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from loadtest.standard.services import free_ports
+from loadtest.bench.services import free_ports
 
 BIN = str(Path(sys.executable).parent)
 START_LIMIT_S = 30

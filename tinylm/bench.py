@@ -1,7 +1,7 @@
 """How fast the engine is on one core, and how far from what the core can do: `tinylm bench`.
 
 Whole steps of the engine, sampling and Python included, in CPU seconds of the thread that runs them. Serving is
-`loadtest`'s business, and so are other engines (`loadtest.peers`).
+`loadtest`'s business, and so are other engines (`loadtest.bench.peers`).
 """
 
 from __future__ import annotations

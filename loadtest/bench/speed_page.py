@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from loadtest import result
 from loadtest.bench.markdown import table
+from loadtest.results import result_file
 
 CORES = 2  # of the machine that the committed results are of
 SERVICES = {"haproxy": "HAProxy mode", "python-proxy": "Python proxy"}
@@ -29,7 +29,7 @@ class PartResult:
     """The result of one part of the standard set in one mode: its runs by number of clients."""
 
     def __init__(self, directory: Path, name: str, mode: str) -> None:
-        self.result = result.read(directory / f"{name}-{mode}.json")
+        self.result = result_file.read(directory / f"{name}-{mode}.json")
         self._runs: dict[int, list[dict[str, Any]]] = {}
         for run in self.result["runs"]:
             self._runs.setdefault(run["load"]["concurrency"], []).append(run)
@@ -72,7 +72,7 @@ def blocks(results: Path) -> dict[str, str]:
         "services": _services(parts),
         "peers": _peers(parts),
         "engine": _engine(parts),
-        "one-client": _one_client(result.read(results / "overhead.json")),
+        "one-client": _one_client(result_file.read(results / "overhead.json")),
         "replicas": _replicas(parts),
         "cpu": _cpu(parts),
         "selftest": _selftest(json.loads((results / "selftest.json").read_text(encoding="utf-8")), parts),

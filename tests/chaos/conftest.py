@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def faults(request: pytest.FixtureRequest) -> dict[str, dict]:
-    """name of a fault -> its account by `loadtest.faults`, with `healed_s`: from the fault to full health."""
+    """name of a fault -> its account by `fault_load`, with `healed_s`: from the fault to full health."""
     return request.config.stash[FAULTS]
 
 

@@ -23,7 +23,7 @@ from typing import Self
 import yaml
 from marked import Mark
 
-from loadtest.standard.services import free_ports
+from loadtest.bench.services import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fault_load import FaultLoad, account
 from ray_cluster import RayCluster, RayNode, wait_until
 
-from loadtest.faults import FaultLoad, account
 from tinylm import LLM, SamplingParams
 from tinylm.client import Client
 from tinylm.serving.keys import make_key

@@ -12,10 +12,10 @@ from pathlib import Path
 import fault_actions
 import pytest
 import yaml
+from fault_load import FaultLoad, account
 from marked import resident_mib
 from service_fixtures import Service, running_service
 
-from loadtest.faults import FaultLoad, account
 from tinylm import LLM, SamplingParams
 
 pytestmark = pytest.mark.chaos

@@ -10,9 +10,9 @@ from docs_commands import PAGES
 from matplotlib.image import imread
 
 from docs.making import measure, page, pictures
-from loadtest import result
 from loadtest.bench import pages
 from loadtest.bench.markdown import fill
+from loadtest.results import result_file
 from train.quantization_study import markdown
 
 RESULTS = Path("docs/results")
@@ -92,7 +92,7 @@ def test_the_readme_shows_measured_engine_speeds() -> None:
 
 def test_the_readme_shows_measured_service_speeds() -> None:
     readme = text_of("README.md")
-    runs = result.read(RESULTS / "standard/haproxy-unary.json")["runs"]
+    runs = result_file.read(RESULTS / "standard/haproxy-unary.json")["runs"]
     rates: dict[int, list[float]] = {}
     for run in runs:
         rates.setdefault(run["load"]["concurrency"], []).append(run["requests_per_s"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.workload import read_prompts
+from loadtest.generator.workload import read_prompts
 from tinylm.serving.keys import make_key, read_keys
 from tinylm.text_files import decode_text, lines_of, read_text
 from train.metrics import read_metrics

@@ -1,0 +1,109 @@
+"""The engine behind `grpc.aio` and nothing else. Ray Serve adds the difference to this. Not for production.
+
+    python -m loadtest.bench.bare_server --port 9200
+
+Several of these servers can share a port: the kernel gives each new connection to one of them at random. There is no
+health check, no reflection and no limit on sizes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+
+from tinylm.engine import Engine, EngineFull
+from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine
+from tinylm.engine.completion import Completion, CompletionBuilder
+from tinylm.llm import load
+from tinylm.terminal.output import one_line_errors
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server
+from tinylm.wire import ending, params_from_request
+
+
+class BareServicer(TinyLMServicer):
+    """One engine with the settings that `configs/serve.yaml` gives each replica. Create it inside the event loop."""
+
+    def __init__(self, model: Path) -> None:
+        self._tokenizer, loaded = load(model)
+        self._engine = AsyncEngine(Engine(loaded, n_slots=16, max_waiting=64, prefill_tokens=64))
+        self._name, self._replica = model.name, f"process {os.getpid()}"
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
+        async with aclosing(self._deltas(request, context, math.inf)) as deltas:
+            async for _, _, completion in deltas:
+                if completion is not None:
+                    return pb.GenerateResponse(text=completion.text, **ending(completion, self._replica))
+        raise RuntimeError("the answer never ended")
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        async with aclosing(self._deltas(request, context, STREAM_INTERVAL_S)) as deltas:
+            n_sent = 0
+            async for text, n_taken, completion in deltas:
+                end = {} if completion is None else ending(completion, self._replica)
+                if text or end:
+                    yield pb.GenerateStreamResponse(text=text, tokens=n_taken - n_sent, **end)
+                    n_sent = n_taken
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetModelInfoResponse:
+        arithmetic = self._engine.engine.model.arithmetic
+        return pb.GetModelInfoResponse(name=self._name, arithmetic=arithmetic, replica=self._replica)
+
+    async def _deltas(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext, every_s: float
+    ) -> AsyncGenerator[tuple[str, int, Completion | None], None]:
+        """Yield new text, the number of tokens so far, and at the end the completion."""
+        builder: CompletionBuilder | None = None
+        try:
+            ids = self._tokenizer.encode_document(request.prompt)
+            async with aclosing(self._engine.generate(ids, params_from_request(request), every_s=every_s)) as updates:
+                async for update in updates:
+                    builder = builder or CompletionBuilder(update, self._tokenizer)
+                    text = builder.take()
+                    yield text, builder.n_taken, builder.completion
+                    if builder.completion is not None:
+                        return
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except EngineFull as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+
+
+async def serve(model: Path, port: int) -> None:
+    """Serve on the loopback address until SIGTERM or SIGINT."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 1)])
+    add_TinyLMServicer_to_server(BareServicer(model), server)
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    print(f"ready on 127.0.0.1:{bound}", flush=True)
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    await ended.wait()
+    await server.stop(1)
+
+
+def main(
+    port: Annotated[int, typer.Option(help="0 takes a free port, which the output names.")] = 0,
+    model: Annotated[Path, typer.Option(metavar="DIR", help="The model directory.")] = Path("models/stories-8m"),
+) -> None:
+    """Serve the engine behind grpc.aio and nothing else."""
+    with one_line_errors(ValueError):
+        asyncio.run(serve(model, port))
+
+
+if __name__ == "__main__":
+    typer.run(main)

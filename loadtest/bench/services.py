@@ -1,0 +1,150 @@
+"""Start the services to measure, on ports of their own, and stop only what was started. Each yields an address."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import yaml
+
+MODEL = Path("models/stories-8m")
+START_LIMIT_S = 180
+STOP_LIMIT_S = 60
+_LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy of the environment
+
+
+@contextmanager
+def ray_serve(config: Path, replicas: int) -> Iterator[str]:
+    """Run `tinylm serve` in a Ray session of its own, with other ports and number of replicas than in the config."""
+    with tempfile.TemporaryDirectory(prefix="lt-", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        path, port, _ = with_own_ports(config, Path(directory), replicas)
+        command = ["-m", "tinylm.cli", "serve", "--config", str(path), "--wait-s", str(START_LIMIT_S)]
+        environment = {"RAY_TMPDIR": directory, "PYTHONUNBUFFERED": "1"}
+        with _process(command, Path(directory) / "log", environment, lambda log: "TinyLM is ready" in log):
+            yield f"localhost:{port}"
+
+
+@contextmanager
+def bare(processes: int) -> Iterator[str]:
+    """Run the engine behind grpc.aio alone. The processes share a port."""
+    port = free_ports(1)[0]
+    command = ["-m", "loadtest.bench.bare_server", "--port", str(port), "--model", str(MODEL)]
+    with tempfile.TemporaryDirectory(prefix="lt-") as directory, ExitStack() as stack:
+        for i in range(processes):
+            log = Path(directory) / f"log-{i}"
+            stack.enter_context(_process(command, log, {}, lambda log: "ready on" in log))
+        yield f"localhost:{port}"
+
+
+@contextmanager
+def engine() -> Iterator[str]:
+    """Run no server: the engine is in the processes of the load generator."""
+    yield f"engine:{MODEL}"
+
+
+@contextmanager
+def llama(threads: int) -> Iterator[str]:
+    """Run llama-cpp-python's server with a model of TinyLM's shape. It decodes one request at a time."""
+    from loadtest.bench.peers.gguf_file import write_random_model
+
+    with tempfile.TemporaryDirectory(prefix="lt-") as directory:
+        path = write_random_model(Path(directory), MODEL)
+        port = free_ports(1)[0]
+        url = f"http://127.0.0.1:{port}"
+        settings = {
+            "model": path, "host": "127.0.0.1", "port": port, "n_ctx": 256, "n_threads": threads,
+            "n_threads_batch": threads, "logits_all": "false", "flash_attn": "true", "verbose": "false",
+            "interrupt_requests": "false",  # otherwise a new request ends the one that is being answered
+        }  # fmt: skip
+        options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        command = ["-m", "llama_cpp.server", *options]
+        with _process(command, Path(directory) / "log", {}, lambda log: _answers(f"{url}/v1/models")):
+            yield url
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports below the system's own range and outside the one that Ray gives its workers (10002-19999)."""
+    ports: list[int] = []
+    for port in random.sample(range(20000, 30000), 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError("no free ports between 20000 and 30000")
+
+
+def with_own_ports(config: Path, directory: Path, replicas: int | None = None) -> tuple[Path, int, int]:
+    """Write the config into the directory with free ports, so that it runs beside another service.
+
+    replicas: None keeps their number. Returns the path, the gRPC port and the HTTP port.
+    """
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    grpc_port, http_port, metrics_port, stats_port = free_ports(4)
+    values["grpc_options"]["port"] = grpc_port
+    values["http_options"]["port"] = http_port
+    if "controller_options" in values:
+        values["controller_options"]["runtime_env"]["env_vars"] |= {
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        }
+    if replicas is not None:
+        for deployment in values["applications"][0]["deployments"]:
+            deployment["num_replicas"] = replicas
+    path = directory / config.name
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path, grpc_port, http_port
+
+
+@contextmanager
+def _process(
+    command: Sequence[str], log: Path, environment: dict[str, str], is_ready: Callable[[str], bool]
+) -> Iterator[None]:
+    """Run Python with these arguments from when it is ready to the end of the block.
+
+    Raises RuntimeError with the end of its output if it is never ready.
+    """
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **environment},
+            start_new_session=True,  # Ctrl-C reaches this process only, which interrupts the other below
+        )
+        try:
+            deadline = time.monotonic() + START_LIMIT_S
+            while not is_ready(log.read_text(errors="replace")):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    end = log.read_text(errors="replace")[-2000:]
+                    raise RuntimeError(f"python {' '.join(command[:3])} was never ready; the end of its output:\n{end}")
+                time.sleep(0.2)
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with _LOOPBACK.open(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False

@@ -1,0 +1,51 @@
+"""What a client saw of one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """One call. Times are seconds of `time.monotonic()`; those of a finished run count from its measured time."""
+
+    turn: int  # the number of the request in the run
+    wanted: int  # tokens asked for
+    intended_at: float  # when the schedule wanted the call sent; in a closed loop the same as sent_at
+    sent_at: float
+    ended_at: float = 0.0
+    status: str = "OK"  # the name of the gRPC status
+    tokens: int = 0  # of the answer
+    prompt_tokens: int = 0
+    replica: str = ""
+    text_at: list[float] = field(default_factory=list)  # of a stream: when each message with text came
+    text_tokens: list[int] | None = None  # how many tokens each of these carried; None if the messages do not tell
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from the intended time to the end."""
+        return self.ended_at - self.intended_at
+
+    def since(self, begin: float) -> CallRecord:
+        """Return the record with `begin` as second 0."""
+        return replace(
+            self,
+            intended_at=self.intended_at - begin,
+            sent_at=self.sent_at - begin,
+            ended_at=self.ended_at - begin,
+            text_at=[at - begin for at in self.text_at],
+        )
+
+    def tokens_of_messages(self) -> np.ndarray:
+        """Return (messages,): how many tokens each message with text carried.
+
+        If the messages do not tell, the tokens of the answer are spread evenly: 7 tokens in 3 messages are 2, 3 and 2.
+        """
+        if self.text_tokens is not None:
+            return np.array(self.text_tokens, np.int64)
+        n = len(self.text_at)
+        if n == 0:
+            return np.empty(0, np.int64)
+        return np.diff(np.round(np.arange(n + 1) * max(self.tokens, 1) / n)).astype(np.int64)

@@ -1,0 +1,124 @@
+"""The two loops: clients that wait for their answers, and a schedule that waits for nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from loadtest.generator.call_record import CallRecord
+from loadtest.generator.caller import Caller
+from loadtest.generator.workload import Workload
+from loadtest.load import Load
+
+ERROR_PAUSE_S = 0.05  # after a failed call of a client, so that it does not ask a refusing service in a busy loop
+
+
+@dataclass
+class Ledger:
+    """The calls of a run so far."""
+
+    ended: list[CallRecord] = field(default_factory=list)
+    in_flight: int = 0
+
+
+class Loops:
+    """The share of a run that one process makes.
+
+    Its requests have the turns first, first + step, first + 2 * step, ...
+    """
+
+    def __init__(self, load: Load, caller: Caller, ledger: Ledger, first: int, step: int) -> None:
+        self._load, self._caller, self._ledger = load, caller, ledger
+        self._first, self._step = first, step
+        self._workload = Workload(load)
+
+    async def closed(self, n_clients: int, begin: float, requests: int | None) -> None:
+        """Run clients until `begin` + duration, or until they have sent `requests` calls after `begin`."""
+        end = begin + self._load.duration_s if requests is None else math.inf
+        left = math.inf if requests is None else requests
+        turn = self._first - self._step
+
+        async def client(number: int) -> None:
+            nonlocal left, turn
+            while True:
+                now = time.monotonic()
+                if now >= end or (now >= begin and left == 0):
+                    return
+                if now >= begin:
+                    left -= 1
+                turn += self._step
+                record = await self._call(turn, now, now, number)
+                if record.status != "OK":
+                    await asyncio.sleep(ERROR_PAUSE_S)
+
+        await asyncio.gather(*(client(number) for number in range(n_clients)))
+
+    async def open(self, times: np.ndarray) -> None:
+        """Send each request at its time, in seconds of `time.monotonic()`, and wait for the last answer.
+
+        A request is sent late if this process has too much to do or if `max_in_flight` calls are open. Its latency
+        counts from the intended time. Raises what a caller raises, as the closed loop does.
+        """
+        room = asyncio.Semaphore(self._load.max_in_flight)
+        tasks: set[asyncio.Task[None]] = set()
+        failures: list[BaseException] = []  # of the load test itself: a failed call has a status instead
+
+        async def send(turn: int, at: float) -> None:
+            async with room:
+                await self._call(turn, at, time.monotonic(), turn)
+
+        def start(number: int, at: float) -> None:
+            task = asyncio.create_task(send(self._first + number * self._step, at))
+            tasks.add(task)
+            task.add_done_callback(ended)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                failures.append(error)
+
+        await _at_times(times, start)
+        while tasks and not failures:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in tasks:
+            task.cancel()
+        if failures:
+            raise failures[0]
+
+    async def _call(self, turn: int, intended_at: float, sent_at: float, connection: int) -> CallRecord:
+        """Make the call of that turn now, at `sent_at`."""
+        request = self._workload[turn]
+        record = CallRecord(turn, request.max_tokens, intended_at, sent_at)
+        self._ledger.in_flight += 1
+        try:
+            await self._caller.ask(request, record, connection)
+        finally:
+            self._ledger.in_flight -= 1
+        record.ended_at = time.monotonic()
+        self._ledger.ended.append(record)
+        return record
+
+
+async def _at_times(times: np.ndarray, start: Callable[[int, float], None]) -> None:
+    """Call `start(number, time)` in the event loop at each time.
+
+    A thread keeps the times, because the timers of the event loop are only accurate to a millisecond.
+    """
+    loop = asyncio.get_running_loop()
+    all_started = asyncio.Event()
+
+    def keep_time() -> None:
+        for number, at in enumerate(times.tolist()):
+            if (pause := at - time.monotonic()) > 0:
+                time.sleep(pause)
+            loop.call_soon_threadsafe(start, number, at)
+        loop.call_soon_threadsafe(all_started.set)
+
+    threading.Thread(target=keep_time, name="timekeeper", daemon=True).start()
+    await all_started.wait()

@@ -1,0 +1,1 @@
+"""What a run found: its figures, result files, tables, pictures and comparisons."""

@@ -1,0 +1,185 @@
+"""Pictures of results. Each function returns a figure of matplotlib, or None if there is nothing to draw."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from loadtest.results import histogram
+from loadtest.results.table import load_name
+from tinylm.files import PNG, check_file, check_own, is_own_png
+
+Result = Mapping[str, Any]
+Run = Mapping[str, Any]
+WIDTH_IN = 7.5
+HEIGHT_IN = 4.2
+DPI = 110
+TITLES = {"latency": "end-to-end latency", "ttft": "time to first token", "itl": "inter-token latency"}
+
+
+def check_picture(path: Path, is_shown: bool = False) -> None:
+    """Raise OSError if `path` cannot be written, or if something is there that is not a picture of a result.
+
+    is_shown: a report beside it shows a picture of this name. The pictures of older reports do not name their maker.
+    """
+    check_own(path, lambda content: is_own_png(content) or (is_shown and content.startswith(PNG)))
+    check_file(path)
+
+
+def histograms(result: Result, name: str) -> Figure | None:
+    """Draw how often each duration occurred: a panel a load, repeats added up."""
+    loads = _merged(result, name)
+    if not loads:
+        return None
+    columns = min(len(loads), 3)
+    rows = -(-len(loads) // columns)
+    figure = Figure((3.4 * columns, 2.3 * rows + 0.4), layout="constrained")
+    figure.suptitle(_literal(f"{result['label']}: {TITLES[name]}"), fontsize=11)
+    for axes, (load, merged) in zip(figure.subplots(rows, columns, squeeze=False).flat, loads.items(), strict=False):
+        values, counts = histogram.recorded(merged)
+        bins = np.geomspace(values.min() * 0.98, values.max() * 1.02, 40)
+        axes.hist(values, bins, weights=counts, color="tab:blue")
+        axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
+        for share, colour in ((50, "tab:green"), (99, "tab:red")):
+            value = merged.get_value_at_percentile(share) / 1000
+            axes.axvline(value, color=colour, linewidth=1, label=f"p{share} {value:.3g} ms")
+        axes.set_title(load, fontsize=9)
+        axes.legend(fontsize=7)
+        axes.tick_params(labelsize=7)
+    for axes in figure.axes[-columns:]:
+        axes.set_xlabel("ms", fontsize=8)
+    return figure
+
+
+def percentiles(result: Result, name: str) -> Figure | None:
+    """Draw the duration by percentile, up to the last request: a line a load."""
+    loads = _merged(result, name)
+    if not loads:
+        return None
+    figure, axes = _axes(f"{result['label']}: {TITLES[name]} by percentile")
+    for load, merged in loads.items():
+        shares, values = histogram.curve(merged)
+        axes.plot(1 / (1 - shares), values, label=load)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * (1 - 1 / x):.6g}" if x > 0 else ""))
+    _plain_numbers(axes.yaxis)
+    axes.set(xlabel="percentile", ylabel="ms")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
+    """Draw tokens a second and p99 latency against the number of clients (or the rate): a line a result."""
+    drawn = [(result["label"], points) for result in results if (points := _by_load(result, stream))]
+    if not drawn:
+        return None
+    figure = Figure((WIDTH_IN * 1.4, HEIGHT_IN), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    is_open = any(run["load"]["rate_per_s"] for result in results for run in result["runs"])
+    for axes, title, path in (
+        (left, "output tokens/s", ("tokens_per_s",)),
+        (right, "p99 end-to-end latency, ms", ("latency_ms", "p99")),
+    ):
+        for label, points in drawn:
+            _line_of_repeats(axes, {load: _values(runs, path) for load, runs in points.items()}, label)
+        axes.set(xlabel="requests/s offered" if is_open else "clients", title=title)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.grid(alpha=0.3)
+    right.set_yscale("log")
+    _plain_numbers(right.yaxis)
+    left.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    kind = "streams" if stream else "unary"
+    figure.suptitle(f"{kind}; medians, bars from the least to the greatest of repeated runs", fontsize=10)
+    return figure
+
+
+def against_replicas(results: Sequence[Result], stream: bool) -> Figure | None:
+    """Draw tokens a second against the number of replicas: a line a series and load that has several numbers."""
+    lines: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        for run in result["runs"]:
+            if run["load"]["stream"] == stream and result["replicas"]:
+                name = ", ".join(filter(None, (result["series"], load_name(run))))
+                lines[name][result["replicas"]].append(run["tokens_per_s"])
+    several = {name: points for name, points in lines.items() if len(points) > 1}
+    if not several:
+        return None
+    figure, axes = _axes(f"output tokens/s against replicas, {'streams' if stream else 'unary'}")
+    for name, points in several.items():
+        _line_of_repeats(axes, points, name)
+    axes.set(xlabel="replicas", ylabel="tokens/s", xticks=sorted({n for points in several.values() for n in points}))
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _merged(result: Result, name: str) -> dict[str, Any]:
+    """Return a histogram a load, of all its repeats."""
+    loads: dict[str, Any] = {}
+    for run in result["runs"]:
+        if text := run["histograms"].get(name):
+            load = load_name(run) + (", stream" if run["load"]["stream"] else "")
+            if load in loads:
+                loads[load].add(histogram.decode(text))
+            else:
+                loads[load] = histogram.decode(text)
+    return loads
+
+
+def _by_load(result: Result, stream: bool) -> dict[float, list[Run]]:
+    points: dict[float, list[Run]] = defaultdict(list)
+    for run in result["runs"]:
+        if run["load"]["stream"] == stream and run["latency_ms"]:
+            points[run["load"]["concurrency"] or run["load"]["rate_per_s"]].append(run)
+    return points
+
+
+def _values(runs: Sequence[Run], path: Sequence[str]) -> list[float]:
+    values = []
+    for run in runs:
+        value: Any = run
+        for key in path:
+            value = value[key]
+        values.append(float(value))
+    return values
+
+
+def _line_of_repeats(axes: Axes, points: Mapping[float, Sequence[float]], label: str) -> None:
+    """Draw a line through the medians of each x, with a bar from the least to the greatest value."""
+    x = sorted(points)
+    middle = np.array([np.median(points[at]) for at in x])
+    below = middle - [min(points[at]) for at in x]
+    above = [max(points[at]) for at in x] - middle
+    axes.errorbar(x, middle, [below, above], marker="o", capsize=2, label=_literal(label))
+
+
+def _axes(title: str) -> tuple[Figure, Axes]:
+    figure = Figure((WIDTH_IN, HEIGHT_IN), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(_literal(title), fontsize=10)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _literal(text: str) -> str:
+    """Return the text as Matplotlib must get it, so that it reads no formula between dollar signs."""
+    return text.replace("$", r"\$")
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis with 1, 2, 5, 10, ..."""
+    axis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_locator(NullLocator())

@@ -1,0 +1,1 @@
+"""Ready-made sequences of runs, and what they show together."""

@@ -1,0 +1,121 @@
+"""Measure the load generator on a stub service: its highest rates, and whether it finds known delays.
+
+The stub shares the machine with the load generator, so the rates are what both reach together. Against a service on
+another machine the load generator can reach more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from loadtest.load import Load, Mix
+from loadtest.results.table import ms
+from loadtest.stub_server import running
+from loadtest.sweep import Sweep, carry_out
+from tinylm.machine import describe
+
+CLIENTS = (1, 8, 32, 128)
+TOKENS = Mix((64,), (1.0,))
+ONE_TOKEN = Mix((1,), (1.0,))
+TOKENS_A_MESSAGE = 8  # of a stream: a busy TinyLM puts at most this number into a message
+DELAYS_MS = Mix((10, 40, 160), (0.7, 0.25, 0.05))
+OVERHEAD_MS = 25.0  # client, stub and a busy machine may add at most this to a known delay
+FREEZE_S = 1.0
+
+
+def measure(duration_s: float, quiet: bool) -> dict[str, Any]:
+    """Return the highest rates and the checks. Each check has a name, what it found, and whether it passed."""
+    rates = {kind: _rates(duration_s, stream, quiet) for kind, stream in (("unary", False), ("stream", True))}
+    checks = [_known_delays(duration_s, quiet), *_stall(duration_s, quiet)]
+    return {**describe(), "rates": rates, "checks": checks}
+
+
+def _rates(duration_s: float, stream: bool, quiet: bool) -> list[dict[str, Any]]:
+    """Return runs against a stub that answers at once."""
+    with running("--tokens-a-message", str(TOKENS_A_MESSAGE)) as server:
+        loads = [Load(server, TOKENS, n, stream=stream, duration_s=duration_s, warmup_s=0.5) for n in CLIENTS]
+        return carry_out(Sweep(tuple(loads)), quiet)
+
+
+def _known_delays(duration_s: float, quiet: bool) -> dict[str, Any]:
+    """Check with delays of three sizes that each percentile is the size that its share says, or little more."""
+    with running("--delay-ms", str(DELAYS_MS)) as server:
+        load = Load(server, ONE_TOKEN, rate_per_s=100, duration_s=max(duration_s, 5), warmup_s=0.5)
+        (run,) = carry_out(Sweep((load,)), quiet)
+    found = {name: run["latency_ms"][name] for name in ("p50", "p90", "p99")}
+    expected = dict(zip(found, DELAYS_MS.values, strict=True))
+    passed = all(delay <= found[name] < delay + OVERHEAD_MS for name, delay in expected.items())
+    return {"name": "known delays", "expected_ms": expected, "found_ms": found, "passed": passed}
+
+
+def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
+    """Check that a stall shows from the intended time and hides from the sending time.
+
+    The service stops for a second. Only one request may be open, so the others wait to be sent. From their intended
+    time, about a quarter of them shows the stall. From their sending time, one does: the coordinated omission of naive
+    clients.
+    """
+    duration_s = max(duration_s, 4)
+    with running("--freeze-after-s", "2", "--freeze-s", str(FREEZE_S)) as server:
+        load = Load(
+            server,
+            ONE_TOKEN,
+            rate_per_s=100,
+            arrivals="constant",
+            duration_s=duration_s,
+            warmup_s=0,
+            max_in_flight=1,
+        )
+        (run,) = carry_out(Sweep((load,)), quiet)
+    # A request intended within the stall waits for half of it on average.
+    expected = FREEZE_S / duration_s * FREEZE_S / 2 * 1000
+    found, naive = run["latency_ms"], run["latency_from_send_ms"]
+    return [
+        {
+            "name": "a stall of a second, from the intended time",
+            "expected_ms": {"mean": round(expected, 1)},
+            "found_ms": {name: found[name] for name in ("mean", "p99", "max")},
+            "passed": 0.7 * expected < found["mean"] < 1.5 * expected + OVERHEAD_MS,
+        },
+        {
+            "name": "the same requests, from the sending time",
+            "expected_ms": {"p90": 0},
+            "found_ms": {name: naive[name] for name in ("mean", "p90", "max")},
+            "passed": naive["p90"] < OVERHEAD_MS,
+        },
+    ]
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="a stub that answers at once", title_justify="left")
+    for number, column in enumerate(
+        ("", "clients", "requests/s", "messages/s", "p50 ms", "p99 ms", "processes", "client cores", "stub cores")
+    ):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for kind, runs in result["rates"].items():
+        for run in runs:
+            messages = f"{_messages_per_s(run):,.0f}" if kind == "stream" else "-"
+            latency = [ms(run["latency_ms"], name) for name in ("p50", "p99")]
+            cores = [f"{run['client']['cores']:.2f}", f"{run['server']['cores'] or 0:.2f}"]
+            figures = [str(run["load"]["concurrency"]), f"{run['requests_per_s']:,.0f}", messages, *latency]
+            table.add_row(kind, *figures, str(run["client"]["processes"]), *cores)
+    console.print(table)
+    for kind, runs in result["rates"].items():
+        best = max(runs, key=lambda run: run["requests_per_s"])
+        figure = f"{best['requests_per_s']:,.0f} requests/s"
+        if kind == "stream":
+            figure += f", {_messages_per_s(best):,.0f} messages/s"
+        console.print(f"highest rate, {kind}: {figure} with {best['load']['concurrency']} clients")
+    for check in result["checks"]:
+        verdict, style = ("passed", "green") if check["passed"] else ("failed", "red")
+        told = f"{check['name']}: {verdict}; expected {check['expected_ms']} ms, found {check['found_ms']}"
+        console.print(told, style=style)
+
+
+def _messages_per_s(run: Mapping[str, Any]) -> float:
+    return float(run["tokens_per_s"] / run["messages"]["tokens_a_message"])

@@ -1,1 +1,0 @@
-"""The standard set of measurements: `python -m loadtest standard`."""

@@ -1,0 +1,145 @@
+"""Which files `--output`, `--out` and `--plot` may replace. The others are refused before anything is measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from loadtest.bench.peers.__main__ import main as peers
+from loadtest.cli import app
+from loadtest.results import html_report, result_file
+
+RESULTS = Path(__file__).resolve().parents[3] / "docs" / "results"
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    """A result with one run, and without histograms, since drawing them takes long."""
+    found = result_file.read(RESULTS / "overhead.json")
+    return {**found, "runs": [{**found["runs"][0], "histograms": {}}]}
+
+
+def refused(*arguments: object) -> str:
+    """The error of a command that must fail before it asks the service, of which there is none."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 1
+    return done.output
+
+
+@pytest.mark.parametrize("command", ["run", "selftest", "overload", "overhead"])
+@pytest.mark.parametrize("name", ["res.csv", "res.CSV", "x.html", "rate.0.5"])
+def test_an_output_that_is_not_json_is_refused(tmp_path: Path, command: str, name: str) -> None:
+    """The CSV beside `res.csv` would have its name, and those of rate.0.5 and rate.0.7 the same one."""
+    said = refused(command, "--output", tmp_path / name)
+    assert "--output is" in said
+    assert "must end in .json" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_the_prompts_is_refused(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text("Once\n")
+    (tmp_path / "link.json").symlink_to(prompts)
+    for name in ("prompts.json", "link.json"):
+        assert "which --prompts reads" in refused("run", "--prompts", prompts, "-o", tmp_path / name)
+    assert prompts.read_text() == "Once\n"
+
+
+@pytest.mark.parametrize("command", ["run", "overload", "overhead"])
+def test_a_csv_of_the_user_beside_the_output_is_refused(tmp_path: Path, command: str) -> None:
+    (tmp_path / "res.csv").write_text("name,age\n")
+    assert "res.csv exists and TinyLM did not write it" in refused(command, "-o", tmp_path / "res.json")
+    assert (tmp_path / "res.csv").read_text() == "name,age\n"
+
+
+def test_a_result_is_replaced_with_its_csv(tmp_path: Path, measured: dict[str, Any]) -> None:
+    for label in ("old", "new"):
+        result_file.check_output(tmp_path / "res.json")
+        result_file.write(tmp_path / "res.json", {**measured, "label": label})
+    assert json.loads((tmp_path / "res.json").read_text())["label"] == "new"
+    assert len(list(csv.DictReader((tmp_path / "res.csv").open()))) == 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_device_gets_the_json_alone(tmp_path: Path, measured: dict[str, Any]) -> None:
+    os.mkfifo(tmp_path / "res")
+    reader = os.open(tmp_path / "res", os.O_RDONLY | os.O_NONBLOCK)
+    result_file.check_output(tmp_path / "res")
+    result_file.write(tmp_path / "res", {**measured, "runs": []})
+    assert json.loads(os.read(reader, 1 << 16))["runs"] == []
+    os.close(reader)
+    (tmp_path / "null").symlink_to("/dev/null")
+    result_file.write(tmp_path / "null", measured)
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["null", "res"]
+
+
+def test_a_csv_that_links_to_the_json_is_not_written(tmp_path: Path, measured: dict[str, Any]) -> None:
+    (tmp_path / "res.csv").symlink_to("res.json")
+    with pytest.raises(FileExistsError):
+        result_file.write(tmp_path / "res.json", measured)
+    assert json.loads((tmp_path / "res.json").read_text()) == measured
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("report.html", Path.mkdir),
+        ("report.html", lambda path: path.symlink_to("gone")),
+        ("load-unary.png", Path.touch),
+        ("load-unary.png", os.mkfifo),
+    ],
+)
+def test_a_report_replaces_no_other_file(
+    tmp_path: Path, measured: dict[str, Any], name: str, kind: Callable[[Path], None]
+) -> None:
+    kind(tmp_path / name)
+    before = (tmp_path / name).lstat().st_ino
+    with pytest.raises(FileExistsError, match=name):
+        html_report.write([measured], tmp_path)
+    assert [(path.name, path.lstat().st_ino) for path in tmp_path.iterdir()] == [(name, before)]
+
+
+def test_a_report_replaces_an_older_one(tmp_path: Path, measured: dict[str, Any]) -> None:
+    """The pictures of older reports do not name their maker."""
+    html_report.write([measured], tmp_path)
+    picture = tmp_path / "load-unary.png"
+    picture.write_bytes(picture.read_bytes().replace(b"Software\0TinyLM", b"Software\0Matplo"))
+    (tmp_path / "notes").touch()
+    html_report.write([measured], tmp_path)
+    assert b"Software\0TinyLM" in picture.read_bytes()
+    picture.write_bytes(picture.read_bytes().replace(b"Software\0TinyLM", b"Software\0Matplo"))
+    (tmp_path / "report.html").unlink()
+    with pytest.raises(FileExistsError, match=r"load-unary\.png"):
+        html_report.write([measured], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "res.png", "--plot", "res.png"], "--out and --plot are both"),
+        (["--out", "res.json", "--plot", "res.json"], "must end in .png"),
+        (["--out", "res.json"], "res.png exists and TinyLM did not write it"),
+        (["--out", "."], "is a directory"),
+    ],
+)
+def test_peers_refuses_names_that_lose_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "res.png").write_bytes(b"mine")
+    command = typer.Typer()
+    command.command()(peers)
+    done = CliRunner().invoke(command, arguments)
+    assert done.exit_code == 1
+    assert said in done.output
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
