@@ -1,4 +1,4 @@
-"""Shards and rows: no document is cut or lost, and the step number alone decides what training sees."""
+"""Training rows: no document is cut or lost, and the row's number alone decides what it holds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def flat(lists: list[list]) -> list:
     return [item for items in lists for item in items]
 
 
-def test_a_document_longer_than_a_shard_is_kept_whole(tmp_path: Path):
+def test_no_document_is_split_between_two_shards(tmp_path: Path):
     writer = _ShardWriter(tmp_path, "a.train", 10, BOUNDARY)
     documents = [[BOUNDARY, *[7] * n] for n in (3, 25, 3, 5)]
     writer.add(np.array(flat(documents)))
@@ -50,11 +50,13 @@ def documents_on_disk(directory: Path, shards: list[list[list[int]]]) -> Documen
 
 
 DOCUMENT = st.lists(st.integers(2, 500), max_size=9).map(lambda tokens: [BOUNDARY, *tokens])
+
+
 SHARDS = st.lists(st.lists(DOCUMENT, min_size=1, max_size=4), min_size=1, max_size=3)
 
 
 def laid_out(documents: list[list[int]], context: int) -> list[int]:
-    """Where the rows of documents end to end begin, token by token: the slow and obvious way."""
+    """Return where rows start among the tokens of the documents, found token by token."""
     begins = {sum(map(len, documents[:i])) for i in range(len(documents))}
     total = sum(map(len, documents))
     starts = [0]
@@ -68,7 +70,7 @@ def laid_out(documents: list[list[int]], context: int) -> list[int]:
 
 @settings(max_examples=150, deadline=None)
 @given(SHARDS, st.integers(1, 12), st.integers(0, 5))
-def test_rows_are_the_shuffled_documents_laid_out_anew_each_epoch(shards: list, context: int, seed: int):
+def test_rows_equal_a_slow_layout_of_the_shuffled_documents(shards: list, context: int, seed: int):
     documents = flat(shards)
     orders = [np.random.default_rng((seed, 4, epoch)).permutation(len(documents)) for epoch in range(60)]
     with tempfile.TemporaryDirectory() as directory:
@@ -87,8 +89,8 @@ def test_rows_are_the_shuffled_documents_laid_out_anew_each_epoch(shards: list, 
 
 @settings(max_examples=150, deadline=None)
 @given(SHARDS, st.integers(4, 12), st.integers(0, 5))
-def test_no_document_that_fits_is_ever_cut_and_every_token_is_learnt(shards: list, context: int, seed: int):
-    """In one epoch: each document of up to a context stands whole in a row, each token but the first is a target."""
+def test_documents_that_fit_are_whole_and_all_tokens_targets(shards: list, context: int, seed: int):
+    """One epoch: each document of up to a context is whole in a row, and each token but the first is a target."""
     documents = [[BOUNDARY, *(100 * n + i for i in range(1, len(d)))] for n, d in enumerate(flat(shards), 1)]
     with tempfile.TemporaryDirectory() as directory:
         rows = Rows(documents_on_disk(Path(directory), [documents]), context, (seed, 0))
@@ -102,10 +104,10 @@ def test_no_document_that_fits_is_ever_cut_and_every_token_is_learnt(shards: lis
     assert targets >= {token for document in documents for token in document[1:]}
     assert of_epoch[0][0] == BOUNDARY
     for before, row in pairwise(of_epoch):
-        assert row[0] in (BOUNDARY, before[-1])  # a document's beginning, or where the row before ended
+        assert row[0] in (BOUNDARY, before[-1])  # a document's beginning, or the end of the row before
 
 
-def test_every_epoch_has_an_order_of_its_own(tmp_path: Path):
+def test_every_epoch_has_another_order(tmp_path: Path):
     shards = [[[BOUNDARY, n] for n in range(first, first + 50)] for first in (10, 60)]
     rows = Rows(documents_on_disk(tmp_path, shards), 20, (1, 0))
     epochs = [np.concatenate([rows.row(epoch * 10 + i)[:-1] for i in range(10)])[1::2] for epoch in range(3)]
@@ -114,8 +116,12 @@ def test_every_epoch_has_an_order_of_its_own(tmp_path: Path):
 
 
 CONTEXT = 8
-MARKS = {"much": 10, "some": 20, "little": 30}  # the token that each collection's documents are made of
-WEIGHTS = {"much": 0.8, "some": 0.15, "little": 0.05}  # sum to 1 with shares that are whole rows of a block
+
+
+MARKS = {"much": 10, "some": 20, "little": 30}  # the tokens of each collection
+
+
+WEIGHTS = {"much": 0.8, "some": 0.15, "little": 0.05}  # each is a whole number of rows of a block
 
 
 @pytest.fixture
@@ -140,7 +146,7 @@ def collection_of(row: np.ndarray) -> str:
     return {mark: name for name, mark in MARKS.items()}[marks.pop()]
 
 
-def test_the_weights_hold_exactly_over_every_block(tokens_dir: Path):
+def test_each_block_has_exactly_the_weights(tokens_dir: Path):
     mixture = data_in(tokens_dir).mixture
     for block in (0, 1, 5):
         rows = mixture.rows(block * BLOCK, BLOCK)
@@ -150,14 +156,14 @@ def test_the_weights_hold_exactly_over_every_block(tokens_dir: Path):
 
 
 def own_rows(tokens_dir: Path, name: str, count: int) -> list[list[int]]:
-    """A collection's first rows, of whatever mixture."""
+    """Return a collection's first rows outside of any mixture."""
     documents = Documents([tokens_dir / f"{name}.train-00000.npy"], BOUNDARY)
     rows = Rows(documents, CONTEXT, (1, list(MARKS).index(name)))
     return [rows.row(number).tolist() for number in range(count)]
 
 
-def test_a_mixture_has_its_collections_rows_in_their_order(tokens_dir: Path):
-    """None is left out, over the end of a block as well."""
+def test_a_mixture_keeps_each_collections_order(tokens_dir: Path):
+    """No row is left out, also where one block ends and the next begins."""
     mixture = data_in(tokens_dir).mixture
     rows = mixture.rows(0, BLOCK + 300)
     assert mixture.collections(0, len(rows)) == [collection_of(row) for row in rows]
@@ -169,7 +175,7 @@ def test_a_mixture_has_its_collections_rows_in_their_order(tokens_dir: Path):
 
 @settings(max_examples=10, deadline=None)
 @given(numbers=st.lists(st.integers(0, 2500), min_size=1, max_size=10))
-def test_a_row_is_the_same_whatever_was_read_before(numbers: list[int]):
+def test_earlier_reads_do_not_change_a_row(numbers: list[int]):
     with tempfile.TemporaryDirectory() as directory:
         collections = {name: {"train": [[BOUNDARY, mark, i + 100] for i in range(40)]} for name, mark in MARKS.items()}
         write_tokens(Path(directory) / "tokens", collections)
@@ -185,7 +191,7 @@ def test_the_seed_decides_the_order(tokens_dir: Path):
     assert (one != two).any()
 
 
-def test_epochs_count_what_was_gone_through(tokens_dir: Path):
+def test_epochs_count_the_rows_of_each_collection(tokens_dir: Path):
     data = data_in(tokens_dir)
     epochs = data.mixture.epochs(2 * BLOCK)
     for name, weight in WEIGHTS.items():
@@ -194,11 +200,11 @@ def test_epochs_count_what_was_gone_through(tokens_dir: Path):
         assert epochs[name] == rows.epochs(round(weight * 2 * BLOCK))
 
 
-def test_validation_windows_cover_the_documents(tokens_dir: Path):
+def test_validation_rows_cover_the_documents_once(tokens_dir: Path):
     data = data_in(tokens_dir)
     assert list(data.held_out) == ["much", "never"]
     rows = data.validation_rows("much", 1000)
-    # Every token but the boundary is a target once, in order; every window's first input is the token before.
+    # Every token but the boundary is a target once, in order.
     targets = [token for row in rows for token in row[1:] if token >= 0]
     assert targets == [token for n in (1, 7, 8, 9, 16, 17, 30) for token in range(2, 2 + n)]
     for row in rows:
@@ -219,7 +225,7 @@ def test_damaged_files_are_named(tokens_dir: Path, tmp_path: Path):
                 data_in(directory)
 
 
-def test_too_little_text_is_named(tmp_path: Path):
+def test_a_collection_smaller_than_a_row_is_named(tmp_path: Path):
     write_tokens(tmp_path / "t", {"little": {"train": [[BOUNDARY, 2, 3]], "validation": [[BOUNDARY, 2]]}})
     with pytest.raises(ConfigError, match="'little' has fewer tokens than one row of 9"):
         TokenData.load(tmp_path / "t", CONTEXT, 1, {"little": 1})
@@ -233,6 +239,6 @@ def test_too_little_text_is_named(tmp_path: Path):
         ({"much": 1, "some": 4e-4}, "'some' has a weight of 0.0004 of 1.0004: too little for a row in 1000"),
     ],
 )
-def test_weights_that_can_not_hold_are_named(tokens_dir: Path, weights: dict, named: str):
+def test_weights_without_enough_text_are_named(tokens_dir: Path, weights: dict, named: str):
     with pytest.raises(ConfigError, match=named):
         TokenData.load(tokens_dir, CONTEXT, 1, weights)
