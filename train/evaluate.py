@@ -29,7 +29,7 @@ from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
 from train.config import ConfigError
-from train.intervals import ratio_interval
+from train.release.intervals import ratio_interval
 from train.stage import progress
 
 WINDOWS_A_BATCH = 8

@@ -26,15 +26,15 @@ from tinylm.llm import LLM
 from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, model_files, quantize_rows, save_model
-from train.card import attribution_page, model_card, prompts_page, samples_page
 from train.config import METRICS_FILE, ConfigError, TrainConfig
 from train.core.checkpoint import Checkpoint, last_checkpoint
 from train.curve import draw_curve
 from train.evaluate import Document, evaluate, per_byte, read_documents, summary
 from train.exporting import export_files
-from train.generated import judge, training_words, write_stories
 from train.metrics import metrics_text, read_metrics
-from train.prompts import answer, load_prompts
+from train.release.card import attribution_page, model_card, prompts_page, samples_page
+from train.release.generated_text import judge, training_words, write_stories
+from train.release.prompts import answer, load_prompts
 from train.stage import load_tokenizer, load_tokens, require, run_stage
 
 Exporter = Callable[[Path, Path], None]  # a model directory, where to write

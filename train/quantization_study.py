@@ -27,7 +27,7 @@ from tinylm.weights import SCALE_SUFFIX, quantize_rows
 from train.config import ConfigError, TrainConfig, load_config
 from train.evaluate import Score, evaluate, per_byte, summary
 from train.export import load_trained
-from train.intervals import ratio_interval
+from train.release.intervals import ratio_interval
 from train.stage import command_line, one_line_errors
 
 GROUP = 32  # weights that share a scale

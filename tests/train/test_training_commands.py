@@ -26,7 +26,6 @@ from train_fixtures import ROOT, SHARD_TOKENS, Demo, command_env, encode_plainly
 from tinylm import LLM, SamplingParams
 from tinylm.tokenizer import Tokenizer
 from train.alone import run_alone
-from train.card import attribution_page
 from train.config import ConfigError, load_config
 from train.core.start_from import load_start
 from train.demo_text import demo_text
@@ -34,7 +33,8 @@ from train.encode import encode
 from train.export import export
 from train.metrics import read_metrics, write_metrics
 from train.prepare import prepare
-from train.prompts import load_prompts
+from train.release.card import attribution_page
+from train.release.prompts import load_prompts
 from train.run import run
 from train.stage import load_tokens
 from train.tokenizer import train_tokenizer

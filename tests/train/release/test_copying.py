@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train import copying
-from train.copying import match_lengths, words
+from train.release import copying
+from train.release.copying import match_lengths, words
 
 FEW_WORDS = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=12)  # few, so that long runs are shared
 

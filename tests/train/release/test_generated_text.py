@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinylm import SamplingParams
-from train.generated import copied_share, distinct_share, judge, write_stories
+from train.release.generated_text import copied_share, distinct_share, judge, write_stories
 
 TEXTS = st.lists(st.lists(st.sampled_from("abc"), max_size=10), max_size=5)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.intervals import ratio_interval
+from train.release.intervals import ratio_interval
 
 PARTS = st.lists(st.tuples(st.floats(0, 1e4), st.floats(1, 1e4), st.sampled_from("abcdefgh")), min_size=1, max_size=30)
 

@@ -1,7 +1,7 @@
 """Text that a model made up, beside text that people wrote: how varied it is, how much stands in the training text.
 
 The figures of held-out human text are the yardstick: without them those of the model would mean nothing. What counts
-as a copy is `train.copying`'s business; what the figures look like on a page, `train.card`'s.
+as a copy is `train.release.copying`'s business; what the figures look like on a page, `train.release.card`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tinylm.engine import Engine
 from tinylm.model import Model
 from tinylm.sampling import SamplingParams
 from tinylm.tokenizer import Tokenizer
-from train.copying import match_lengths, words
+from train.release.copying import match_lengths, words
 
 DISTINCT_GRAM = 3  # words
 DISTINCT_WORDS = 10_000  # of each writer: among more words there are more repetitions

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tinylm.engine.completion import Completion
 from tinylm.sampling import SamplingParams
 from train.config import TOP_P, TrainConfig
-from train.prompts import Prompt
+from train.release.prompts import Prompt
 
 
 def model_card(config: TrainConfig, evaluation: dict, manifest: dict) -> str:
@@ -85,7 +85,7 @@ def _held_out_table(evaluation: dict) -> str:
 
 
 def _generated_text(figures: dict) -> str:
-    """The paragraph and the table of `train.generated`'s figures."""
+    """The paragraph and the table of `train.release.generated_text`'s figures."""
     gram, distinct = figures["copied_gram_words"], figures["distinct_gram_words"]
     model, held_out = figures["model"], figures["held_out"]
     rows = [_writer_row("**the model**", model), *(_writer_row(name, of) for name, of in held_out.items())]
