@@ -1,10 +1,9 @@
-"""Bits per byte of an exported model on held-out text, by collection, computed by TinyLM's own engine.
+"""Measure an exported model's bits per byte on held-out text, by collection, with TinyLM's own engine.
 
     python -m train.evaluate --model models/stories-8m --data FILE.parquet [MORE.parquet ...] [--json]
 
-Any Parquet file with a `text` column will do; a `collection` column groups it, and a `source` column (a book's name)
-says which documents belong together, for the interval. A document longer than the context is read in windows that
-overlap by half: beyond its first half context, every token has at least that much before it.
+A Parquet file needs a column `text`. The optional column `collection` groups the scores, and `source` (such as a book's
+name) tells the interval which documents belong together.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ from train.release.intervals import ratio_interval
 from train.stage import progress
 
 WINDOWS_A_BATCH = 8
-STRETCH = 10_000  # characters of a long document that are drawn at once, when not all are wanted
+STRETCH = 10_000  # characters of a long document that are drawn together
 
 
 class Document(NamedTuple):
-    """A text to be scored, or a stretch of one, and what it belongs to."""
+    """A text to score, or a stretch of one."""
 
     collection: str
-    source: str  # such as a book, of which other documents may come too
+    source: str  # such as a book
     text: str
 
 
 class Score(NamedTuple):
-    """What a document costs to write down by the model's probabilities."""
+    """The code length of a document under the model's probabilities."""
 
     tokens: int
     bytes: int
@@ -54,7 +53,7 @@ class Score(NamedTuple):
 
 
 def summary(scores: Sequence[Score]) -> dict:
-    """A collection's figures for JSON: counts, bits per byte, and its 95 % interval by resampling the sources."""
+    """Return a collection's counts, bits per byte and 95 % interval, for JSON."""
     bits, sizes = [score.bits for score in scores], [score.bytes for score in scores]
     sources = [score.source for score in scores]
     return {
@@ -68,7 +67,7 @@ def summary(scores: Sequence[Score]) -> dict:
 
 
 def per_byte(scores: Sequence[Score]) -> float:
-    """Bits per byte of all these documents together, to five places."""
+    """Return the bits per byte of all these documents together, to five places."""
     return round(sum(score.bits for score in scores) / sum(score.bytes for score in scores), 5)
 
 
@@ -87,13 +86,13 @@ def windows(n_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
 
 
 def make_runner(model: Model) -> ModelRunner:
-    """Room for a batch of windows, each of whose tokens is scored."""
+    """Return a runner with room for a batch of windows."""
     size = WINDOWS_A_BATCH * model.config.context
     return ModelRunner(model, WINDOWS_A_BATCH, size, size)
 
 
 def score_document(runner: ModelRunner, tokenizer: Tokenizer, text: str, source: str = "") -> Score:
-    """Score of one document, the boundary before it given, by a runner that `make_runner` made."""
+    """Return the score of one document. The model sees the boundary token before it."""
     ids = np.array(tokenizer.encode_document(text))
     bits = 0.0
     spans = list(windows(len(ids), runner.model.config.context))
@@ -117,10 +116,10 @@ def score_document(runner: ModelRunner, tokenizer: Tokenizer, text: str, source:
 def evaluate(
     model: Model, tokenizer: Tokenizer, documents: Sequence[Document], title: str = "evaluating"
 ) -> dict[str, list[Score]]:
-    """Scores of documents by collection, in their order, behind a progress bar."""
+    """Return the scores of documents by collection, in their order. Shows a progress bar."""
     scores: dict[str, list[Score]] = {}
     runner = make_runner(model)
-    # One BLAS thread: a second one waits by spinning, and next to any other work that is many times slower.
+    # A second BLAS thread waits by spinning, which is many times slower beside other work.
     with progress("bytes") as bar, threadpool_limits(1, user_api="blas"):
         task = bar.add_task(title, total=sum(len(document.text) for document in documents))
         for collection, source, text in documents:
@@ -130,9 +129,10 @@ def evaluate(
 
 
 def read_documents(paths: Sequence[Path], max_bytes: int | None = None) -> list[Document]:
-    """Documents of Parquet files, up to `max_bytes` of each collection (see `spread`).
+    """Read Parquet files, up to `max_bytes` of each collection (see `spread`).
 
-    Without a column `collection` a file is one; without `source` each document is its own. Raises ConfigError by name.
+    Without a column `collection`, each file is one. Without `source`, each document is its own. Raises ConfigError that
+    names the file.
     """
     collections: dict[str, list[Document]] = {}
     for path in paths:
@@ -163,17 +163,17 @@ def read_documents(paths: Sequence[Path], max_bytes: int | None = None) -> list[
 
 
 def spread(documents: Sequence[Document], max_bytes: int | None) -> list[Document]:
-    """Stretches of the documents, up to `max_bytes`, drawn at random, from each source by turns: one book is not all.
+    """Return random stretches of the documents, up to `max_bytes`, taken from each source in turn.
 
-    A stretch is a whole document, or STRETCH characters of a longer one. The same documents give the same stretches,
-    in the documents' order. None is everything, uncut.
+    A stretch is a whole document, or STRETCH characters of a longer one. The same documents give the same stretches, in
+    the documents' order. With None, return all documents uncut.
     """
     if max_bytes is None or sum(len(document.text.encode()) for document in documents) <= max_bytes:
         return list(documents)
-    step = max(1, min(STRETCH, max_bytes // 4))  # a character has at most four bytes: at least one stretch fits
+    step = max(1, min(STRETCH, max_bytes // 4))  # a character has at most four bytes, so one stretch fits
     stretches = [d._replace(text=d.text[i : i + step]) for d in documents for i in range(0, len(d.text), step)]
     turns: dict[str, int] = {}
-    order: list[tuple[int, int]] = []  # (turn, stretch): of each source one a turn
+    order: list[tuple[int, int]] = []  # (turn, stretch): one stretch of each source in a turn
     for i in np.random.default_rng(0).permutation(len(stretches)).tolist():
         turn = turns.setdefault(stretches[i].source, 0)
         turns[stretches[i].source] += 1
@@ -191,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/stories-8m"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE.parquet")
-    parser.add_argument("--max-bytes", type=int, help="of each collection, by turns of its sources")
+    parser.add_argument("--max-bytes", type=int, help="of each collection, taken from its sources in turn")
     parser.add_argument("--kernels", default="auto", help="numba, numpy or auto (the default)")
     parser.add_argument("--precision", default="auto", help="of activations and KV cache: int8, float32 or auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

@@ -34,7 +34,7 @@ from train.exporting import export_files
 from train.metrics import metrics_text, read_metrics
 from train.release.card import attribution_page, model_card, prompts_page, samples_page
 from train.release.generated_text import judge, training_words, write_stories
-from train.release.prompts import answer, load_prompts
+from train.release.prompts import answers, load_prompts
 from train.stage import load_tokenizer, load_tokens, require, run_stage
 
 Exporter = Callable[[Path, Path], None]  # a model directory, where to write
@@ -107,7 +107,7 @@ def export(config: TrainConfig) -> None:
         (seeded, llm.generate(config.export.sample_prompt, seeded)[0])
         for seeded in (replace(params, seed=seed) for seed in range(config.export.n_samples))
     ]
-    answers = list(zip(prompts, answer(llm, prompts, params), strict=True))
+    answered = list(zip(prompts, answers(llm, prompts, params), strict=True))
     with tempfile.TemporaryDirectory() as scratch:
         curve = Path(scratch) / "curve.png"
         draw_curve(lines, curve)
@@ -116,7 +116,7 @@ def export(config: TrainConfig) -> None:
             "ATTRIBUTION.md": attribution_page(config, manifest).encode(),
             "evaluation.json": (json.dumps(evaluation, indent=2) + "\n").encode(),
             "samples.md": samples_page(config, samples).encode(),
-            "prompts.md": prompts_page(config, answers).encode(),
+            "prompts.md": prompts_page(config, answered).encode(),
             "curve.png": curve.read_bytes(),
             METRICS_FILE: metrics_text(lines).encode(),
         }

@@ -1,4 +1,4 @@
-"""What the training commands share around their work: arguments, one-line errors, a progress bar."""
+"""What the training commands share: arguments, one-line errors, their inputs, Ray, a progress bar."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.files import file_sha256
 
 
 def run_stage(description: str | None, stage: Callable[[TrainConfig], Any]) -> None:
-    """Parse the command line, run the stage, and turn what the user can mend into one line and exit status 1."""
+    """Parse the command line and run the stage, with one-line errors."""
     arguments = command_line(description).parse_args()
     with one_line_errors():
         stage(load_config(arguments.config, arguments.overrides))
@@ -37,7 +37,7 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """What the user can mend becomes one line on standard error and exit status 1; Ctrl-C becomes 130."""
+    """Print the user's errors as one line on standard error and exit with status 1; Ctrl-C exits with 130."""
     try:
         yield
     except (ConfigError, ModelError, OSError) as error:
@@ -47,13 +47,13 @@ def one_line_errors() -> Iterator[None]:
 
 
 def require(path: Path, made_by: str) -> None:
-    """Raise ConfigError, naming the command that makes it, when a stage's input is not there."""
+    """Raise ConfigError that names the command to run when a stage's input is missing."""
     if not path.exists():
         raise ConfigError(f"{path} is missing: run `python -m {made_by}` first")
 
 
 def load_tokenizer(config: TrainConfig) -> Tokenizer:
-    """The tokenizer of the work directory; raises ConfigError when it is missing or damaged."""
+    """Return the tokenizer of the work directory; raises ConfigError when it is missing or damaged."""
     require(config.tokenizer_path, "train.tokenizer")
     try:
         return Tokenizer(config.tokenizer_path)
@@ -62,23 +62,23 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
 
 
 def load_tokens(config: TrainConfig) -> TokenData:
-    """The tokens of the work directory; ConfigError when they are missing, or of other text or another tokenizer.
+    """Return the tokens of the work directory.
 
-    Without the text, only the tokenizer is compared.
+    Raises ConfigError when they are missing, or when the tokenizer or the text there is not the one they were made from.
     """
     require(config.index_path, "train.encode")
     data = TokenData.load(config.tokens_dir, config.shape.context, config.seed, config.weights)
-    for what, of_tokens, path in (
+    for what, expected, path in (
         ("with another tokenizer", data.tokenizer_sha256, config.tokenizer_path),
         ("from other text", data.text_sha256, config.manifest_path),
     ):
-        if path.exists() and file_sha256(path) != of_tokens:
+        if path.exists() and file_sha256(path) != expected:
             raise ConfigError(f"{config.tokens_dir} was made {what}: run `python -m train.encode` again")
     return data
 
 
 def start_ray(env_vars: dict[str, str] | None = None) -> None:
-    """Join the cluster that RAY_ADDRESS names, else start one of this machine's own: never one found by chance."""
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine."""
     import ray
 
     if not ray.is_initialized():
@@ -87,7 +87,7 @@ def start_ray(env_vars: dict[str, str] | None = None) -> None:
 
 
 def progress(unit: str) -> Progress:
-    """A progress bar on standard error: description, bar, count of units, time."""
+    """Return a progress bar on standard error."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,7 +1,6 @@
-"""The transformer in PyTorch, for training, also with a released model's weights; `tinylm.model` is the same arithmetic
-for inference.
+"""The transformer in PyTorch, for training. `tinylm.model` is the same arithmetic for inference.
 
-Weight names are those of Hugging Face's Llama family, so that exported tensors need no table of names.
+The weights have the names of Hugging Face's Llama family, so that exporting them needs no table of names.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 from tinylm.config import ModelConfig
 from tinylm.weights import as_float32, load_model
 
-QUERY_BLOCK = 64  # queries that attend together
-BYTE = 256  # dropout goes in steps of 1 / BYTE
+QUERY_BLOCK = 64  # queries that attention computes together
+BYTE = 256  # dropout has steps of 1 / BYTE
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, (context, head_dim) each (Su et al. 2021, halves rotated as in GPT-NeoX)."""
+    """Return cos and sin of the rotary angles, (context, head_dim) each (Su et al. 2021; halves as in GPT-NeoX)."""
     inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     angles = torch.outer(torch.arange(config.context).float(), inverse)  # (context, head_dim / 2)
     angles = torch.cat([angles, angles], dim=-1)
@@ -35,16 +34,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v over each token and those before it; all of them (B, heads, T, head_dim)."""
+    """Return softmax(q k^T / sqrt(head_dim)) v of each token over itself and earlier ones, (B, heads, T, head_dim)."""
     if q.is_cpu and torch.compiler.is_compiling():
         return attention_in_blocks(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same, block by block of queries against the keys up to them.
+    """Return the same as `causal_attention`, computed in blocks of queries.
 
-    Compiled for a CPU, these matmuls and their gradients take a third of the time of PyTorch's own function.
+    Compiled for a CPU, it takes a third of the time of PyTorch's own function.
     """
     q = q * q.shape[-1] ** -0.5
     attended = []
@@ -59,19 +58,20 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form (Hendrycks & Gimpel 2016), compiled by (1 + tanh y) / 2 = sigmoid(2 y): half the time."""
+    """Return GELU in its tanh form (Hendrycks & Gimpel 2016)."""
     return gelu_by_sigmoid(x) if torch.compiler.is_compiling() else F.gelu(x, approximate="tanh")
 
 
 def gelu_by_sigmoid(x: Tensor) -> Tensor:
+    """Return the same by (1 + tanh y) / 2 = sigmoid(2 y), which takes half the time in compiled code."""
     return x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
 
 
 def dropout_noise(shape: tuple[int, ...], shares: Tensor) -> Tensor:
-    """What dropout (Srivastava et al. 2014) multiplies with: 0, or what makes up for the zeros, in (..., B, T, hidden).
+    """Return the factors of dropout (Srivastava et al. 2014), (..., B, T, hidden): 0, or 1 / (1 - share).
 
-    shares: (B,) what is left out of each row, at most 0.9, in steps of 1 / 256. A byte of PyTorch's generator decides,
-    eight of them a draw, and not in compiled code, which draws by element: that takes a sixth of a step on a CPU.
+    shares: (B,) the dropped share of each row, at most 0.9, in steps of 1 / 256. One random byte of PyTorch's generator
+    decides each element. Call it outside of compiled code, which would draw element by element.
     """
     n, device = math.prod(shape), shares.device
     words = torch.empty(-(-n // 8), dtype=torch.int64, device=device).random_(-(2**63), None)
@@ -82,7 +82,7 @@ def dropout_noise(shape: tuple[int, ...], shares: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang & Sennrich 2019)."""
+    """Return x / rms(x) * weight (Zhang & Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention of n_heads heads, queries and keys rotated: (B, T, hidden) -> (B, T, hidden)."""
+    """Causal attention of n_heads heads with rotary positions: (B, T, hidden) -> (B, T, hidden)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer: attention and MLP, each added to its own input and fed with it normalized (pre-norm)."""
+    """A layer: x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, noise: Tensor | None) -> Tensor:
-        """noise: (2, B, T, hidden) what both outputs are multiplied with, or None."""
+        """Return the layer's output, (B, T, hidden). noise: (2, B, T, hidden) dropout factors of both outputs."""
         attended = self.self_attn(self.input_layernorm(x), cos, sin)
         x = x + (attended if noise is None else attended * noise[0])
         transformed = self.mlp(self.post_attention_layernorm(x))
@@ -146,7 +146,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """ids (B, T) -> (B, T, hidden): embedding, blocks, the last norm.
 
-    dropout: (B,) the share of the embedding's and each branch's outputs that is left out of each row, or None.
+    dropout: (B,) the share of each row that is dropped from the embedding and from each branch, or None.
     """
 
     cos: Tensor  # (context, head_dim), a buffer
@@ -172,7 +172,7 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """ids (B, T) -> logits (B, T, vocab); the output shares the embedding's weight. dropout: (B,), as in the blocks."""
+    """ids (B, T) -> logits (B, T, vocab). The output layer shares the embedding's weight. dropout: (B,) of each row."""
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
@@ -193,13 +193,13 @@ class GPT(nn.Module):
         return F.linear(self.model(ids, dropout), self.model.embed_tokens.weight)
 
     def compile_blocks(self) -> None:
-        """By torch.compile, one by one, which are alike: a quarter of a minute, where the whole takes two."""
+        """Compile the blocks one by one. They are alike, so this takes 15 s; the whole model would take two minutes."""
         for block in self.model.layers:
             block.compile()
 
 
 def released_model(directory: Path) -> GPT:
-    """A model that was exported to a directory, with the weights that it was released with; raises ModelError."""
+    """Return the model in a directory, with the weights that its int8 values stand for; raises ModelError."""
     config, tensors = load_model(directory)
     model = GPT(config)
     model.load_state_dict({name: torch.from_numpy(as_float32(tensor).copy()) for name, tensor in tensors.items()})

@@ -1,7 +1,7 @@
-"""Muon: momentum, orthogonalized, for the matrices of the transformer's blocks (Jordan et al. 2024).
+"""Muon: orthogonalized momentum for the matrices of the transformer's blocks (Jordan et al. 2024).
 
-The same update as `torch.optim.Muon`, whose Newton-Schulz iteration always runs in bfloat16: that takes twice the time
-of float32 on a CPU that has no instructions for it, and two thirds on one that has.
+`torch.optim.Muon` makes the same update, but always iterates in bfloat16. On a CPU without bfloat16 instructions, that
+takes twice the time of float32.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from train.core.ranks import Ranks
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steep at 0: singular values come near 1 in few steps, and stay within 0.3
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steep at 0: few steps bring singular values to within 0.3 of 1
 NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalize(matrices: Tensor, bfloat16: bool = False) -> Tensor:
-    """(B, M, N) -> the same singular vectors, and singular values near 1, by Newton-Schulz iteration."""
+    """Return matrices (B, M, N) with the same singular vectors and singular values near 1 (Newton-Schulz iteration)."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -33,11 +33,11 @@ def orthogonalize(matrices: Tensor, bfloat16: bool = False) -> Tensor:
 
 
 class Muon(Optimizer):
-    """For matrices alone; weight decay is decoupled (Loshchilov & Hutter 2019), the momentum Nesterov's.
+    """The optimizer, for matrices only, with decoupled weight decay (Loshchilov & Hutter 2019) and Nesterov momentum.
 
-    A step has the size lr * sqrt(max(1, rows / columns)), so that one rate suits all shapes. Those of one shape go
-    through together: on a GPU, one of them takes as long as many. In a process group, whose ranks must have the same
-    gradients, each orthogonalizes its share of the matrices and has the others' sent.
+    A step has the size lr * sqrt(max(1, rows / columns)), so that one rate suits all shapes. Matrices of one shape are
+    computed in one batch. In a process group, all ranks must have the same gradients. Each rank orthogonalizes a part of
+    the matrices and sends it to the others.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Muon(Optimizer):
                 torch._foreach_add_(share, update.unbind(), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
     def _average(self, matrix: Tensor) -> Tensor:
-        """Of its gradients, kept from step to step."""
+        """Return the running average of a matrix's gradients."""
         state = self.state[matrix]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
@@ -81,7 +81,7 @@ class Muon(Optimizer):
 
 
 def _shares(matrices: Sequence[Tensor], world: int) -> Iterator[tuple[int, list[Tensor]]]:
-    """Matrices of one shape each, with the rank that orthogonalizes them."""
+    """Yield (rank, matrices of one shape that this rank orthogonalizes)."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for matrix in matrices:
         by_shape.setdefault(matrix.shape, []).append(matrix)

@@ -1,4 +1,4 @@
-"""What an exported model says of itself in Markdown: card, attribution, pages of samples. Measures nothing."""
+"""The Markdown pages of an exported model: card, attribution, samples and answers. Measures nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from train.release.prompts import Prompt
 
 
 def model_card(config: TrainConfig, evaluation: dict, manifest: dict) -> str:
-    """The model's README: every figure in it comes from `evaluation.json` or the prepared text's manifest."""
+    """Return the model's README. Its figures come from `evaluation.json` and from the manifest of the text."""
     shape = config.shape
     data = []
     for name, entry in manifest.items():
@@ -30,8 +30,8 @@ A decoder-only transformer of {shape.n_parameters / 1e6:.2f} million parameters 
 hidden size {shape.hidden_size}, {shape.n_layers} layers, {shape.n_heads} heads, MLP {shape.mlp_size}, vocabulary \
 {shape.vocab_size}, context {shape.context} tokens. Weights are int8 with one scale per output row.
 
-It knows stories and nothing else: it answers no questions, follows no instructions, and what it says of the world is
-made up. Its older sources are books of 1840-1925 and carry the views of their time.
+It knows stories and nothing else: it answers no questions, follows no instructions, and makes up what it says about the
+world.
 
 ## Training
 {done:,} tokens seen ({extent}, {evaluation["step"]:,} steps) in {evaluation["training_wall_s"] / 3600:.1f} hours
@@ -41,10 +41,9 @@ the running average that training keeps.
 ![loss curve](curve.png)
 
 ## Held-out text
-Bits per byte of documents from sources (books, or single stories) that it was not trained on, measured by TinyLM's
-engine when the model was exported (`evaluation.json`). Of long documents, stretches were drawn. The interval comes from
-drawing the sources anew, 2,000 times: with fewer than ten it is too narrow, and tells of these books rather than of all
-such books.
+Bits per byte of documents from sources (books, or single stories) that are not in the training text, measured with
+TinyLM's engine (`evaluation.json`). Long documents are represented by stretches. The interval comes from 2,000 random
+draws of the sources; with fewer than ten sources it is too narrow.
 
 {_held_out_table(evaluation)}
 
@@ -57,10 +56,9 @@ such books.
 | --- | --- | --- | --- | --- | --- |
 {chr(10).join(data)}
 
-[ATTRIBUTION.md](ATTRIBUTION.md) names the authors. No text of these collections is part of this directory, but for
-what the model repeats.
-[samples.md](samples.md) holds what the model wrote, unedited, and [prompts.md](prompts.md) what it made of prompts that
-stay the same from model to model.
+[ATTRIBUTION.md](ATTRIBUTION.md) names the authors. This directory holds no text of these collections, except where the
+model repeats it. [samples.md](samples.md) holds unedited samples, and [prompts.md](prompts.md) the answers to prompts
+that are the same for every model.
 """
 
 
@@ -85,19 +83,19 @@ def _held_out_table(evaluation: dict) -> str:
 
 
 def _generated_text(figures: dict) -> str:
-    """The paragraph and the table of `train.release.generated_text`'s figures."""
+    """Return the paragraph and the table of the figures of `train.release.generated_text`."""
     gram, distinct = figures["copied_gram_words"], figures["distinct_gram_words"]
     model, held_out = figures["model"], figures["held_out"]
     rows = [_writer_row("**the model**", model), *(_writer_row(name, of) for name, of in held_out.items())]
-    return f"""{model["texts"]} texts that it made up from nothing (temperature {figures["temperature"]}, top_p \
-{figures["top_p"]}), beside pieces of the held-out text, which people wrote, of their mean length.
+    return f"""{model["texts"]} texts that it wrote without a prompt (temperature {figures["temperature"]}, top_p \
+{figures["top_p"]}), beside pieces of the held-out text, which people wrote, of the same mean length.
 
-- Distinct: how many of the {distinct}-word runs among the first {figures["distinct_among_words"]:,} words differ.
-- Longest copy: the most words in a row that stand in the training text too, in the average text and in any.
-- Copied: the share of {gram}-word runs that stand in the training text. Where held-out text has them, a story or a song
-  is in the collections twice, and its bits per byte are somewhat too low.
+- Distinct: the share of distinct {distinct}-word runs among the first {figures["distinct_among_words"]:,} words.
+- Longest copy: the longest run of words that the training text has too, in the mean text and in any text.
+- Copied: the share of {gram}-word runs that the training text has too. If held-out text has such runs, some text is in
+  the collections twice, and its bits per byte are too low.
 
-Case and punctuation don't count.
+Case and punctuation do not count.
 
 | writer | texts | distinct | longest copy, mean | longest copy | {gram}-word runs copied |
 | --- | --- | --- | --- | --- | --- |
@@ -118,7 +116,7 @@ def _writer_row(name: str, figures: dict) -> str:
 
 
 def attribution_page(config: TrainConfig, manifest: dict) -> str:
-    """Whose text the model was trained on: licences, attribution and every author named in the text's records."""
+    """Return the licences, the attribution and all authors of the text that the model was trained on."""
     parts = [f"# Whose text {config.name} was trained on\n"]
     for name, entry in manifest.items():
         if not entry["train"]["documents"]:
@@ -134,10 +132,10 @@ def attribution_page(config: TrainConfig, manifest: dict) -> str:
 
 
 def samples_page(config: TrainConfig, samples: list[tuple[SamplingParams, Completion]]) -> str:
-    """The samples as the model wrote them, one a seed."""
+    """Return the page of samples, one for each seed."""
     export = config.export
     parts = [
-        f"# Samples of {config.name}\n\nUnedited, one a seed, none left out: prompt {export.sample_prompt!r}, "
+        f"# Samples of {config.name}\n\nUnedited and complete, one for each seed: prompt {export.sample_prompt!r}, "
         f"temperature {export.sample_temperature}, top_p {TOP_P}, up to the end of the context.\n"
     ]
     for params, completion in samples:
@@ -148,12 +146,12 @@ def samples_page(config: TrainConfig, samples: list[tuple[SamplingParams, Comple
 
 
 def prompts_page(config: TrainConfig, answers: list[tuple[Prompt, Completion | None]]) -> str:
-    """What the model made of each fixed prompt, the prompt in bold; None: it did not fit into the context."""
+    """Return the page of answers to the fixed prompts, the prompts in bold. None: the prompt is too long."""
     export = config.export
     parts = [
-        f"# What {config.name} makes of {export.prompts.name}\n\nUnedited, one a prompt, none left out: temperature "
-        f"{export.sample_temperature}, top_p {TOP_P}, up to the end of the context. The same prompts and "
-        "seeds for every released model.\n"
+        f"# Answers of {config.name} to {export.prompts.name}\n\nUnedited and complete, one for each prompt: "
+        f"temperature {export.sample_temperature}, top_p {TOP_P}, up to the end of the context. Every released model "
+        "has the same prompts and seeds.\n"
     ]
     for number, (prompt, completion) in enumerate(answers, 1):
         begun = "\n".join(f"**{line}**" if line else "" for line in prompt.text.strip().split("\n"))

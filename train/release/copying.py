@@ -1,7 +1,7 @@
-"""How much of a text stands in a body of other text word for word: from each word on, the longest run that does.
+"""How much of a text is copied word for word from a corpus.
 
-Words are compared without case and punctuation, so that a copy with another comma still counts. Exact: word ids are
-compared, never hashes. Knows nothing of models: who wrote the texts is the caller's business.
+The comparison ignores case and punctuation, so that a copy with another comma still counts. It is exact: it compares
+word ids, not hashes. This module knows nothing of models.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-WORDS_AT_ONCE = 2_000_000  # of the corpus: some 100 MB of arrays
+WORDS_AT_ONCE = 2_000_000  # of the corpus: about 100 MB of arrays
 
-_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")  # an underscore is the mark of italics
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")  # underscores mark italics
 
 
 def words(text: str) -> list[str]:
@@ -22,22 +22,22 @@ def words(text: str) -> list[str]:
 
 
 def match_lengths(texts: Sequence[Sequence[str]], corpus: Iterable[Sequence[str]]) -> list[np.ndarray]:
-    """For each word of each text: how many words, from it on, stand in one document of the corpus in the same order.
+    """Return for each word of each text how long a run of words from it on the corpus has too.
 
-    texts, corpus: lists of words. Returns for each text an array (its words,) of int64.
+    texts, corpus: lists of words. A run lies within one document. Each text gives an array (its words,) of int64.
     """
     vocabulary: dict[str, int] = {}
-    ids = _laid_out([vocabulary.setdefault(word, len(vocabulary) + 1) for word in text] for text in texts)
+    ids = _joined([vocabulary.setdefault(word, len(vocabulary) + 1) for word in text] for text in texts)
     lengths = np.zeros(len(ids), np.int64)
     documents = ([vocabulary.get(word, 0) for word in document] for document in corpus)
     for part in _batches(documents):
-        _raise_lengths(lengths, ids, _laid_out(part))
+        _raise_lengths(lengths, ids, _joined(part))
     ends = np.cumsum([len(text) + 1 for text in texts])
     return [lengths[end - 1 - len(text) : end - 1] for text, end in zip(texts, ends, strict=True)]
 
 
-def _laid_out(documents: Iterable[list[int]]) -> np.ndarray:
-    """Documents end to end, a 0 after each: no run goes across it."""
+def _joined(documents: Iterable[list[int]]) -> np.ndarray:
+    """Return the documents in one array, each followed by a 0, which equals no word."""
     return np.array([word for document in documents for word in (*document, 0)], np.int64)
 
 
@@ -54,10 +54,10 @@ def _batches(documents: Iterable[list[int]]) -> Iterator[list[list[int]]]:
 
 
 def _raise_lengths(lengths: np.ndarray, texts: np.ndarray, corpus: np.ndarray) -> None:
-    """Raise `lengths` to the runs that this corpus has. Both are word ids, of which 0 equals nothing.
+    """Raise `lengths` to the runs that this part of the corpus has. A word id of 0 equals nothing.
 
-    Goes one word further at a time with those positions of either side whose words so far the other side has too.
-    Equal runs have the same number (`of_text`, `of_corpus`); fewer and fewer positions are left.
+    Each round makes the runs one word longer. It keeps the positions whose run the other side has too. Equal runs have
+    the same number, in `of_text` and in `of_corpus`.
     """
     n_words = int(texts.max(initial=0)) + 1
     in_text, in_corpus = np.flatnonzero(texts), np.flatnonzero(corpus)
@@ -65,10 +65,10 @@ def _raise_lengths(lengths: np.ndarray, texts: np.ndarray, corpus: np.ndarray) -
     length = 0
     while len(in_text) and len(in_corpus):
         next_in_text, next_in_corpus = texts[in_text + length], corpus[in_corpus + length]
-        goes_on = next_in_text > 0
-        in_text, of_text, next_in_text = in_text[goes_on], of_text[goes_on], next_in_text[goes_on]
-        goes_on = next_in_corpus > 0
-        in_corpus, of_corpus, next_in_corpus = in_corpus[goes_on], of_corpus[goes_on], next_in_corpus[goes_on]
+        continues = next_in_text > 0
+        in_text, of_text, next_in_text = in_text[continues], of_text[continues], next_in_text[continues]
+        continues = next_in_corpus > 0
+        in_corpus, of_corpus, next_in_corpus = in_corpus[continues], of_corpus[continues], next_in_corpus[continues]
         runs, of_text = np.unique(of_text * n_words + next_in_text, return_inverse=True)
         wanted = of_corpus * n_words + next_in_corpus
         of_corpus = np.searchsorted(runs, wanted)

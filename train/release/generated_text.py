@@ -1,7 +1,6 @@
-"""Text that a model made up, beside text that people wrote: how varied it is, how much stands in the training text.
+"""How varied a model's text is, and how much of it is copied from the training text.
 
-The figures of held-out human text are the yardstick: without them those of the model would mean nothing. What counts
-as a copy is `train.release.copying`'s business; what the figures look like on a page, `train.release.card`'s.
+The same figures of held-out text, which people wrote, are the standard of comparison.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from tinylm.tokenizer import Tokenizer
 from train.release.copying import match_lengths, words
 
 DISTINCT_GRAM = 3  # words
-DISTINCT_WORDS = 10_000  # of each writer: among more words there are more repetitions
+DISTINCT_WORDS = 10_000  # of each writer: more words have more repetitions
 COPIED_GRAM = 20  # words
 
 
 def write_stories(model: Model, tokenizer: Tokenizer, settings: Sequence[SamplingParams]) -> list[str]:
-    """One text for each of the settings, begun from nothing but the boundary."""
+    """Return one text for each of the settings, written without a prompt."""
     engine = Engine(model, max_waiting=len(settings))
     sequences = [engine.submit([model.config.boundary_id], params) for params in settings]
     while engine.has_work:
@@ -34,17 +33,17 @@ def write_stories(model: Model, tokenizer: Tokenizer, settings: Sequence[Samplin
 
 
 def training_words(paths: Iterable[Path]) -> Iterator[list[str]]:
-    """The words of each document of Parquet files with a column `text`, a few documents in memory at a time."""
+    """Yield the words of each document of Parquet files with a column `text`."""
     for path in paths:
         for batch in pq.ParquetFile(path).iter_batches(columns=["text"], batch_size=64):
             yield from map(words, batch.column(0).to_pylist())
 
 
 def judge(generated: Sequence[str], held_out: Mapping[str, Sequence[str]], training: Iterable[list[str]]) -> dict:
-    """Figures for JSON of generated texts, and of held-out texts by collection.
+    """Return the figures of generated texts, and of held-out texts by collection, for JSON.
 
-    held_out: cut into pieces as long as a generated text is on the average, as many as there are generated ones at
-    most; shorter texts are left out. training: the words of each document.
+    The held-out texts are cut into pieces as long as the mean generated text. At most as many pieces count as there are
+    generated texts. training: the words of each document.
     """
     texts = [words(text) for text in generated]
     length = max(1, round(sum(map(len, texts)) / max(1, len(texts))))
@@ -61,7 +60,7 @@ def judge(generated: Sequence[str], held_out: Mapping[str, Sequence[str]], train
 
 
 def distinct_share(texts: Iterable[Sequence[str]], n: int, most_words: int) -> float | None:
-    """Distinct runs of n words as a share of all, among the first `most_words` words; None where there is no run."""
+    """Return the share of distinct runs of n words among the first `most_words` words; None without a run."""
     grams: list[tuple[str, ...]] = []
     for text in texts:
         part = text[:most_words]
@@ -71,7 +70,7 @@ def distinct_share(texts: Iterable[Sequence[str]], n: int, most_words: int) -> f
 
 
 def copied_share(lengths: Iterable[np.ndarray], n: int) -> float | None:
-    """Runs of n words that stand in the training text as a share of all, from `match_lengths`; None without a run."""
+    """Return the share of runs of n words that the training text has too; None without a run."""
     starts = np.concatenate([np.zeros(0, int), *(of_text[: max(0, len(of_text) - n + 1)] for of_text in lengths)])
     return round(float((starts >= n).mean()), 6) if len(starts) else None
 

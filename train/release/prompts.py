@@ -1,4 +1,4 @@
-"""The fixed prompts of a released model's page: a YAML file of seeds and texts, and what a model makes of them."""
+"""The fixed prompts of a model's prompts.md: a YAML file of seeds and texts, and a model's answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prompt(BaseModel):
 
 
 def load_prompts(path: Path) -> list[Prompt]:
-    """Raises ConfigError naming the file, and the entry that is wrong."""
+    """Read the prompts; raises ConfigError that names the file and the wrong entry."""
     try:
         return TypeAdapter(list[Prompt]).validate_python(yaml.safe_load(read_text(path)))
     except FileNotFoundError:
@@ -36,8 +36,8 @@ def load_prompts(path: Path) -> list[Prompt]:
         raise ConfigError(f"{path}: {where}: {first['msg']}") from None
 
 
-def answer(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> list[Completion | None]:
-    """A completion a prompt, by its own seed; None where the prompt does not fit into the model's context."""
+def answers(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> list[Completion | None]:
+    """Return a completion for each prompt and its seed; None if the prompt does not fit into the context."""
     completions: list[Completion | None] = []
     for prompt in prompts:
         fits = len(llm.tokenizer.encode_document(prompt.text)) < llm.config.context
