@@ -64,7 +64,7 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
 def load_tokens(config: TrainConfig) -> TokenData:
     """Return the tokens of the work directory.
 
-    Raises ConfigError when they are missing, or when the tokenizer or the text there is not the one they were made from.
+    Raises ConfigError when they are missing, or were not made from the tokenizer and the text that are there.
     """
     require(config.index_path, "train.encode")
     data = TokenData.load(config.tokens_dir, config.shape.context, config.seed, config.weights)

@@ -36,8 +36,8 @@ class Muon(Optimizer):
     """The optimizer, for matrices only, with decoupled weight decay (Loshchilov & Hutter 2019) and Nesterov momentum.
 
     A step has the size lr * sqrt(max(1, rows / columns)), so that one rate suits all shapes. Matrices of one shape are
-    computed in one batch. In a process group, all ranks must have the same gradients. Each rank orthogonalizes a part of
-    the matrices and sends it to the others.
+    computed in one batch. In a process group, all ranks must have the same gradients. Each rank orthogonalizes
+    a part of the matrices and sends it to the others.
     """
 
     def __init__(
