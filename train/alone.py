@@ -17,8 +17,8 @@ from tinylm.files import write_file
 from train.config import ConfigError, TrainConfig
 from train.core.checkpoint import CHECKPOINT_FILE, Checkpoint, has_checkpoints
 from train.core.loop import check_fits, train
+from train.core.record import followed, recorded
 from train.core.schedule import total_steps
-from train.record import followed, recorded
 from train.stage import load_tokenizer, load_tokens, run_stage
 
 

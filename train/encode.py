@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,7 +26,7 @@ from train.stage import load_tokenizer, progress, require, run_stage, start_ray
 TOKEN_DTYPE = np.uint16
 BATCH_DOCUMENTS = 256
 # (config, Parquet file) -> batches in order: `tokens` of documents end to end, and the number of `documents`
-Encoded = Callable[[TrainConfig, Path], Iterable[dict]]
+Encoded = Callable[[TrainConfig, Path], Iterable[dict[str, Any]]]
 
 
 class _Encoder:
@@ -34,7 +35,7 @@ class _Encoder:
     def __init__(self, tokenizer: str) -> None:
         self._tokenizer = Tokenizer(tokenizer)
 
-    def __call__(self, batch: dict) -> dict:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         documents = [np.array(self._tokenizer.encode_document(text), TOKEN_DTYPE) for text in batch["text"]]
         # One row a batch: its documents end to end. They part again at their boundaries.
         return {"tokens": [np.concatenate(documents)], "documents": [len(documents)]}
@@ -68,7 +69,7 @@ class _ShardWriter:
 def token_files(directory: Path) -> set[str] | None:
     """Return the names of the files that `encode` wrote; None when it did not write `directory`."""
 
-    def names(index: dict) -> list[str]:
+    def names(index: dict[str, Any]) -> list[str]:
         if not index["tokenizer_sha256"]:
             raise KeyError("an index without its tokenizer")
         return [name for entry in index["collections"].values() for split in entry.values() for name in split["shards"]]
@@ -76,7 +77,7 @@ def token_files(directory: Path) -> set[str] | None:
     return manifest_names(directory / INDEX_FILE, names)
 
 
-def encode(config: TrainConfig) -> dict:
+def encode(config: TrainConfig) -> dict[str, Any]:
     """Run the stage; return the index that it wrote. The old tokens stay until the new are whole."""
     require(config.manifest_path, "train.prepare")
     for collection in config.prepare.collections:  # one may be new in the config
@@ -90,9 +91,9 @@ def encode(config: TrainConfig) -> dict:
     return index
 
 
-def write_tokens(config: TrainConfig, tokenizer: Tokenizer, directory: Path, encoded: Encoded) -> dict:
+def write_tokens(config: TrainConfig, tokenizer: Tokenizer, directory: Path, encoded: Encoded) -> dict[str, Any]:
     """Write the shards of all collections and their index; return the index."""
-    index: dict = {
+    index: dict[str, Any] = {
         "text_sha256": file_sha256(config.manifest_path),
         "tokenizer_sha256": file_sha256(config.tokenizer_path),
         "vocab_size": tokenizer.vocab_size,
@@ -101,7 +102,7 @@ def write_tokens(config: TrainConfig, tokenizer: Tokenizer, directory: Path, enc
     }
     with progress("documents") as bar:
         for collection in config.prepare.collections:
-            entry: dict = {}
+            entry: dict[str, Any] = {}
             for split in ("train", "validation"):
                 path = config.text_dir / f"{collection.name}.{split}.parquet"
                 n_rows = pq.ParquetFile(path).metadata.num_rows
@@ -124,7 +125,7 @@ def write_tokens(config: TrainConfig, tokenizer: Tokenizer, directory: Path, enc
     return index
 
 
-def _encoded_by_ray(config: TrainConfig, path: Path) -> Iterator[dict]:
+def _encoded_by_ray(config: TrainConfig, path: Path) -> Iterator[dict[str, Any]]:
     """Yield what `_Encoder` makes of each batch of documents of a Parquet file, in their order."""
     import ray.data  # slow to import, and only the running of the stage needs it
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -52,7 +52,7 @@ class Score(NamedTuple):
     source: str = ""
 
 
-def summary(scores: Sequence[Score]) -> dict:
+def summary(scores: Sequence[Score]) -> dict[str, Any]:
     """Return a collection's counts, bits per byte and 95 % interval, for JSON."""
     bits, sizes = [score.bits for score in scores], [score.bytes for score in scores]
     sources = [score.source for score in scores]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,11 +28,11 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, model_files, quantize_rows, save_model
 from train.config import METRICS_FILE, ConfigError, TrainConfig
 from train.core.checkpoint import Checkpoint, last_checkpoint
-from train.curve import draw_curve
+from train.core.curve import draw_curve
+from train.core.metrics import metrics_text, read_metrics
 from train.evaluate import Document, evaluate, per_byte, read_documents, summary
-from train.exporting import export_files
-from train.metrics import metrics_text, read_metrics
 from train.release.card import attribution_page, model_card, prompts_page, samples_page
+from train.release.format_checks import export_files
 from train.release.generated_text import judge, training_words, write_stories
 from train.release.prompts import answers, load_prompts
 from train.stage import load_tokenizer, load_tokens, require, run_stage
@@ -47,7 +47,7 @@ class TrainedModel(NamedTuple):
     tokenizer: Tokenizer
     tensors: dict[str, np.ndarray]  # averaged, float32 by name
     quantized: dict[str, Tensor]  # the same with int8 matrices
-    manifest: dict[str, dict]  # of the text, by collection
+    manifest: dict[str, dict[str, Any]]  # of the text, by collection
     documents: list[Document]
 
 
@@ -163,8 +163,8 @@ def load_exporters(formats: Sequence[str]) -> dict[str, Exporter]:
 
 
 def judge_stories(
-    config: TrainConfig, model: Model, tokenizer: Tokenizer, documents: list[Document], manifest: dict
-) -> dict:
+    config: TrainConfig, model: Model, tokenizer: Tokenizer, documents: list[Document], manifest: dict[str, Any]
+) -> dict[str, Any]:
     """The figures of stories that the model makes up from nothing, of held-out text beside them, and their settings."""
     params = config.export.sampling(model.config.context)
     stories = write_stories(model, tokenizer, [replace(params, seed=seed) for seed in range(config.export.n_stories)])

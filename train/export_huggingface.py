@@ -23,7 +23,7 @@ from tokenizers import AddedToken, decoders, models, processors
 from tinylm.config import ModelConfig
 from tinylm.tokenizer import BOUNDARY_PIECE, Tokenizer
 from tinylm.weights import TOKENIZER, load_model
-from train.exporting import (
+from train.release.format_checks import (
     ExportError,
     engine_logits,
     exported_directory,

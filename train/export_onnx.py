@@ -26,8 +26,15 @@ from onnx import TensorProto, helper
 from tinylm.config import ModelConfig
 from tinylm.kernels.numpy import rope_tables
 from tinylm.weights import TOKENIZER, load_model
-from train.exporting import engine_logits, exported_directory, float32_tensors, require_equal, run_export, sample_ids
 from train.onnx_graph import Graph
+from train.release.format_checks import (
+    engine_logits,
+    exported_directory,
+    float32_tensors,
+    require_equal,
+    run_export,
+    sample_ids,
+)
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 IR_VERSION = 11

@@ -18,6 +18,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -78,7 +79,7 @@ class Counts:
         if row["author"]:
             self.authors.add(row["author"])
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, Any]:
         return {
             "documents": self.documents,
             "bytes": self.bytes,
@@ -109,13 +110,13 @@ def check_sources(config: TrainConfig) -> None:
 def text_files(directory: Path) -> set[str] | None:
     """Return the names of the files that `prepare` wrote; None when it did not write `directory`."""
 
-    def names(manifest: dict[str, dict]) -> list[str]:
+    def names(manifest: dict[str, dict[str, Any]]) -> list[str]:
         return [f"{name}.{split}.parquet" for name in manifest for split in SPLITS if manifest[name][split]["sha256"]]
 
     return manifest_names(directory / MANIFEST, names)
 
 
-def read_rows(collection: Collection) -> Iterator[dict]:
+def read_rows(collection: Collection) -> Iterator[dict[str, Any]]:
     """Rows of a collection as dictionaries with at least the text column; raises ConfigError when there is nothing."""
     if paths := source_paths(collection):
         for path in paths:
@@ -132,7 +133,7 @@ def _is_dataset_id(source: str) -> bool:
     }  # fmt: skip
 
 
-def _read_parquet(path: Path, collection: Collection) -> Iterator[dict]:
+def _read_parquet(path: Path, collection: Collection) -> Iterator[dict[str, Any]]:
     try:
         table = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -146,7 +147,7 @@ def _read_parquet(path: Path, collection: Collection) -> Iterator[dict]:
         yield from batch.to_pylist()
 
 
-def _read_text(path: Path, collection: Collection) -> Iterator[dict]:
+def _read_text(path: Path, collection: Collection) -> Iterator[dict[str, Any]]:
     try:
         # PyArrow knows every ending but .xz.
         with lzma.open(path) if path.suffix == ".xz" else pa.input_stream(str(path), compression="detect") as stream:
@@ -159,7 +160,7 @@ def _read_text(path: Path, collection: Collection) -> Iterator[dict]:
         yield {collection.text_column: document, collection.source_column: source}
 
 
-def _read_dataset(collection: Collection) -> Iterator[dict]:
+def _read_dataset(collection: Collection) -> Iterator[dict[str, Any]]:
     import datasets  # heavy, and only this way in needs it
 
     try:
@@ -201,10 +202,10 @@ def documents(collection: Collection, config: TrainConfig) -> Iterator[dict[str,
             return
 
 
-def prepare(config: TrainConfig) -> dict:
+def prepare(config: TrainConfig) -> dict[str, Any]:
     """Run the stage; return the manifest that it wrote. The old text stays until the new is whole."""
     check_sources(config)
-    manifest: dict[str, dict] = {}
+    manifest: dict[str, dict[str, Any]] = {}
     with replaced_directory(config.text_dir, text_files) as new:
         with progress("documents") as bar:
             for collection in config.prepare.collections:
@@ -234,7 +235,7 @@ def write_collection(
     """
     share = config.prepare.validation_share
     counts = {split: Counts() for split in SPLITS}
-    pending: dict[str, list] = {split: [] for split in SPLITS}
+    pending: dict[str, list[Any]] = {split: [] for split in SPLITS}
     writers = {s: pq.ParquetWriter(directory / f"{collection.name}.{s}.parquet", SCHEMA) for s in SPLITS}
     for row in documents(collection, config):
         held_out = not collection.weight or is_validation(row["source"], share, config.seed)

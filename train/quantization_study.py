@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -99,7 +100,7 @@ def stored(tensors: Mapping[str, np.ndarray], blocks: Store, embedding: Store) -
     return len(safetensors.numpy.save(arrays)), stands_for
 
 
-def against(scores: Mapping[str, Sequence[Score]], exact: Mapping[str, Sequence[Score]]) -> dict:
+def against(scores: Mapping[str, Sequence[Score]], exact: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
     """Bits per byte by collection, and how much more than float32's on the same documents, with its 95 % interval."""
     figures = {}
     for name, ours in scores.items():
@@ -120,7 +121,7 @@ def decode_speed(model: Model) -> dict[str, float]:
     return {str(row.batch): round(row.tokens_per_s, 1) for row in report.decode}
 
 
-def study(config: TrainConfig, speed: bool) -> dict:
+def study(config: TrainConfig, speed: bool) -> dict[str, Any]:
     """The figures of every format, for JSON."""
     checkpoint, tokenizer, tensors, quantized, _, documents = load_trained(config)
     shape = config.shape
@@ -159,7 +160,7 @@ def study(config: TrainConfig, speed: bool) -> dict:
     }
 
 
-def markdown(result: dict) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """The table of a page: a row a format and arithmetic, a column a collection; speed where it was measured."""
     collections, rows = list(result["held_out"]), result["formats"]
     batches = next((list(row["decode_tokens_per_cpu_s"]) for row in rows if row["decode_tokens_per_cpu_s"]), [])

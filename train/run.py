@@ -17,8 +17,8 @@ from typing import Any
 from train.config import ConfigError, TrainConfig
 from train.core.checkpoint import CHECKPOINT_FILE, Checkpoint, has_checkpoints, last_checkpoint
 from train.core.loop import check_fits
+from train.core.record import followed, recorded
 from train.core.start_from import load_start
-from train.record import followed, recorded
 from train.stage import load_tokenizer, load_tokens, run_stage, start_ray
 
 MAX_FAILURES = 3  # of workers, before the run fails

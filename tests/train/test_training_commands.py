@@ -27,11 +27,11 @@ from tinylm import LLM, SamplingParams
 from tinylm.tokenizer import Tokenizer
 from train.alone import run_alone
 from train.config import ConfigError, load_config
+from train.core.metrics import read_metrics, write_metrics
 from train.core.start_from import load_start
 from train.demo_text import demo_text
 from train.encode import encode
 from train.export import export
-from train.metrics import read_metrics, write_metrics
 from train.prepare import prepare
 from train.release.card import attribution_page
 from train.release.prompts import load_prompts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class TokenData:
         return np.stack(rows)
 
 
-def _documents(directory: Path, index: dict, split: str) -> dict[str, Documents]:
+def _documents(directory: Path, index: dict[str, Any], split: str) -> dict[str, Documents]:
     return {
         name: Documents([directory / shard for shard in entry[split]["shards"]], index["boundary_id"])
         for name, entry in index["collections"].items()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tinylm.engine.completion import Completion
 from tinylm.sampling import SamplingParams
 from train.config import TOP_P, TrainConfig
 from train.release.prompts import Prompt
 
 
-def model_card(config: TrainConfig, evaluation: dict, manifest: dict) -> str:
+def model_card(config: TrainConfig, evaluation: dict[str, Any], manifest: dict[str, Any]) -> str:
     """Return the model's README. Its figures come from `evaluation.json` and from the manifest of the text."""
     shape = config.shape
     data = []
@@ -66,7 +68,7 @@ def _started_from(model: str) -> str:
     return f"Training started from the weights of {model}. " if model else ""
 
 
-def _held_out_table(evaluation: dict) -> str:
+def _held_out_table(evaluation: dict[str, Any]) -> str:
     lines = [
         f"| collection | documents or stretches | sources | bytes | as served ({evaluation['arithmetic']}) "
         "| 95 % interval | float32 |",
@@ -82,7 +84,7 @@ def _held_out_table(evaluation: dict) -> str:
     return "\n".join(lines)
 
 
-def _generated_text(figures: dict) -> str:
+def _generated_text(figures: dict[str, Any]) -> str:
     """Return the paragraph and the table of the figures of `train.release.generated_text`."""
     gram, distinct = figures["copied_gram_words"], figures["distinct_gram_words"]
     model, held_out = figures["model"], figures["held_out"]
@@ -104,7 +106,7 @@ Case and punctuation do not count.
 The model's longest copy: "{model["longest_run_text"]}"."""
 
 
-def _writer_row(name: str, figures: dict) -> str:
+def _writer_row(name: str, figures: dict[str, Any]) -> str:
     def share(key: str, digits: int) -> str:
         return "none" if figures[key] is None else f"{figures[key]:.{digits}%}"
 
@@ -115,7 +117,7 @@ def _writer_row(name: str, figures: dict) -> str:
     )
 
 
-def attribution_page(config: TrainConfig, manifest: dict) -> str:
+def attribution_page(config: TrainConfig, manifest: dict[str, Any]) -> str:
     """Return the licences, the attribution and all authors of the text that the model was trained on."""
     parts = [f"# Whose text {config.name} was trained on\n"]
     for name, entry in manifest.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -39,7 +40,9 @@ def training_words(paths: Iterable[Path]) -> Iterator[list[str]]:
             yield from map(words, batch.column(0).to_pylist())
 
 
-def judge(generated: Sequence[str], held_out: Mapping[str, Sequence[str]], training: Iterable[list[str]]) -> dict:
+def judge(
+    generated: Sequence[str], held_out: Mapping[str, Sequence[str]], training: Iterable[list[str]]
+) -> dict[str, Any]:
     """Return the figures of generated texts, and of held-out texts by collection, for JSON.
 
     The held-out texts are cut into pieces as long as the mean generated text. At most as many pieces count as there are
@@ -79,7 +82,7 @@ def _pieces(documents: Iterable[list[str]], length: int) -> list[list[str]]:
     return [d[i : i + length] for d in documents for i in range(0, len(d) - length + 1, length)]
 
 
-def _figures(texts: Sequence[list[str]], lengths: Sequence[np.ndarray]) -> dict:
+def _figures(texts: Sequence[list[str]], lengths: Sequence[np.ndarray]) -> dict[str, Any]:
     longest = [int(of_text.max(initial=0)) for of_text in lengths]
     return {
         "texts": len(texts),

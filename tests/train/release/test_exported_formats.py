@@ -24,7 +24,7 @@ from tinylm.llm import load
 from tinylm.weights import load_model
 from train.export_huggingface import convert_tokenizer, export_huggingface, require_same_ids
 from train.export_onnx import FILE, Session, export_onnx
-from train.exporting import ExportError, engine_logits, export_files, float32_tensors
+from train.release.format_checks import ExportError, engine_logits, export_files, float32_tensors
 
 EXPORTS = {"onnx": export_onnx, "huggingface": export_huggingface}
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from tinylm.files import check_file, check_own, is_own_png
 from train.config import TrainConfig
+from train.core.curve import draw_curve
+from train.core.metrics import is_of_a_run, metrics_text, read_metrics, write_metrics
 from train.core.schedule import total_steps
-from train.curve import draw_curve
-from train.metrics import is_of_a_run, metrics_text, read_metrics, write_metrics
 from train.stage import progress
 
 
