@@ -114,7 +114,7 @@ def _collect(pipes: Sequence[Connection], on_tick: Callable[[Tick], None], on_wa
 def _receive(pipe: Connection) -> Ready | Tick | Done:
     try:
         message: Ready | Tick | Done | Failed = pipe.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         raise RuntimeError("a process of the load generator ended unexpectedly") from None
     if isinstance(message, Failed):
         raise RuntimeError(message.error)
