@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 _JOINED = tuple(".,;:!?)\u201d\u2019")  # what follows a word without a space
 _BEGINNINGS = (re.compile(r"(?<=[.!?\"'\u201d\u2019])\s+(?=\S)|\n+"), re.compile(r"\s+"))  # of a sentence, of a word
+_FIRST_CHARS_A_TOKEN = 8  # more than English text has
 _SPARE_TOKENS = 4  # a text that begins in the middle may have a few more tokens than it had as a part
 
 
@@ -34,16 +35,19 @@ class Story:
 
 
 def visible_end(text: str, token_bytes: Callable[[str], list[bytes]], n_tokens: int) -> str:
-    """The end of a text in at most `n_tokens` tokens, from the beginning of a sentence, or else of a word.
+    """Return the end of a text in at most `n_tokens` tokens, from the start of a sentence, or else of a word.
 
-    What is given up for such a beginning is at most half of what there is room for.
+    Such a start costs at most half of the room. Only as much of the end is tokenized as fills the room: a service
+    refuses long texts.
     """
-    if len(text.encode()) <= n_tokens:  # a token has a byte at least
+    if len(text.encode()) <= n_tokens:  # a token has at least one byte
         return text
-    pieces = token_bytes(text)
-    if len(pieces) <= n_tokens:
-        return text
-    kept = pieces[-(n_tokens - _SPARE_TOKENS) :]
+    n_chars = _FIRST_CHARS_A_TOKEN * n_tokens
+    while len(pieces := token_bytes(text[-n_chars:])) <= n_tokens:
+        if n_chars >= len(text):
+            return text
+        n_chars *= 2
+    kept = pieces[-max(n_tokens - _SPARE_TOKENS, 1) :]
     end = b"".join(kept).decode(errors="ignore")
     half = len(b"".join(kept[: len(kept) // 2]).decode(errors="ignore"))
     for beginning in _BEGINNINGS:
