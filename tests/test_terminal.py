@@ -16,7 +16,6 @@ from terminal_fixtures import TINYLM, terminal
 
 from tinylm import SamplingParams
 from tinylm.terminal.lines import CommandCompleter
-from tinylm.terminal.screen import printable
 from tinylm.terminal.settings import NAMES, changed, described
 from tinylm.terminal.story import Story, visible_end
 from tinylm.terminal.writer import COMMANDS, words_after
@@ -153,6 +152,21 @@ def test_what_the_model_sees_is_the_end_of_the_story_and_fits(tokenizer, text, n
     assert seen == text or len(tokenizer.encode(seen)) >= n_tokens // 2 - 8 or n_tokens < 20
 
 
+@given(text=st.text(min_size=1, max_size=20), n_tokens=st.integers(5, 255))
+@settings(max_examples=30)
+@example(text=" ", n_tokens=255)
+def test_only_the_end_of_a_long_story_is_tokenized(tokenizer, text, n_tokens):
+    """A service refuses to tokenize more than 64 KiB."""
+
+    def token_bytes(part):
+        assert len(part.encode()) <= 65536
+        return [tokenizer.piece_bytes[token] for token in tokenizer.encode(part)]
+
+    seen = visible_end(text * 80_000, token_bytes, n_tokens)
+    assert (text * 80_000).endswith(seen)
+    assert len(tokenizer.encode(seen)) <= n_tokens
+
+
 def test_it_begins_with_a_sentence_else_with_a_word(token_bytes):
     sentences = "".join(f"Tom saw {i} dogs. " for i in range(40))
     assert visible_end(sentences, token_bytes, 50).startswith("Tom saw")
@@ -196,10 +210,6 @@ def test_commands_complete():
     assert completed("/colors o") == ["on", "off"]
     assert completed("Once /se") == []
     assert completed("/save pyproject.t") == ["oml"]
-
-
-def test_a_terminal_is_never_told_what_to_do_by_the_model():
-    assert printable("a\x1b[2J\x07b\x9bc\n\td\x7f") == "a\ufffd[2J\ufffdb\ufffdc\n\td\ufffd"
 
 
 @pytest.mark.parametrize(

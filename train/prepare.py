@@ -9,7 +9,6 @@ lines of <|endoftext|>, else a file is one document). Writes `<workdir>/text/<co
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import lzma
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 from tinylm.files import is_inside, manifest_names, replaced_directory
 from tinylm.text_files import BYTE_ORDER_MARK, decode_text
 from train.config import Collection, ConfigError, TrainConfig
+from train.files import matching_files
 from train.stage import progress, run_stage
 
 SPLITS = ("train", "validation")
@@ -93,7 +93,7 @@ class Counts:
 
 def source_paths(collection: Collection) -> list[Path]:
     """Return the files of a collection, sorted; none when its source is the name of a dataset."""
-    return sorted(Path(path) for path in glob.glob(collection.source, recursive=True))  # noqa: PTH207
+    return matching_files(collection.source)
 
 
 def check_sources(config: TrainConfig) -> None:

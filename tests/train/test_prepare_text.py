@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import math
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from train_fixtures import make_config, python, texts_of, tree_bytes, write_parq
 
 from train.config import ConfigError, TrainConfig
 from train.demo_text import demo_text
+from train.files import matching_files
 from train.prepare import SPLITS, clean, is_validation, prepare
 
 STORIES = [
@@ -96,6 +98,18 @@ def test_plain_text_in_every_compression(tmp_path: Path, ending: str):
     path = tmp_path / f"stories.txt{ending}"
     path.write_bytes(COMPRESSORS[ending]("\n<|endoftext|>\n".join(STORIES).encode()))
     assert sorted(row["text"] for row in prepared(tmp_path / "w", path)) == sorted(STORIES)
+
+
+@given(name=st.text("[]*?!ab-", min_size=1, max_size=8), pattern=st.sampled_from(["*.txt", "**/*.txt"]))
+def test_an_existing_path_is_no_pattern(name: str, pattern: str):
+    """Brackets, stars and question marks may be in the names of files and of the directories before a pattern."""
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch, name)
+        directory.mkdir()
+        file = directory / f"{name}.txt"
+        file.write_text("x")
+        assert matching_files(str(file)) == [file]
+        assert matching_files(str(directory / pattern)) == [file]
 
 
 def test_a_glob_of_text_files_is_one_document_each(tmp_path: Path):
