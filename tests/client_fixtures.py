@@ -24,7 +24,7 @@ class Act:
     empty_first: bool = False  # as a refused stream has it behind Serve's Python proxy
     only_logprobs: bool = False  # tokens whose text is held back
     silent: bool = False
-    details: str = "as told"
+    details: str = "as told"  # of the status; of a good answer, also the first text, the model's name and its token
 
 
 @dataclass
@@ -54,14 +54,18 @@ class Scripted(TinyLMServicer):
         return pb.GenerateResponse(text="".join(ANSWER), finish_reason=pb.FINISH_REASON_LENGTH)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
-        await self._begin(context)
-        return pb.TokenizeResponse()
+        act = await self._begin(context)
+        if act.status is not grpc.StatusCode.OK:
+            await context.abort(act.status, act.details)
+        return pb.TokenizeResponse(tokens=[pb.Token(bytes=act.details.encode())])
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetModelInfoResponse:
-        await self._begin(context)
-        return pb.GetModelInfoResponse()
+        act = await self._begin(context)
+        if act.status is not grpc.StatusCode.OK:
+            await context.abort(act.status, act.details)
+        return pb.GetModelInfoResponse(name=act.details)
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
@@ -72,6 +76,8 @@ class Scripted(TinyLMServicer):
         act = await self._begin(context)
         if act.empty_first:
             yield pb.GenerateStreamResponse()
+        if act.details != Act.details and act.status is grpc.StatusCode.OK:
+            yield pb.GenerateStreamResponse(text=act.details)
         if act.only_logprobs:
             yield pb.GenerateStreamResponse(logprobs=[pb.TokenLogprob(logprob=-1)])
         for text in ANSWER[: act.n_messages]:

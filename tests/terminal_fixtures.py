@@ -1,11 +1,13 @@
-"""A `tinylm write` on a pseudo-terminal, used as one does by hand."""
+"""Commands on a pseudo-terminal, as people use them."""
 
 import os
+import pty
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pexpect
@@ -48,3 +50,19 @@ def terminal(*arguments: str, state: Path, **environment: str) -> Iterator[Termi
         yield Terminal(child)
     finally:
         child.close(force=True)
+
+
+def shown_on_terminal(command: list[str], **environment: str) -> bytes:
+    """Run a command whose output is a terminal, and return what the terminal gets."""
+    reader, output = pty.openpty()
+    plain = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    variables = {**plain, "TERM": "xterm-256color", **environment}
+    with subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=variables) as process:
+        os.close(output)
+        shown = b""
+        with suppress(OSError):  # the command has ended
+            while part := os.read(reader, 65536):
+                shown += part
+        os.close(reader)
+    assert process.returncode in (0, 1)
+    return shown

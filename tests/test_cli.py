@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,7 +12,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
+from client_fixtures import Act, scripted_server
+from terminal_fixtures import shown_on_terminal
 
 import tinylm
 
@@ -185,6 +189,43 @@ def test_input_that_is_no_text_is_one_line(cli):
     done = cli("tokenize", "-", stdin=b"\xff\xfe")
     assert done.returncode == 1
     assert len(done.stderr.decode().splitlines()) == 1
+
+
+def test_a_model_directory_may_have_any_name(succeed, tiny_model_dir, tmp_path):
+    place = shutil.copytree(tiny_model_dir, tmp_path / "a[" / "x]:smile:")
+    shown = succeed("info", "--model", place, "--kernels", "numpy")
+    assert str(place) in "".join(shown.split())  # without the line breaks of the table
+
+
+TITLE = "\x1b]0;title\x07"
+
+
+@pytest.mark.parametrize("command", [("generate", PROMPT), ("info",), ("tokenize", PROMPT)], ids=lambda c: c[0])
+def test_a_service_cannot_command_the_terminal(command):
+    """Its text, its name, its tokens and its errors may hold any character."""
+    with scripted_server() as (server, port):
+        for act in (Act(details=TITLE), Act(0, grpc.StatusCode.PERMISSION_DENIED, details=TITLE)):
+            server.acts, server.timeouts_s = [act], []
+            shown = shown_on_terminal([str(TINYLM), *command, "--server", f"127.0.0.1:{port}"])
+            assert b"title" in shown
+            assert TITLE.encode() not in shown
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", [("generate", "-", "-n", "2"), ("write",), ("--help",)], ids=lambda c: c[0])
+def test_a_command_runs_with_closed_streams(command, closed, tiny_model_dir):
+    options = () if command == ("--help",) else ("--model", str(tiny_model_dir), "--kernels", "numpy")
+    shell = ["bash", "-c", f'"$@" {closed}', "bash", TINYLM, *command, *options]
+    done = subprocess.run(shell, capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
+def test_generate_shows_no_colour_where_none_is_wanted(environment, tiny_model_dir):
+    command = [str(TINYLM), "generate", PROMPT, "-n", "2", "--kernels", "numpy", "--model"]
+    assert b"\x1b[1m" in shown_on_terminal([*command, str(tiny_model_dir)])
+    assert re.search(rb"\x1b\[[0-9;]*m", shown_on_terminal([*command, str(tiny_model_dir)], **environment)) is None
+    assert re.search(rb"\x1b\[[0-9;]*m", shown_on_terminal([*command, "nowhere"], **environment)) is None
 
 
 def test_an_unknown_option_is_a_usage_error(cli):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pty
 import subprocess
 import sys
 import unicodedata
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
+from terminal_fixtures import shown_on_terminal
 
 from tinylm.terminal.output import PlainConsole, printable
 
@@ -33,23 +33,8 @@ def command(code: str, redirections: str = "", **environment: str) -> subprocess
 
 
 def on_terminal(code: str, **environment: str) -> bytes:
-    """Run `code` as a command with a terminal as its output, and return what the terminal gets."""
-    reader, terminal = pty.openpty()
-    plain = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-    variables = {**plain, "TERM": "xterm-256color", **environment}
-    with subprocess.Popen(
-        [sys.executable, "-c", COMMAND, code], stdout=terminal, stderr=terminal, env=variables
-    ) as process:
-        os.close(terminal)
-        shown = b""
-        try:
-            while part := os.read(reader, 65536):
-                shown += part
-        except OSError:  # the command has ended
-            pass
-        os.close(reader)
-    assert process.returncode in (0, 1)
-    return shown
+    """Run `code` as a command, and return what a terminal gets."""
+    return shown_on_terminal([sys.executable, "-c", COMMAND, code], **environment)
 
 
 @given(texts)

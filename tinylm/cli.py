@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
 from tinylm import __version__
 from tinylm.paths import DEFAULT_MODEL
 from tinylm.terminal import shell_completion
+from tinylm.terminal.output import PlainConsole, one_line_errors
 from tinylm.text_files import read_standard_input
 
 if TYPE_CHECKING:
@@ -72,28 +72,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """What the user can mend becomes `error: ...` and exit status 1; Ctrl-C is status 130."""
+    """Run a command of tinylm: see `tinylm.terminal.output.one_line_errors`."""
     from tinylm.client import ServiceError
 
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("tinylm"):
-            raise
-        message = f"this command needs the package {error.name}, which is not installed: pip install 'tinylm[serve]'"
-        typer.secho(f"error: {message}", err=True, fg="red")
-        raise typer.Exit(1) from None
-    except (ValueError, ServiceError, OSError) as error:  # ModelError is a ValueError
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo(err=True)
-        raise typer.Exit(130) from None
+    with one_line_errors(ValueError, ServiceError):
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("tinylm"):
+                raise
+            raise ValueError(
+                f"this command needs the package {error.name}, which is not installed: pip install 'tinylm[serve]'"
+            ) from None
 
 
 def _loading() -> Status:
-    """Something that moves, on a terminal, while a model is loaded: the first time, that takes some ten seconds."""
-    return Console(stderr=True).status("loading the model (the first time, its kernels are compiled)")
+    """Show on a terminal that a model loads. The first time, this takes about ten seconds."""
+    return PlainConsole(stderr=True).status("loading the model (the first time, its kernels are compiled)")
 
 
 def _print_version(wanted: bool) -> None:
@@ -147,15 +142,13 @@ def generate(
                     pass
                 typer.echo(json.dumps({"prompt": text, **dataclasses.asdict(stream.completion)}))
                 return
-            from tinylm.terminal.screen import printable
-
-            to_terminal = sys.stdout.isatty()  # which would obey what it is sent; a pipe gets the text as it is
-            shown = iter([text])  # the prompt is shown with the first piece, so that an error stands alone
+            console = PlainConsole()
+            prompt_to_show = text  # it is shown with the first piece, so that nothing precedes an error
             for piece in stream:
-                typer.secho(next(shown, ""), nl=False, bold=True)
-                typer.echo(printable(piece) if to_terminal else piece, nl=False)
-                sys.stdout.flush()
-            typer.secho(next(shown, ""), bold=True)  # the prompt, if there was no piece at all; and the line's end
+                console.write(prompt_to_show, end="", style="bold")
+                console.write(piece, end="")
+                prompt_to_show = ""
+            console.write(prompt_to_show, style="bold")
 
 
 def _stream(
@@ -240,9 +233,11 @@ def info(
             typer.echo(json.dumps(facts))
             return
         table = Table(show_header=False, box=None)
+        table.add_column()
+        table.add_column(overflow="fold")  # a long path is not cut off
         for name, value in facts.items():
             table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-        Console().print(table)
+        PlainConsole().print(table)
 
 
 def _model_facts(directory: Path, kernels: str, precision: str) -> dict[str, Any]:
@@ -325,11 +320,11 @@ def bench(
             ModelRunner(loaded, n_slots=1, n_tokens=1, n_rows=1)
         if prompts is None:
             lengths = [length for length in lengths if length < loaded.config.context]
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        with Progress(console=PlainConsole(stderr=True), transient=True) as progress:
             task = progress.add_task("measuring", total=len(sizes) + len(lengths))
             report = benchmark.run(loaded, sizes, lengths, lambda: progress.advance(task))
     if not as_json:
-        console = Console()
+        console = PlainConsole()
         console.print(
             f"{report.arithmetic}; the core reads {report.bandwidth_gb_per_s:.1f} GB/s "
             f"and does {report.peak_gmac_per_s:.0f} billion multiply-adds a second"

@@ -14,6 +14,7 @@ import io
 import torch
 
 from tinylm.files import write_file
+from tinylm.terminal.output import say
 from train.config import ConfigError, TrainConfig
 from train.core.checkpoint import CHECKPOINT_FILE, Checkpoint, has_checkpoints
 from train.core.loop import check_fits, train
@@ -46,7 +47,7 @@ def run_alone(config: TrainConfig) -> None:
             train(config, data, tokenizer, log, save, before, device)
         except torch.OutOfMemoryError:
             raise ConfigError(f"run.micro_rows is {config.run.micro_rows}: too many for the GPU's memory") from None
-    print(f"{path}: step {max(first_step, total_steps(config.run, config.shape))}")
+    say(f"{path}: step {max(first_step, total_steps(config.run, config.shape))}")
 
 
 if __name__ == "__main__":

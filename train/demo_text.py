@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from pathlib import Path
 
 from tinylm.files import check_own, write_file
+from tinylm.terminal.output import one_line_errors, say
 from train.prepare import DOCUMENT_SEPARATOR
 
 NAMES = {
@@ -106,17 +106,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/demo/stories.txt"), help="default: %(default)s")
     parser.add_argument("--stories", type=int, default=3000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
-    arguments = parser.parse_args()
+    with one_line_errors(ValueError):
+        write_demo(parser.parse_args())
+
+
+def write_demo(arguments: argparse.Namespace) -> None:
+    """Write the stories to a file."""
     if arguments.stories < 1:
-        sys.exit(f"error: --stories is {arguments.stories}: it must be at least 1")
+        raise ValueError(f"--stories is {arguments.stories}: it must be at least 1")
     text = demo_text(arguments.stories, arguments.seed)
-    try:
-        if arguments.out.is_file():
-            check_own(arguments.out, lambda content: content.startswith(b"Once upon a time there was a "))
-        write_file(arguments.out, text)
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    print(f"{arguments.out}: {arguments.stories:,} stories, {len(text.encode()):,} bytes")
+    if arguments.out.is_file():
+        check_own(arguments.out, lambda content: content.startswith(b"Once upon a time there was a "))
+    write_file(arguments.out, text)
+    say(f"{arguments.out}: {arguments.stories:,} stories, {len(text.encode()):,} bytes")
 
 
 if __name__ == "__main__":

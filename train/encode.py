@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tinylm.files import manifest_names, replaced_directory
+from tinylm.terminal.output import say
 from tinylm.tokenizer import Tokenizer
 from train.config import INDEX_FILE, TrainConfig
 from train.files import file_sha256
@@ -87,7 +88,7 @@ def encode(config: TrainConfig) -> dict[str, Any]:
         index = write_tokens(config, tokenizer, new, _encoded_by_ray)
     for name, entry in index["collections"].items():
         counts = ", ".join(f"{split} {entry[split]['tokens']:,}" for split in ("train", "validation") if split in entry)
-        print(f"{name}: {counts} tokens")
+        say(f"{name}: {counts} tokens")
     return index
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -19,12 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 from tinylm.llm import load
 from tinylm.model import Chunk, Model, ModelRunner
+from tinylm.terminal.output import PlainConsole, one_line_errors
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
 from train.config import ConfigError
@@ -195,12 +194,17 @@ def main() -> None:
     parser.add_argument("--kernels", default="auto", help="numba, numpy or auto (the default)")
     parser.add_argument("--precision", default="auto", help="of activations and KV cache: int8, float32 or auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    arguments = parser.parse_args()
+    with one_line_errors(ConfigError, ModelError):
+        run(parser.parse_args())
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure the collections of the files and print a table, or JSON."""
+    documents = read_documents(arguments.data, arguments.max_bytes)
     try:
-        documents = read_documents(arguments.data, arguments.max_bytes)
         tokenizer, model = load(arguments.model, arguments.kernels, arguments.precision)
-    except (ConfigError, ModelError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     scores = evaluate(model, tokenizer, documents)
     collections = {name: summary(of_collection) for name, of_collection in scores.items()}
     if arguments.json:
@@ -212,7 +216,7 @@ def main() -> None:
         numbers = [f"{figures[key]:,}" for key in ("documents", "sources", "tokens", "bytes")]
         low, high = figures["interval_95"]
         table.add_row(name, *numbers, f"{figures['bits_per_byte']:.4f}", f"{low:.4f} to {high:.4f}")
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 if __name__ == "__main__":

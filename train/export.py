@@ -24,6 +24,7 @@ import numpy as np
 from tinylm.files import check_directory
 from tinylm.llm import LLM
 from tinylm.model import Model
+from tinylm.terminal.output import say
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, model_files, quantize_rows, save_model
 from train.config import METRICS_FILE, ConfigError, TrainConfig
@@ -132,12 +133,12 @@ def export(config: TrainConfig) -> None:
             exporter(Path(scratch) / config.name, exports / name)
     save(directory)
 
-    print(f"{directory}: step {checkpoint.step}, {evaluation['tokens_seen']:,} tokens seen")
+    say(f"{directory}: step {checkpoint.step}, {evaluation['tokens_seen']:,} tokens seen")
     before, after = sum(t.nbytes for t in tensors.values()), (directory / "model.safetensors").stat().st_size
-    print(f"size: float32 {before:,} bytes, int8 {after:,} bytes ({after / before:.1%})")
+    say(f"size: float32 {before:,} bytes, int8 {after:,} bytes ({after / before:.1%})")
     for name in served:
         full, small = (per_byte(scores[name]) for scores in (exact, served))
-        print(f"{name}: bits per byte float32 {full:.4f}, as served {small:.4f} ({small - full:+.4f})")
+        say(f"{name}: bits per byte float32 {full:.4f}, as served {small:.4f} ({small - full:+.4f})")
 
 
 def check_sample_prompt(config: TrainConfig, tokenizer: Tokenizer) -> None:

@@ -21,6 +21,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 from tokenizers import AddedToken, decoders, models, processors
 
 from tinylm.config import ModelConfig
+from tinylm.terminal.output import say
 from tinylm.tokenizer import BOUNDARY_PIECE, Tokenizer
 from tinylm.weights import TOKENIZER, load_model
 from train.release.format_checks import (
@@ -144,7 +145,7 @@ def export_huggingface(model: Path, out: Path) -> None:
             theirs = loaded(torch.from_numpy(ids)).logits.numpy()
         error = require_equal(f"transformers {transformers.__version__}", theirs, engine_logits(config, tensors, ids))
         require_same_ids(transformers.AutoTokenizer.from_pretrained(scratch), Tokenizer(model / TOKENIZER))
-    print(f"{out}: logits at most {error:.1e} from the engine's, token ids the same")
+    say(f"{out}: logits at most {error:.1e} from the engine's, token ids the same")
 
 
 def require_same_ids(theirs: transformers.PreTrainedTokenizerBase, ours: Tokenizer) -> None:

@@ -25,6 +25,7 @@ from onnx import TensorProto, helper
 
 from tinylm.config import ModelConfig
 from tinylm.kernels.numpy import rope_tables
+from tinylm.terminal.output import say
 from tinylm.weights import TOKENIZER, load_model
 from train.onnx_graph import Graph
 from train.release.format_checks import (
@@ -147,7 +148,7 @@ def export_onnx(model: Path, out: Path) -> None:
                 f"ONNX Runtime {onnxruntime.__version__}, with its cache,", np.concatenate(parts, 1), ours[:1]
             ),
         )
-    print(f"{out / FILE}: logits at most {error:.1e} from the engine's")
+    say(f"{out / FILE}: logits at most {error:.1e} from the engine's")
 
 
 if __name__ == "__main__":

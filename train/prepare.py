@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinylm.files import is_inside, manifest_names, replaced_directory
+from tinylm.terminal.output import say
 from tinylm.text_files import BYTE_ORDER_MARK, decode_text
 from train.config import Collection, ConfigError, TrainConfig
 from train.files import matching_files
@@ -219,7 +220,7 @@ def prepare(config: TrainConfig) -> dict[str, Any]:
                 }
         (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for name, entry in manifest.items():
-        print(
+        say(
             f"{name}: {entry['train']['documents']:,} documents to train on ({entry['train']['bytes'] / 1e6:.1f} MB), "
             f"{entry['validation']['documents']:,} held out ({entry['validation']['bytes'] / 1e6:.2f} MB)"
         )

@@ -24,12 +24,13 @@ from tinylm import bench
 from tinylm.files import check_file, write_file
 from tinylm.machine import describe
 from tinylm.model import Model
-from tinylm.weights import SCALE_SUFFIX, quantize_rows
+from tinylm.terminal.output import one_line_errors, say
+from tinylm.weights import SCALE_SUFFIX, ModelError, quantize_rows
 from train.config import ConfigError, TrainConfig, load_config
 from train.evaluate import Score, evaluate, per_byte, summary
 from train.export import load_trained
 from train.release.intervals import ratio_interval
-from train.stage import command_line, one_line_errors
+from train.stage import command_line
 
 GROUP = 32  # weights that share a scale
 BATCHES = (1, 4, 16)
@@ -182,14 +183,14 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/results/quantization.json"), help="default: %(default)s")
     parser.add_argument("--no-speed", action="store_true", help="sizes and quality only, which a busy machine can tell")
-    arguments = parser.parse_args()
-    with one_line_errors():
+    with one_line_errors(ConfigError, ModelError):
+        arguments = parser.parse_args()
         check_file(arguments.out)
         command = shlex.join(["python", "-m", "train.quantization_study", *sys.argv[1:]])
         measured = {"command": command, **describe()}  # before: the revision may be another one afterwards
         result = {**measured, **study(load_config(arguments.config, arguments.overrides), not arguments.no_speed)}
         write_file(arguments.out, json.dumps(result, indent=2) + "\n")
-    print(markdown(result))
+        say(markdown(result))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from tinylm.terminal.output import say
 from train.config import ConfigError, TrainConfig
 from train.core.checkpoint import CHECKPOINT_FILE, Checkpoint, has_checkpoints, last_checkpoint
 from train.core.loop import check_fits
@@ -105,9 +106,7 @@ def run(config: TrainConfig) -> None:
         cause = next(iter(causes.values()), error)
         cause = getattr(cause, "_base_exc", cause)  # without the worker's traceback
         raise ConfigError(f"training failed: {cause}") from error
-    print(
-        f"{result.checkpoint.path if result.checkpoint else config.run_dir}: step {(result.metrics or {}).get('step')}"
-    )
+    say(f"{result.checkpoint.path if result.checkpoint else config.run_dir}: step {(result.metrics or {}).get('step')}")
 
 
 def _cpus_a_worker(config: TrainConfig) -> float:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
+from tinylm.terminal.output import PlainConsole, one_line_errors, printable
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
 from train.config import ConfigError, TrainConfig, load_config
@@ -21,9 +28,9 @@ from train.files import file_sha256
 
 
 def run_stage(description: str | None, stage: Callable[[TrainConfig], Any]) -> None:
-    """Parse the command line and run the stage, with one-line errors."""
-    arguments = command_line(description).parse_args()
-    with one_line_errors():
+    """Parse the command line and run the stage. Print an error that the user can correct as one line."""
+    with one_line_errors(ConfigError, ModelError):
+        arguments = command_line(description).parse_args()
         stage(load_config(arguments.config, arguments.overrides))
 
 
@@ -33,17 +40,6 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, default=Path("configs/train.yaml"), help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a setting, as in run.tokens=2e6")
     return parser
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Print the user's errors as one line on standard error and exit with status 1; Ctrl-C exits with 130."""
-    try:
-        yield
-    except (ConfigError, ModelError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def require(path: Path, made_by: str) -> None:
@@ -86,14 +82,21 @@ def start_ray(env_vars: dict[str, str] | None = None) -> None:
         ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": env_vars or {}})
 
 
+class _Description(TextColumn):
+    """The description of a task, which may hold the name of a collection."""
+
+    def render(self, task: Task) -> Text:
+        return Text(printable(task.description))
+
+
 def progress(unit: str) -> Progress:
     """Return a progress bar on standard error."""
     return Progress(
-        TextColumn("{task.description}"),
+        _Description(""),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=PlainConsole(stderr=True),
     )

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import sentencepiece as spm
 
 from tinylm.files import check_file, check_own, write_file
+from tinylm.terminal.output import say
 from tinylm.tokenizer import BOUNDARY_PIECE, Tokenizer
 from tinylm.weights import TOKENIZER, load_model
 from train.config import ConfigError, TrainConfig
@@ -51,7 +52,7 @@ def train_tokenizer(config: TrainConfig) -> None:
     else:
         model = trained_on(config)
     write_file(config.tokenizer_path, model)
-    print(f"{config.tokenizer_path}: {Tokenizer(config.tokenizer_path).vocab_size} pieces")
+    say(f"{config.tokenizer_path}: {Tokenizer(config.tokenizer_path).vocab_size} pieces")
 
 
 def is_trained_here(content: bytes) -> bool:

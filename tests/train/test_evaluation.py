@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,6 +40,15 @@ def test_a_part_of_a_collection_is_spread_over_its_sources(documents: list[Docum
     whole, part = (Counter(document.source for document in side) for side in (every, taken))
     left = [source for source in whole if part[source] < whole[source]]
     assert max(part.values(), default=0) <= min(part[source] for source in left) + 1
+
+
+def test_names_with_markup_are_shown_as_they_are(tmp_path, tiny_model_dir, capsys, monkeypatch):
+    path = tmp_path / "held-out.parquet"
+    pq.write_table(pa.table({"text": ["a cat"], "collection": ["a[/x]:smile:"]}), path)
+    monkeypatch.setattr("sys.argv", ["evaluate", "--model", str(tiny_model_dir), "--data", str(path)])
+    monkeypatch.setenv("COLUMNS", "200")
+    evaluate.main()
+    assert "a[/x]:smile:" in capsys.readouterr().out
 
 
 def test_one_long_book_is_not_all_of_a_collection():

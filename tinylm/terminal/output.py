@@ -39,7 +39,8 @@ class PlainConsole(Console):
 
     def write(self, text: str, end: str = "\n", style: str | None = None) -> None:
         """Print text at once, without wrapping it."""
-        self.print(Segments([Segment(self._shown(text) + end, self.get_style(style) if style else None)]), crop=False)
+        shown = Segment(self._shown(text), self.get_style(style) if style else None)
+        self.print(Segments([shown, Segment(end)]), crop=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Rich calls this for every string that it prints, also for those in tables."""
@@ -51,6 +52,11 @@ class PlainConsole(Console):
 
     def _shown(self, text: str) -> str:
         return printable(text) if self.is_terminal or self.file.isatty() else text
+
+
+def say(text: str) -> None:
+    """Print a line on standard output."""
+    PlainConsole().write(text)
 
 
 @contextmanager

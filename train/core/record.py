@@ -80,8 +80,8 @@ def _follow(config: TrainConfig, done: threading.Event) -> None:
                         continue
                     if "val_bpb" in values:
                         scores = "  ".join(f"{name} {score:.3f}" for name, score in values["val_bpb"].items())
-                        bar.console.print(f"step {values['step']}: bits per byte {scores}", markup=False)
-                        bar.console.print(f"  {values['sample']!r}", markup=False)
+                        bar.console.print(f"step {values['step']}: bits per byte {scores}")
+                        bar.console.print(f"  {values['sample']!r}")
                     else:
                         text = f"loss {values['loss']:.3f}, {values['tokens_per_s']:,} tokens/s"
                         bar.update(task, completed=values["step"], description=text)

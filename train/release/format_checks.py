@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from tinylm.config import ModelConfig
 from tinylm.files import manifest_names, replaced_directory
 from tinylm.model import Chunk, Model, ModelRunner
+from tinylm.terminal.output import one_line_errors
 from tinylm.weights import MANIFEST, ModelError, Tensor, as_float32
 
 TOLERANCE = 1e-3  # of logits: float32 rounds to 1e-5 or so
@@ -40,17 +40,15 @@ class ExportError(ModelError):
 
 
 def run_export(description: str | None, export: Callable[[Path, Path], None]) -> None:
-    """`--model DIR --out DIR`; what the user can mend becomes one line and exit status 1."""
+    """Read `--model DIR --out DIR` and export. Print an error that the user can correct as one line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/stories-8m"), help="default: %(default)s")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="missing, empty, or with an earlier export"
     )
-    arguments = parser.parse_args()
-    try:
+    with one_line_errors(ModelError):
+        arguments = parser.parse_args()
         export(arguments.model, arguments.out)
-    except (ModelError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 @contextmanager

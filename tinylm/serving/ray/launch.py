@@ -58,6 +58,8 @@ def pick_config() -> Path:
 
 def launch(config: Path | None, wait_s: float) -> int:
     """Serve until interrupted; returns the exit status. Raises ValueError when the config is unusable."""
+    if not wait_s > 0:  # NaN is not
+        raise ValueError(f"--wait-s must be a number of seconds above 0, got {wait_s}")
     config = config or pick_config()
     if not config.is_file():
         raise ValueError(f"config is {config}: there is no such file")
@@ -178,7 +180,8 @@ class Server:
     def _follow(self) -> None:
         """Pass on what `serve run` says, and take the dashboard's address from it."""
         for line in self.process.stderr or ():
-            sys.stderr.write(line)
+            with suppress(OSError):  # nobody reads standard error any more: `serve run` must not wait for that
+                sys.stderr.write(line)
             if match := re.search(r"dashboard at (http://[\w.:\[\]-]+)", _ANSI_CODES.sub("", line)):
                 self.dashboard = match[1]
 
