@@ -119,7 +119,7 @@ def test_a_glob_of_text_files_is_one_document_each(tmp_path: Path):
     assert {row["source"]: row["text"] for row in rows} == {f"{n}.txt": story for n, story in enumerate(STORIES)}
 
 
-def test_the_demo_text_is_the_same_every_time_and_read_whole(tmp_path: Path):
+def test_the_demo_text_is_reproducible_and_read_completely(tmp_path: Path):
     text = demo_text(60, seed=1)
     assert text == demo_text(60, seed=1)
     assert text != demo_text(60, seed=2)
@@ -140,7 +140,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path):
     assert tree_bytes(tmp_path / "one/text") == tree_bytes(tmp_path / "two/text")
 
 
-def test_no_source_is_on_both_sides_and_more_data_moves_none(tmp_path: Path):
+def test_every_source_stays_on_one_side(tmp_path: Path):
     sources = [f"book {n // 2}" for n in range(80)]
     few = prepared(
         tmp_path / "few", write_parquet(tmp_path / "few.parquet", {"text": STORIES[:40], "source": sources[:40]})
@@ -179,7 +179,7 @@ def test_the_manifest_tells_one_text_from_another(tmp_path: Path):
     assert sums[0] == sums[1] != sums[2]
 
 
-def test_about_the_wished_share_is_held_out_and_the_seed_decides_which():
+def test_the_seed_selects_which_sources_are_held_out():
     held = {seed: {n for n in range(5000) if is_validation(f"book {n}", 0.1, seed)} for seed in (1, 2)}
     assert 400 < len(held[1]) < 600  # 500 ± 21
     assert len(held[1] & held[2]) < 100  # 50 by chance
@@ -280,7 +280,7 @@ def _broken_sources(directory: Path) -> dict[str, tuple[dict, str]]:
     return {name: ({"source": str(directory / name), **settings}, named) for name, (settings, named) in cases.items()}
 
 
-def test_every_unusable_source_is_one_line_and_leaves_the_earlier_text(tmp_path: Path):
+def test_unusable_sources_are_named_and_earlier_text_stays(tmp_path: Path):
     workdir = tmp_path / "w"
     prepared(workdir, write_parquet(tmp_path / "t.parquet", {"text": STORIES}))
     earlier = tree_bytes(workdir / "text")

@@ -109,7 +109,7 @@ def test_a_killed_runs_metrics_are_read_up_to_its_checkpoint(tmp_path: Path):
     assert read_metrics(tmp_path / "none.jsonl") == []
 
 
-def test_a_model_is_not_judged_on_other_text_than_it_was_kept_from(demo: Demo, tmp_path: Path):
+def test_export_refuses_text_that_was_prepared_again(demo: Demo, tmp_path: Path):
     """Text that is prepared anew holds out other stories, some of which the model has been trained on."""
     changed = Demo(tmp_path, demo.ray_tmpdir)
     for name in ("tokens", "text", "runs"):
@@ -237,7 +237,7 @@ def test_the_model_directory_tells_people_what_it_is(demo: Demo):
     assert "Stories made up by TinyLM's own train/demo_text.py" in attribution
 
 
-def test_what_the_demo_writes_is_judged_beside_what_people_wrote(demo: Demo):
+def test_the_demos_text_is_compared_with_held_out_text(demo: Demo):
     """Its sentences are few: the model has learnt them, and held-out stories are made of them too."""
     judged = json.loads((demo.model_dir / "evaluation.json").read_text())["generated_text"]
     model, held_out = judged["model"], judged["held_out"]["demo"]
@@ -316,7 +316,7 @@ def test_a_stage_too_early_names_the_command_to_run_first(tmp_path: Path, stage:
         stage(Demo(tmp_path, tmp_path).config)
 
 
-def test_exporting_a_run_that_never_was_names_the_command_to_run_first(demo: Demo):
+def test_exporting_a_missing_run_names_the_command_to_run(demo: Demo):
     assert "run `python -m train.run` first" in only_line_of_failure(demo, "export", name="another")
 
 
@@ -340,7 +340,7 @@ def only_line_of_failure(demo: Demo, stage: str, **more: object) -> str:
         ("model.context", 500_000),
     ],
 )
-def test_settings_that_do_not_fit_are_named_before_any_worker_starts(demo: Demo, key: str, value: int):
+def test_settings_that_do_not_fit_start_no_worker(demo: Demo, key: str, value: int):
     shown = {"run.workers": "x 3)", "model.context": "one row of 500001"}.get(key, f"is {value}")
     with pytest.raises(ConfigError, match=re.escape(shown)):
         run(demo.config_with(**{key: value}))

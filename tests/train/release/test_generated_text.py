@@ -37,7 +37,7 @@ def test_copied_share_counts_runs_that_fit_into_their_text(lengths: list[list[in
     assert copied_share([np.array(of_text, int) for of_text in lengths], n) == expected
 
 
-def test_text_taken_from_training_is_told_from_text_of_ones_own():
+def test_copied_text_scores_higher_than_new_text():
     rng = np.random.default_rng(0)
     book = [f"w{n}" for n in rng.integers(1000, size=4000)]
     own = [" ".join(f"w{n}" for n in rng.integers(1000, size=60)) for _ in range(5)]
@@ -53,7 +53,7 @@ def test_text_taken_from_training_is_told_from_text_of_ones_own():
     assert figures["held_out"]["short"]["copied_grams"] is None
 
 
-def test_stories_are_those_of_their_seeds_whoever_else_is_in_the_batch(tiny):
+def test_a_storys_text_depends_on_its_seed_alone(tiny):
     settings = [SamplingParams(max_tokens=20, seed=seed) for seed in range(20)]
     stories = write_stories(tiny.model, tiny.tokenizer, settings)
     assert len(set(stories)) == 20
@@ -61,6 +61,6 @@ def test_stories_are_those_of_their_seeds_whoever_else_is_in_the_batch(tiny):
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", "one"]])
-def test_nothing_generated_is_no_failure(texts: list[str]):
+def test_judging_accepts_empty_texts(texts: list[str]):
     figures = judge(texts, {"held": ["some words of a person"]}, iter([["some", "words"]]))
     assert figures["model"]["copied_grams"] is None

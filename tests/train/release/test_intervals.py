@@ -34,7 +34,7 @@ def test_an_interval_lies_between_the_least_and_the_greatest_source(parts):
 
 
 @given(PARTS)
-def test_only_the_sums_of_a_source_count(parts):
+def test_splitting_a_source_does_not_change_the_interval(parts):
     """Cutting a book into more chapters is no more evidence."""
     assert interval(parts) == pytest.approx(interval(by_source(parts)))
 
@@ -52,7 +52,7 @@ def test_less_confidence_is_a_narrower_interval_inside(parts):
     assert low <= inner_low <= inner_high <= high
 
 
-def test_it_is_plain_resampling():
+def test_intervals_equal_plain_resampling():
     """One source after the other drawn at random, summed, divided; other random numbers, so nearly the same bounds."""
     rng = np.random.default_rng(1)
     bits, sizes = rng.gamma(2, 100, 40), rng.integers(50, 400, 40)
@@ -80,6 +80,6 @@ def test_the_truth_lies_inside_as_often_as_promised():
         (([1.0], [0.0], ["a"]), "denominators has 0.0: each must be above 0"),
     ],
 )
-def test_what_has_no_ratio_is_refused_by_name(arguments, message: str):
+def test_invalid_sums_are_named(arguments, message: str):
     with pytest.raises(ValueError, match=message):
         ratio_interval(*arguments)
