@@ -172,6 +172,13 @@ def test_a_key_is_added_to_a_file_that_does_not_end_in_a_newline(file: Path):
         add_key(file, "bob")
 
 
+@pytest.mark.parametrize("space", ["", " ", "\t", "\r\n"])
+def test_whitespace_around_a_sent_key_does_not_count(file: Path, space: str):
+    secret = add_key(file, "bob")
+    access = Access(file, allow_anonymous=False)
+    assert access.check("10.0.0.1", f"Bearer {space}{secret}{space}") == "bob"
+
+
 def test_clients_take_their_key_from_the_environment(monkeypatch: pytest.MonkeyPatch):
     from tinylm.client import Client
 

@@ -50,8 +50,15 @@ def test_error_of_goodput_names_the_option(text: str) -> None:
         ({"concurrency": 1, "duration_s": math.inf}, "duration_s is inf"),
         ({"concurrency": 1, "warmup_s": -1}, "warmup_s is -1"),
         ({"concurrency": 1, "seed": -1}, "seed is -1"),
+        ({"concurrency": 1, "timeout_s": math.inf}, "timeout_s is inf"),
+        ({"concurrency": 1, "timeout_s": math.nan}, "timeout_s is nan"),
+        ({"concurrency": 1, "api_key": "sec\nret"}, "api_key must"),
     ],
 )
 def test_error_of_a_load_names_field_and_value(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Load("localhost:1", Mix((8,), (1.0,)), **fields)
+
+
+def test_whitespace_around_a_key_does_not_count() -> None:
+    assert Load("localhost:1", Mix((8,), (1.0,)), concurrency=1, api_key=" secret\n").api_key == "secret"
