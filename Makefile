@@ -52,10 +52,11 @@ chaos: $(VENV)/development ## Kill parts of the service under load, for minutes 
 walkthrough: $(VENV)/development ## Execute the commands of README.md and docs/ in a fresh clone of HEAD, as they stand there
 	$(BIN)/python -m pytest -m walkthrough --tb=short --durations=0 tests/docs/test_walkthrough.py
 
-check: $(VENV)/development ## Check style, formatting and types
+check: $(VENV)/development ## Check style, formatting, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/development ## Format the code and mend what the linter can
 	$(BIN)/ruff format .

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.kernels import quantized
+from helpers.service import Service, running_service
+from helpers.train import Demo, trained_demo
 from hypothesis import HealthCheck, settings
-from kernel_fixtures import quantized
-from service_fixtures import Service, running_service
 from threadpoolctl import ThreadpoolController
-from train_fixtures import Demo, trained_demo
 
 from tinylm import LLM, ModelConfig, SamplingParams
 from tinylm.llm import load

@@ -12,7 +12,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from browser_fixtures import DESKTOP, chromium, visit
+from helpers.browser import DESKTOP, chromium, visit
 from PIL import Image
 from playwright.sync_api import Browser, expect
 

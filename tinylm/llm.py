@@ -44,7 +44,7 @@ def load(directory: Path | str, kernels: str = "auto", precision: str = "auto") 
 
 
 class LLM:
-    """A model to generate with:
+    """A model to generate with.
 
     >>> llm = LLM()
     >>> llm.generate("Once upon a time", SamplingParams(max_tokens=16, temperature=0))[0].text

@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from tinylm.llm import load
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.terminal.output import PlainConsole, one_line_errors
+from tinylm.text_files import BYTE_ORDER_MARK
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
 from train.config import ConfigError
@@ -152,6 +153,7 @@ def read_documents(paths: Sequence[Path], max_bytes: int | None = None) -> list[
             text = row["text"] or ""
             if not isinstance(text, str):
                 raise ConfigError(f"{path}: column 'text' holds {type(text).__name__}, not text")
+            text = text.removeprefix(BYTE_ORDER_MARK)
             if text:
                 collections.setdefault(collection, []).append(Document(collection, source, text))
     taken = [document for documents in collections.values() for document in spread(documents, max_bytes)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Self
 
 import yaml
-from marked import Mark
+from helpers.marked import Mark
 
 from loadtest.bench.services import free_ports
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fault_load import FaultLoad, account
+from helpers.fault_load import FaultLoad, account
 from ray_cluster import RayCluster, RayNode, wait_until
 
 from tinylm import LLM, SamplingParams

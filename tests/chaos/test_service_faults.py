@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import fault_actions
 import pytest
 import yaml
-from fault_load import FaultLoad, account
-from marked import resident_mib
-from service_fixtures import Service, running_service
+from helpers import fault_actions
+from helpers.fault_load import FaultLoad, account
+from helpers.marked import resident_mib
+from helpers.service import Service, running_service
 
 from tinylm import LLM, SamplingParams
 

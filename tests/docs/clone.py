@@ -21,8 +21,8 @@ from typing import Self
 
 import pexpect
 import psutil
-from docs_commands import ROOT, Until, Walk, filled
-from marked import Mark
+from helpers.docs_commands import ROOT, Until, Walk, filled
+from helpers.marked import Mark
 
 PORTS = {
     "gRPC": 9000,

@@ -7,9 +7,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import docs_commands
 import pytest
-from docs_commands import CI, HERE, ITSELF, PAGES, ROOT, TABLE, Command, Walk, executed_by
+from helpers import docs_commands
+from helpers.docs_commands import CI, HERE, ITSELF, PAGES, ROOT, TABLE, Command, Walk, executed_by
 
 COMMANDS = docs_commands.commands()
 HERE_COMMANDS = [command for command in COMMANDS if executed_by(command) is HERE]
@@ -24,7 +24,7 @@ def workplace(tmp_path: Path) -> Path:
 
 def test_every_command_has_a_row() -> None:
     unknown = [f"{command.page}: {command.text}" for command in COMMANDS if executed_by(command) is None]
-    assert unknown == [], "say in tests/docs_commands.py how these are tested"
+    assert unknown == [], "say in tests/helpers/docs_commands.py how these are tested"
 
 
 def test_every_row_has_a_command() -> None:

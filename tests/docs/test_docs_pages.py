@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 import pytest
-from docs_commands import PAGES
+from helpers.docs_commands import PAGES
 from matplotlib.image import imread
 
 from docs.making import measure, page, pictures

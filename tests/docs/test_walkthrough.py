@@ -6,10 +6,10 @@ This needs the ports that the pages use, no other Ray on the machine, and the pa
 
 from collections.abc import Iterator
 
-import docs_commands
 import pytest
 from clone import Clone
-from docs_commands import TABLE, Command, Walk, executed_by
+from helpers import docs_commands
+from helpers.docs_commands import TABLE, Command, Walk, executed_by
 
 pytestmark = pytest.mark.walkthrough
 

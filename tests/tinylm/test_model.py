@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.kernels import dequantized, logits_of, quantized, random_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_fixtures import dequantized, logits_of, quantized, random_tensors
 
 from tinylm import ModelConfig
 from tinylm.llm import load

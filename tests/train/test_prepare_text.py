@@ -14,9 +14,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.train import make_config, python, texts_of, tree_bytes, write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
-from train_fixtures import make_config, python, texts_of, tree_bytes, write_parquet
 
 from train.config import ConfigError, TrainConfig
 from train.demo_text import demo_text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from train_fixtures import ROOT
+from helpers.train import ROOT
 
 from train.config import ConfigError, load_config
 

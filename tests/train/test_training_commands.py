@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from train_fixtures import DEMO_STEPS as STEPS
-from train_fixtures import ROOT, SHARD_TOKENS, Demo, command_env, encode_plainly, python, texts_of, tree_bytes
+from helpers.train import DEMO_STEPS as STEPS
+from helpers.train import ROOT, SHARD_TOKENS, Demo, command_env, encode_plainly, python, texts_of, tree_bytes
 
 from tinylm import LLM, SamplingParams
 from tinylm.tokenizer import Tokenizer

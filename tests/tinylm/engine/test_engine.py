@@ -8,9 +8,9 @@ import time
 
 import numpy as np
 import pytest
+from helpers.kernels import SETTINGS, quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_fixtures import SETTINGS, quantized
 
 from tinylm import LLM, SamplingParams
 from tinylm.engine import Engine, EngineFull

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from kernel_fixtures import outcome, start_python
+from helpers.kernels import outcome, start_python
 from threadpoolctl import ThreadpoolController
 
 import tinylm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from kernel_fixtures import SETTINGS, outcome, start_python
+from helpers.kernels import SETTINGS, outcome, start_python
 
 from tinylm import LLM
 from tinylm.kernels import choose, numba, numpy

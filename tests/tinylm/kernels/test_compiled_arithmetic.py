@@ -7,9 +7,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+from helpers.kernels import SETTINGS, logits_of, random_tensors, row_errors, scale_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_fixtures import SETTINGS, logits_of, random_tensors, row_errors, scale_of
 
 from tinylm import LLM, ModelConfig
 from tinylm.kernels.batch import Batch

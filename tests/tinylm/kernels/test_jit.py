@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from kernel_fixtures import ROOT, outcome, start_python
+from helpers.kernels import ROOT, outcome, start_python
 
 from tinylm import LLM
 

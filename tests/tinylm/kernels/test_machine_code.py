@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kernel_fixtures import computed_here, outcome, row_errors, scale_of, start_python
+from helpers.kernels import computed_here, outcome, row_errors, scale_of, start_python
 
 from tinylm.kernels.numba import emitter
 
 # --- kinds of processors
 
-SAVE = "import sys, numpy; from kernel_fixtures import computed_here; numpy.savez(sys.argv[1], **computed_here())"
+SAVE = "import sys, numpy; from helpers.kernels import computed_here; numpy.savez(sys.argv[1], **computed_here())"
 
 
 def instruction_sets():

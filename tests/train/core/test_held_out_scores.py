@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from train_fixtures import encoded_stories, short_run
+from helpers.train import encoded_stories, short_run
 
 from tinylm.model import Model
 from tinylm.tokenizer import Tokenizer

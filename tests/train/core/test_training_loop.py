@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_fixtures import encoded_stories, short_run, train_rank, write_tokens
+from helpers.train import encoded_stories, short_run, train_rank, write_tokens
 
 from tinylm.config import ModelConfig
 from tinylm.tokenizer import Tokenizer

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.train import write_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_fixtures import write_tokens
 
 from train.config import ConfigError
 from train.data.documents import Documents

@@ -14,9 +14,9 @@ import onnx
 import pytest
 import torch
 import transformers
+from helpers.train import tree_bytes
 from hypothesis import given
 from hypothesis import strategies as st
-from train_fixtures import tree_bytes
 
 from tinylm import LLM, SamplingParams
 from tinylm.files import check_directory

@@ -12,8 +12,8 @@ from http.client import HTTPConnection
 
 import openai
 import pytest
+from helpers.service import Service
 from openai import OpenAI
-from service_fixtures import Service
 
 from tinylm import LLM, SamplingParams
 from tinylm.client import Client

@@ -8,10 +8,10 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from browser_fixtures import DESKTOP, PHONE, chromium, visit
+from helpers.browser import DESKTOP, PHONE, chromium, visit
+from helpers.service import Service
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
-from service_fixtures import Service
 from web_screenshots import SCALE, take
 
 from tinylm import LLM, SamplingParams

@@ -21,8 +21,8 @@ from pathlib import Path
 import grpc
 import pytest
 import yaml
+from helpers.service import with_own_ports
 from prometheus_client.parser import text_string_to_metric_families
-from service_fixtures import with_own_ports
 
 from loadtest.bench.services import free_ports
 from tinylm.serving import metrics

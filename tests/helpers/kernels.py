@@ -14,7 +14,7 @@ from tinylm import ModelConfig, SamplingParams
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.weights import QuantizedMatrix, Tensor, load_model, quantize_rows, tensor_shapes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [("numba", "int8"), ("numba", "float32"), ("numpy", "int8"), ("numpy", "float32")]
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from client_fixtures import Act, scripted_server
-from terminal_fixtures import shown_on_terminal
+from helpers.client import Act, scripted_server
+from helpers.terminal import shown_on_terminal
 
 import tinylm
 

@@ -21,7 +21,7 @@ from train.demo_text import demo_text
 from train.prepare import prepare
 from train.tokenizer import train_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY_MODEL = {"vocab_size": 400, "hidden_size": 32, "n_layers": 2, "n_heads": 2, "mlp_size": 64, "context": 32}
 DEMO_STEPS = 240
 SHARD_TOKENS = 20_000

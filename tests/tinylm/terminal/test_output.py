@@ -9,10 +9,10 @@ import sys
 import unicodedata
 
 import pytest
+from helpers.terminal import shown_on_terminal
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
-from terminal_fixtures import shown_on_terminal
 
 from tinylm.terminal.output import PlainConsole, printable
 

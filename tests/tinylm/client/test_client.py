@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import grpc
 import pytest
-from client_fixtures import ANSWER, Act, Scripted, forwarder, scripted_server
+from helpers.client import ANSWER, Act, Scripted, forwarder, scripted_server
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES_ONLY = {"files.md"}  # it names commands without their arguments
 MADE_OF_EXCERPTS = {"how-it-works.md"}  # its Python consists of excerpts, which `test_docs_pages` checks
@@ -72,7 +72,7 @@ HELD_OUT = {"FILE.parquet": "data/demo/text/demo.validation.parquet"}
 # this order. The row of a server comes after the rows that need it, and ends it.
 TABLE: dict[str, str | Walk] = {
     r".* --help|make help|python -m loadtest.bench.standard --list|python -m tinylm.serving.metrics": HERE,
-    r"tinylm write --seed 1 -n 40": "tests/test_terminal.py::test_the_transcript_of_the_page_is_what_happens",
+    r"tinylm write --seed 1 -n 40": "tests/tinylm/terminal/test_terminal.py::test_page_transcript_is_what_happens",
     r"(printf .* \| )?tinylm (generate|info|tokenize|key|write|--version)\b(?!.*--server).*": HERE,
     r"cat fullchain.pem privkey.pem > server.pem.*": HERE,
     r"make (test|check|docs)": CI,

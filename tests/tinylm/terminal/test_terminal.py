@@ -8,11 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.terminal import TINYLM, terminal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
-from terminal_fixtures import TINYLM, terminal
 
 from tinylm import SamplingParams
 from tinylm.terminal.lines import CommandCompleter
@@ -68,7 +68,7 @@ def test_a_session_at_a_terminal(tmp_path: Path, numpy_stories):
     assert history.stat().st_mode & 0o777 == 0o600
 
 
-def test_the_transcript_of_the_page_is_what_happens(tmp_path: Path):
+def test_page_transcript_is_what_happens(tmp_path: Path):
     """Speeds aside."""
     page = Path("docs/use.md").read_text(encoding="utf-8")
     (transcript,) = re.findall(r"```console\n\$ tinylm write (.*?)```", page, re.DOTALL)

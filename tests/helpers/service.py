@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from marked import Mark
 
+from helpers.marked import Mark
 from loadtest.bench.services import with_own_ports
 from tinylm.client import Client, ServiceError
 

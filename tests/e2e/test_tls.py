@@ -19,7 +19,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tls_fixtures import Front, make_certificate, tls_command, tls_front
+from helpers.tls import Front, make_certificate, tls_command, tls_front
 
 from loadtest.bench.services import free_ports
 from tinylm import LLM, SamplingParams

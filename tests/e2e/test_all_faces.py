@@ -11,7 +11,7 @@ import pytest
 from google.protobuf import json_format, message_factory
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from service_fixtures import Service
+from helpers.service import Service
 
 PROMPT = "Once upon a time"
 SETTINGS = {"max_tokens": 20, "temperature": 0.8, "top_p": 0.95, "seed": 11}

@@ -19,11 +19,11 @@ import openai
 import psutil
 import pytest
 import yaml
-from browser_fixtures import chromium, visit
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from helpers.browser import chromium, visit
+from helpers.service import Service, running_service
+from helpers.terminal import Terminal, terminal
 from playwright.sync_api import expect
-from service_fixtures import Service, running_service
-from terminal_fixtures import Terminal, terminal
 
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, AsyncClient, Client

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from train_fixtures import prepared_stories
+from helpers.train import prepared_stories
 
 from loadtest.bench import standard
 from loadtest.results import html_report, result_file
@@ -41,7 +41,7 @@ from train.release.format_checks import exported_directory
 from train.stage import load_tokenizer
 from train.tokenizer import train_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MINE = "a file of the user\n"
 NULL_DEVICE = os.makedev(1, 3)
 # Names that are, or look like, temporaries of this and of earlier releases.

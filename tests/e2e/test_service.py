@@ -14,16 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import docs_commands
-import fault_actions
 import grpc
 import psutil
 import pytest
 import yaml
-from fault_load import FaultLoad, account
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from service_fixtures import PLAIN_PATH, Service
-from tls_fixtures import make_certificate, tls_front
+from helpers import docs_commands, fault_actions
+from helpers.fault_load import FaultLoad, account
+from helpers.service import PLAIN_PATH, Service
+from helpers.tls import make_certificate, tls_front
 
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, AsyncClient, Client, ServedCompletion, ServiceError

@@ -1,0 +1,1 @@
+"""What several test files share: fixtures, services, processes. Test files import it as `helpers`."""
