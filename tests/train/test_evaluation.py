@@ -51,6 +51,12 @@ def test_names_with_markup_are_shown_as_they_are(tmp_path, tiny_model_dir, capsy
     assert "a[/x]:smile:" in capsys.readouterr().out
 
 
+def test_documents_are_read_without_a_byte_order_mark(tmp_path):
+    path = tmp_path / "stories.parquet"
+    pq.write_table(pa.table({"text": ["\ufeffOnce", "\ufeff"], "source": ["a", "b"]}), path)
+    assert evaluate.read_documents([path]) == [Document("stories", "a", "Once")]
+
+
 def test_one_long_book_is_not_all_of_a_collection():
     books = [Document("books", "long", "x" * 90_000), *(Document("books", f"{i}", "y" * 4000) for i in range(5))]
     taken = Counter(document.source for document in spread(books, 50_000))
