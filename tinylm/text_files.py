@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -16,7 +17,7 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 def decode_text(data: bytes, name: str) -> str:
     """Return the text of a file's bytes. Raise ValueError with `name` when they are not UTF-8."""
-    if data.startswith(_UTF16):
+    if data.startswith(_UTF16) or (len(data) > 1 and (data[0] == 0) != (data[1] == 0)):  # with a mark or without
         raise ValueError(f"{name} is UTF-16: save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")
@@ -33,6 +34,12 @@ def read_text(path: Path) -> str:
 def read_standard_input() -> str:
     """Return all of standard input as text. Raise ValueError when it is not UTF-8."""
     return decode_text(sys.stdin.buffer.read(), "standard input")
+
+
+def standard_input_lines() -> Iterator[str]:
+    """Yield the lines of standard input, without their ends, as they arrive. Raise ValueError when one is not UTF-8."""
+    for line in sys.stdin.buffer:
+        yield from lines_of(decode_text(line, "standard input"))
 
 
 def lines_of(text: str) -> list[str]:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from tinylm.files import is_inside, manifest_names, replaced_directory
 from tinylm.terminal.output import say
-from tinylm.text_files import BYTE_ORDER_MARK, decode_text
+from tinylm.text_files import decode_text
 from train.config import Collection, ConfigError, TrainConfig
 from train.files import matching_files
 from train.stage import progress, run_stage
@@ -36,7 +36,7 @@ DOCUMENT_SEPARATOR = "<|endoftext|>"
 ROWS_A_WRITE = 1000
 MIN_CHARS = 64  # shorter documents are dropped
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")  # with the byte-order mark
 _TRAILING_SPACE = re.compile(r"[ \t\xa0]+\n")
 _BLANK_LINES = re.compile(r"\n{3,}")
 
@@ -46,7 +46,6 @@ def clean(text: str) -> str:
 
     'Hi \\r\\n\\n\\n\\nthere\\x00' -> 'Hi\\n\\nthere'
     """
-    text = text.removeprefix(BYTE_ORDER_MARK)
     text = _CONTROL.sub("", text)  # first: the characters around one may belong together
     text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
     text = _TRAILING_SPACE.sub("\n", text + "\n")

@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 from docs.making.pictures import load_results
 from tinylm.files import write_file
+from tinylm.text_files import lines_of, read_text
 
 TEMPLATE = Path("docs/making/how-it-works.md.j2")
 OUT = Path("docs/how-it-works.md")
@@ -26,7 +27,7 @@ def excerpt(path: str, first: str, last: str, after: str = "") -> str:
 
     The search starts at the first line that contains `after`. Raises ValueError if the file has no such lines.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = lines_of(read_text(Path(path)))
     try:
         start = next(i for i, line in enumerate(lines) if after in line)
         begin = next(i for i in range(start, len(lines)) if lines[i].startswith(first))

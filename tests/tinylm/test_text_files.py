@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +14,11 @@ from hypothesis import strategies as st
 from loadtest.generator.workload import read_prompts
 from tinylm.serving.keys import make_key, read_keys
 from tinylm.text_files import decode_text, lines_of, read_text
+from train.config import ConfigError
 from train.core.metrics import read_metrics
+from train.evaluate import read_documents
 from train.prepare import clean
+from train.release.prompts import load_prompts
 
 MARK = "\ufeff".encode()
 ODD = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # str.splitlines splits at each of them
@@ -36,9 +41,10 @@ def test_only_line_feeds_end_lines(lines: list[str]) -> None:
 
 def test_other_encodings_are_refused_with_the_name(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_text("hello", encoding="utf-16")
-    with pytest.raises(ValueError, match=r"a\.txt is UTF-16: save it as UTF-8"):
-        read_text(path)
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):  # the last two have no mark
+        path.write_text("hello", encoding=encoding)
+        with pytest.raises(ValueError, match=r"a\.txt is UTF-16: save it as UTF-8"):
+            read_text(path)
     path.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"a\.txt is not UTF-8: byte 0xe9 at position 3"):
         read_text(path)
@@ -54,8 +60,11 @@ def test_story_lines_from_a_pipe_have_no_mark() -> None:
     code = "from tinylm.terminal.lines import PipeLines\nlines = PipeLines()\n"
     code += "print(ascii([lines.read() for _ in range(3)]))"
     data = MARK + f"Once{ODD}\r\nupon\n".encode()
-    result = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, input=data, capture_output=True, check=True)
     assert result.stdout.decode().strip() == ascii([f"Once{ODD}", "upon", None])
+    refused = subprocess.run(command, input="Once\n".encode("utf-16"), capture_output=True, check=False)
+    assert b"ValueError: standard input is UTF-16: save it as UTF-8" in refused.stderr
 
 
 def test_key_file_with_mark_and_crlf_is_read(tmp_path: Path) -> None:
@@ -75,4 +84,17 @@ def test_json_lines_may_contain_any_character(tmp_path: Path) -> None:
 
 
 def test_documents_begin_without_a_mark() -> None:
-    assert clean("\ufeffOnce\r\nupon") == "Once\nupon"
+    for text in ("\ufeffOnce\r\nupon", "\n\ufeffOnce\r\nupon", "\0\ufeffOnce\r\nupon"):  # also in joined files
+        assert clean(text) == "Once\nupon"
+
+
+def test_a_mark_does_not_count_when_a_model_is_scored(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["\ufeffOnce upon a time"]}), tmp_path / "a.parquet")
+    assert [document.text for document in read_documents([tmp_path / "a.parquet"])] == ["Once upon a time"]
+
+
+def test_a_wrong_prompt_is_named_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.yaml"
+    path.write_bytes(MARK + b"- {seed: 1, text: Once}\r\n- {seed: -1, text: Once}\r\n")
+    with pytest.raises(ConfigError, match=r"prompts\.yaml: 1\.seed: "):
+        load_prompts(path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +14,8 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+
+from tinylm.text_files import standard_input_lines
 
 Words = Callable[[str], Iterable[str] | None]  # what may follow a command; None: a path
 
@@ -29,19 +29,15 @@ class Lines(Protocol):
 
 
 class PipeLines:
-    """Reads lines from a pipe or a file: UTF-8, with or without a byte-order mark, with any line ends."""
+    """Lines of standard input when it is not a terminal."""
 
     interactive = False
 
     def __init__(self) -> None:
-        self._input = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
+        self._lines = standard_input_lines()
 
     def read(self) -> str | None:
-        try:
-            line = self._input.readline()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"standard input is not UTF-8: {error.reason}") from None
-        return line.removesuffix("\n") if line else None
+        return next(self._lines, None)
 
 
 class TerminalLines:

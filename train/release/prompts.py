@@ -28,12 +28,12 @@ def load_prompts(path: Path) -> list[Prompt]:
         return TypeAdapter(list[Prompt]).validate_python(yaml.safe_load(read_text(path)))
     except FileNotFoundError:
         raise ConfigError(f"no such file of prompts: {path}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the list of prompts"
         raise ConfigError(f"{path}: {where}: {first['msg']}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
 
 
 def answers(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> list[Completion | None]:
