@@ -9,7 +9,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController
 
@@ -95,23 +94,29 @@ def test_calls_of_several_threads_share_one_batch(llm, monkeypatch):
     assert llm._engine.stats.batch_size.counts()[3] > 5
 
 
-def test_a_thread_that_generates_long_lets_others_in(llm):
-    """Between two steps of one thread, a thread that waits gets its turn."""
-    n_steps, done = [], threading.Event()
+def test_threads_step_the_engine_in_turn(llm, monkeypatch):
+    """A thread that has stepped can't step again before those that wait."""
+    step, go_on, order = llm._engine._runner.step, threading.Event(), []
 
-    def keep_busy():
-        while not done.is_set():
-            llm.generate("Once", SamplingParams(max_tokens=50))
+    def recorded(*arguments):
+        order.append(threading.current_thread().name)
+        assert go_on.wait(10)
+        step(*arguments)
 
-    def ask():
-        for i in range(20):
-            before = llm._engine.stats.step_s.cumulative()[-1]
-            llm.generate(f"Question {i}", SamplingParams(max_tokens=1))
-            n_steps.append(llm._engine.stats.step_s.cumulative()[-1] - before)
-        done.set()
-
-    at_once(keep_busy, keep_busy, ask)
-    assert np.median(n_steps) < 8
+    monkeypatch.setattr(llm._engine._runner, "step", recorded)
+    threads = []
+    for name in "ABC":
+        last = llm._last_in_line
+        threads.append(threading.Thread(target=llm.generate, args=(name, SamplingParams(max_tokens=5)), name=name))
+        threads[-1].start()
+        for _ in range(10_000):
+            if llm._last_in_line is not last and order:  # A is in the first step, and the others wait behind it
+                break
+            time.sleep(0.001)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert order[:3] == ["A", "B", "C"]
 
 
 def test_a_stream_that_nobody_reads_blocks_nobody(tokenizer, tiny_model):
