@@ -109,6 +109,14 @@ class Monitored:
         return answer["data"]["result"]
 
 
+def has_all_replicas(service: Monitored) -> bool:
+    """Return whether both replicas have exported their metrics."""
+    try:
+        return len(service.snapshot().series.get("requests_total", [])) == N_REPLICAS
+    except (OSError, ValueError):  # Ray lists an endpoint a moment before it listens there
+        return False
+
+
 @pytest.fixture(scope="module")
 def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     directory = tmp_path_factory.mktemp("monitored")
@@ -155,7 +163,7 @@ def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
                 start("monitor", "/alerts", "tinylm.serving.ray.monitor", *options, "--prometheus-port", str(own_port))
             haproxy = f"http://127.0.0.1:{haproxy_port}/metrics"
             service = Monitored(f"localhost:{port}", Path(ray_directory) / "ray" / DISCOVERY_FILE, haproxy, prometheus)
-            wait_until(lambda: len(service.snapshot().series.get("requests_total", [])) == N_REPLICAS, "two replicas")
+            wait_until(lambda: has_all_replicas(service), "two replicas")
             wait_until(service.is_whole, "HAProxy's config of both")
             if prometheus:  # of what was there at its first look, `rate` says nothing
 

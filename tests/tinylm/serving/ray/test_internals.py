@@ -1,6 +1,7 @@
 """The private parts of Ray that `tinylm.serving.ray.internals` uses still exist in the installed Ray."""
 
 import ast
+import asyncio
 import importlib.util
 import inspect
 from pathlib import Path
@@ -64,22 +65,24 @@ def test_wrappers_reach_the_handlers_that_serve_makes(kind: str) -> None:
     import grpc
     from ray.serve._private.proxy_request_response import gRPCStreamingType
 
-    made = []
+    made: list[str] = []
+    wrapped: list[object] = []
 
     def factory(service_method: str, streaming_type: gRPCStreamingType) -> object:
         made.append(service_method)
         return f"handler of {service_method}"
 
-    server = grpc_util.gRPCGenericServer(factory)
-    wrapped = []
-
     def wrap(handler: object) -> object:
         wrapped.append(handler)
         return handler
 
-    internals.wrap_handlers(server, {kind: wrap})  # type: ignore[dict-item]
-    handler = getattr(grpc, f"{kind}_rpc_method_handler")(lambda request, context: b"")
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.B", {"C": handler}),))
+    async def register() -> None:  # a server belongs to an event loop
+        server = grpc_util.gRPCGenericServer(factory)
+        internals.wrap_handlers(server, {kind: wrap})  # type: ignore[dict-item]
+        handler = getattr(grpc, f"{kind}_rpc_method_handler")(lambda request, context: b"")
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("a.B", {"C": handler}),))
+
+    asyncio.run(register())
     assert made, changed("wrap_handlers", "gRPCGenericServer.add_generic_rpc_handlers")
     assert wrapped == ["handler of /a.B/C"], changed("wrap_handlers", "service_handler_factory")
 
