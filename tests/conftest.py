@@ -65,8 +65,16 @@ def shared_service(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the shared services come last: one that is up takes memory and time from all others."""
-    items.sort(key=lambda item: "shared_service" in getattr(item, "fixturenames", ()))
+    """Run the tests of the shared services last: a running service takes memory and time from all others.
+
+    The monitored service comes just before them, when the demo has ended: the agents of two Rays use the same port.
+    """
+
+    def rank(item: pytest.Item) -> int:
+        names = getattr(item, "fixturenames", ())
+        return 2 if "shared_service" in names else 1 if "monitored" in names else 0
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")
