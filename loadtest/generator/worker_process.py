@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ready:
-    """The process is connected and waits for the begin of the measured time, in seconds of `time.monotonic()`."""
+    """The process is connected. It waits until the measurement begins, at a time in seconds of `time.monotonic()`."""
 
 
 @dataclass(frozen=True)
