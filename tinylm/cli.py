@@ -18,10 +18,10 @@ from rich.status import Status
 from rich.table import Table
 
 from tinylm import __version__
-from tinylm.paths import DEFAULT_MODEL
+from tinylm.system.paths import DEFAULT_MODEL
+from tinylm.system.text_files import read_standard_input
 from tinylm.terminal import shell_completion
 from tinylm.terminal.output import PlainConsole, one_line_errors
-from tinylm.text_files import read_standard_input
 
 if TYPE_CHECKING:
     from tinylm.llm import LLM

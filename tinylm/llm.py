@@ -17,9 +17,9 @@ from tinylm.engine.engine import Engine
 from tinylm.engine.request import Request
 from tinylm.kernels.blas import run_limited
 from tinylm.model import Chunk, Model, ModelRunner
-from tinylm.paths import DEFAULT_MODEL
 from tinylm.sampling import SamplingParams
 from tinylm.stream import Stream, Update
+from tinylm.system.paths import DEFAULT_MODEL
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import TOKENIZER, ModelError, load_model
 

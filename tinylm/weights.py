@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from tinylm.config import ModelConfig
-from tinylm.files import check_directory, manifest_names, replaced_directory
+from tinylm.system.files import check_directory, manifest_names, replaced_directory
 
 CONFIG, TENSORS, TOKENIZER, MANIFEST = "config.json", "model.safetensors", "tokenizer.model", "manifest.json"
 EXPORTED_PAGES = {

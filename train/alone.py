@@ -13,7 +13,7 @@ import io
 
 import torch
 
-from tinylm.files import write_file
+from tinylm.system.files import write_file
 from tinylm.terminal.output import say
 from train.config import ConfigError, TrainConfig
 from train.core.checkpoint import CHECKPOINT_FILE, Checkpoint, has_checkpoints

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tinylm.config import ModelConfig
 from tinylm.sampling import SamplingParams
-from tinylm.text_files import read_text
+from tinylm.system.text_files import read_text
 
 MAX_VOCAB = 2**16  # token shards are uint16
 INDEX_FILE = "index.json"  # beside the shards

@@ -13,7 +13,7 @@ import argparse
 import random
 from pathlib import Path
 
-from tinylm.files import check_own, write_file
+from tinylm.system.files import check_own, write_file
 from tinylm.terminal.output import one_line_errors, say
 from train.prepare import DOCUMENT_SEPARATOR
 

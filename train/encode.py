@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from tinylm.files import manifest_names, replaced_directory
+from tinylm.system.files import manifest_names, replaced_directory
 from tinylm.terminal.output import say
 from tinylm.tokenizer import Tokenizer
 from train.config import INDEX_FILE, TrainConfig

@@ -23,8 +23,8 @@ from threadpoolctl import threadpool_limits
 
 from tinylm.llm import load
 from tinylm.model import Chunk, Model, ModelRunner
+from tinylm.system.text_files import BYTE_ORDER_MARK
 from tinylm.terminal.output import PlainConsole, one_line_errors
-from tinylm.text_files import BYTE_ORDER_MARK
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
 from train.config import ConfigError

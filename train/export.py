@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinylm.files import check_directory
 from tinylm.llm import LLM
 from tinylm.model import Model
+from tinylm.system.files import check_directory
 from tinylm.terminal.output import say
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, model_files, quantize_rows, save_model

@@ -22,9 +22,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tinylm.files import is_inside, manifest_names, replaced_directory
+from tinylm.system.files import is_inside, manifest_names, replaced_directory
+from tinylm.system.text_files import decode_text
 from tinylm.terminal.output import say
-from tinylm.text_files import decode_text
 from train.config import Collection, ConfigError, TrainConfig
 from train.files import matching_files
 from train.stage import progress, run_stage

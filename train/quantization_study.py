@@ -21,9 +21,9 @@ import numpy as np
 import safetensors.numpy
 
 from tinylm import bench
-from tinylm.files import check_file, write_file
-from tinylm.machine import describe
 from tinylm.model import Model
+from tinylm.system.files import check_file, write_file
+from tinylm.system.machine import describe
 from tinylm.terminal.output import one_line_errors, say
 from tinylm.weights import SCALE_SUFFIX, ModelError, quantize_rows
 from train.config import ConfigError, TrainConfig, load_config

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pyarrow.parquet as pq
 import sentencepiece as spm
 
-from tinylm.files import check_file, check_own, write_file
+from tinylm.system.files import check_file, check_own, write_file
 from tinylm.terminal.output import say
 from tinylm.tokenizer import BOUNDARY_PIECE, Tokenizer
 from tinylm.weights import TOKENIZER, load_model

@@ -19,12 +19,12 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from tinylm.engine import Engine, Request
-from tinylm.files import write_file
 from tinylm.kernels import numpy as kernels
 from tinylm.llm import load
-from tinylm.machine import describe
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.sampling import SamplingParams
+from tinylm.system.files import write_file
+from tinylm.system.machine import describe
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import QuantizedMatrix, load_model
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from docs.making.pictures import load_results
-from tinylm.files import write_file
-from tinylm.text_files import lines_of, read_text
+from tinylm.system.files import write_file
+from tinylm.system.text_files import lines_of, read_text
 
 TEMPLATE = Path("docs/making/how-it-works.md.j2")
 OUT = Path("docs/how-it-works.md")

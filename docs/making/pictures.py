@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tinylm.files import write_file
+from tinylm.system.files import write_file
 
 RESULTS = Path("docs/results")
 OUT = Path("docs/images")

@@ -20,6 +20,7 @@ from typing import Annotated
 import grpc
 import typer
 
+from tinylm.client.wire import ending, params_from_request
 from tinylm.engine import Engine, EngineFull
 from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine
 from tinylm.engine.completion import Completion, CompletionBuilder
@@ -27,7 +28,6 @@ from tinylm.llm import load
 from tinylm.terminal.output import one_line_errors
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server
-from tinylm.wire import ending, params_from_request
 
 
 class BareServicer(TinyLMServicer):

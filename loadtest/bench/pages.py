@@ -14,7 +14,7 @@ import typer
 
 from loadtest.bench import speed_page
 from loadtest.bench.markdown import fill, table
-from tinylm.files import write_file
+from tinylm.system.files import write_file
 
 DOCS = Path("docs")
 CHAOS_COLUMNS = {

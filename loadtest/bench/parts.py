@@ -22,15 +22,15 @@ from rich.table import Table
 
 from loadtest.options import integers
 from tinylm.engine import Engine
-from tinylm.files import check_file, write_file
 from tinylm.kernels.numba import ops, simd
 from tinylm.kernels.numba.emitter import LANES
 from tinylm.kernels.numba.layout import aligned_zeros
 from tinylm.kernels.numba.sampling import choose_tokens
 from tinylm.llm import load
-from tinylm.machine import describe
 from tinylm.model import Model, ModelRunner
 from tinylm.sampling import SamplingParams
+from tinylm.system.files import check_file, write_file
+from tinylm.system.machine import describe
 from tinylm.terminal.output import PlainConsole, one_line_errors
 
 MODEL = Path("models/stories-8m")

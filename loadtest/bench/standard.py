@@ -29,7 +29,7 @@ from loadtest.measured_server import facts
 from loadtest.options import Duration, Quiet, Warmup, command_errors, integers, require_at_least
 from loadtest.results import plots, result_file
 from loadtest.sweep import Sweep, carry_out
-from tinylm.files import as_png, write_file
+from tinylm.system.files import as_png, write_file
 from tinylm.terminal.output import PlainConsole
 
 TOKENS = Mix((64,), (1.0,))

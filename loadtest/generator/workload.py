@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from loadtest.load import Load
-from tinylm.text_files import lines_of, read_text
+from tinylm.system.text_files import lines_of, read_text
 
 SHORT_PROMPTS = (
     "Once upon a time",

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from loadtest.results import plots
 from loadtest.results.table import load_name, ms, notes
-from tinylm.files import as_png, check_file, check_own, write_file
+from tinylm.system.files import as_png, check_file, check_own, write_file
 
 HEAD = '<!doctype html><html lang="en"><meta charset="utf-8"><title>'
 PAGE = """{{ sections|map(attribute="label")|join(", ") }}</title>

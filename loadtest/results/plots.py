@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from loadtest.results import histogram
 from loadtest.results.table import load_name
-from tinylm.files import PNG, check_file, check_own, is_own_png
+from tinylm.system.files import PNG, check_file, check_own, is_own_png
 
 Result = Mapping[str, Any]
 Run = Mapping[str, Any]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.results.table import load_name
-from tinylm.files import check_file, check_own, write_file
-from tinylm.machine import describe
+from tinylm.system.files import check_file, check_own, write_file
+from tinylm.system.machine import describe
 
 FORMAT_PREFIX = "tinylm-loadtest-"
 FORMAT = FORMAT_PREFIX + "2"

@@ -17,7 +17,7 @@ from loadtest.load import Load, Mix
 from loadtest.results.table import ms
 from loadtest.stub_server import running
 from loadtest.sweep import Sweep, carry_out
-from tinylm.machine import describe
+from tinylm.system.machine import describe
 
 CLIENTS = (1, 8, 32, 128)
 TOKENS = Mix((64,), (1.0,))

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tinylm.machine import describe
+from tinylm.system.machine import describe
 
 FAULTS = pytest.StashKey[dict[str, dict]]()
 COLUMNS = ("requests", "answered", "answered_after_retries", "refused", "cut", "lost", "longest_silence_s", "healed_s")

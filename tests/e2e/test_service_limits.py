@@ -27,12 +27,12 @@ from playwright.sync_api import expect
 
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, AsyncClient, Client
+from tinylm.client.wire import request_from_params
 from tinylm.serving.grpc.health import MAX_WATCHING
 from tinylm.serving.keys import make_key
 from tinylm.serving.ray import haproxy
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
-from tinylm.wire import request_from_params
 
 LONG = SamplingParams(max_tokens=250, temperature=0)
 SHORT = SamplingParams(max_tokens=2, temperature=0)

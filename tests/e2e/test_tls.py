@@ -24,9 +24,9 @@ from helpers.tls import Front, make_certificate, tls_command, tls_front
 from loadtest.bench.services import free_ports
 from tinylm import LLM, SamplingParams
 from tinylm.client import METADATA, Client, ServiceError
+from tinylm.client.wire import FINISH_REASONS, params_from_request
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, TinyLMStub, add_TinyLMServicer_to_server
-from tinylm.wire import FINISH_REASONS, params_from_request
 
 WAIT_S = 30
 CONNECTION_STREAMS = 100  # as configs/haproxy.cfg has it

@@ -24,9 +24,9 @@ from helpers.train import prepared_stories
 from loadtest.bench import standard
 from loadtest.results import html_report, result_file
 from tinylm import ModelConfig, SamplingParams
-from tinylm.files import replaced_directory, write_file
 from tinylm.kernels import sharing
 from tinylm.serving.keys import add_key
+from tinylm.system.files import replaced_directory, write_file
 from tinylm.terminal.lines import PipeLines
 from tinylm.terminal.screen import Screen
 from tinylm.terminal.source import Source

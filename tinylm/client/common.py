@@ -15,10 +15,10 @@ from typing import Any
 
 import grpc
 
+from tinylm.client.wire import FINISH_REASON_NAMES
 from tinylm.sampling import FinishReason, SamplingParams, TokenLogprobs
 from tinylm.stream import Update
 from tinylm.v1 import tinylm_pb2 as pb
-from tinylm.wire import FINISH_REASON_NAMES
 
 API_KEY_VARIABLE = "TINYLM_API_KEY"
 METADATA: tuple[tuple[str, str], ...] = (("application", "tinylm"),)

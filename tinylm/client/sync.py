@@ -11,11 +11,11 @@ from typing import Self, TypeVar
 import grpc
 
 from tinylm.client.common import CUT_OFF, Answer, Attempts, Connection, ServedCompletion, tokens, whole
+from tinylm.client.wire import check_text, request_from_params
 from tinylm.sampling import SamplingParams
 from tinylm.stream import Stream, Update
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
-from tinylm.wire import check_text, request_from_params
 
 R = TypeVar("R")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm.files import write_file
+from tinylm.system.files import write_file
 
 logger = logging.getLogger(__name__)
 

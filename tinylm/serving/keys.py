@@ -15,8 +15,8 @@ import secrets
 import time
 from pathlib import Path
 
-from tinylm.files import check_file
-from tinylm.text_files import lines_of, read_text
+from tinylm.system.files import check_file
+from tinylm.system.text_files import lines_of, read_text
 
 logger = logging.getLogger("ray.serve")
 

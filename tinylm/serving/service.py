@@ -19,12 +19,12 @@ from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine, EngineDie
 from tinylm.engine.completion import Completion, CompletionBuilder
 from tinylm.kernels import KernelName, Precision
 from tinylm.llm import load
-from tinylm.paths import DEFAULT_MODEL
 from tinylm.sampling import SamplingParams, TokenLogprobs
 from tinylm.serving.access import Access
 from tinylm.serving.calls import Answer, Call, answering
 from tinylm.serving.metrics import ServiceMetrics
 from tinylm.serving.ray.exporter import Exporter
+from tinylm.system.paths import DEFAULT_MODEL
 
 STOP_INTERVAL_S = 0.005  # between two looks for a stop string
 MAX_TEXT_BYTES = 64 * 1024  # of a prompt or a text to tokenize; far more than the context holds

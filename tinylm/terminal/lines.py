@@ -15,7 +15,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-from tinylm.text_files import standard_input_lines
+from tinylm.system.text_files import standard_input_lines
 
 Words = Callable[[str], Iterable[str] | None]  # what may follow a command; None: a path
 

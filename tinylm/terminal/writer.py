@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.client import ServiceError
-from tinylm.files import write_file
 from tinylm.sampling import SamplingParams
+from tinylm.system.files import write_file
 from tinylm.terminal import settings
 from tinylm.terminal.lines import Lines
 from tinylm.terminal.screen import LEGEND, Screen

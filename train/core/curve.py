@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinylm.files import as_png, write_file
+from tinylm.system.files import as_png, write_file
 
 
 def draw_curve(lines: Sequence[dict[str, Any]], picture: Path) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tinylm.machine import processor
+from tinylm.system.machine import processor
 from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, Run, TrainConfig
 from train.core.checkpoint import Checkpoint

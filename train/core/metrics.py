@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tinylm.files import write_file
-from tinylm.text_files import lines_of
+from tinylm.system.files import write_file
+from tinylm.system.text_files import lines_of
 
 
 def read_metrics(path: Path, up_to_step: float = float("inf")) -> list[dict[str, Any]]:

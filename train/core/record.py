@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tinylm.files import check_file, check_own, is_own_png
+from tinylm.system.files import check_file, check_own, is_own_png
 from train.config import TrainConfig
 from train.core.curve import draw_curve
 from train.core.metrics import is_of_a_run, metrics_text, read_metrics, write_metrics

@@ -14,8 +14,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from tinylm.config import ModelConfig
-from tinylm.files import manifest_names, replaced_directory
 from tinylm.model import Chunk, Model, ModelRunner
+from tinylm.system.files import manifest_names, replaced_directory
 from tinylm.terminal.output import one_line_errors
 from tinylm.weights import MANIFEST, ModelError, Tensor, as_float32
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tinylm.engine.completion import Completion
 from tinylm.llm import LLM
 from tinylm.sampling import MAX_SEED, SamplingParams
-from tinylm.text_files import read_text
+from tinylm.system.text_files import read_text
 from train.config import ConfigError
 
 

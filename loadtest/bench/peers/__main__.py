@@ -27,8 +27,8 @@ from loadtest.bench.peers.worker import PEERS, Entry
 from loadtest.options import integers, require_at_least
 from loadtest.results.plots import check_picture
 from tinylm.config import ModelConfig
-from tinylm.files import check_file, write_file
-from tinylm.machine import describe
+from tinylm.system.files import check_file, write_file
+from tinylm.system.machine import describe
 from tinylm.terminal.output import PlainConsole, one_line_errors
 
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")

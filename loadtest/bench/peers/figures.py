@@ -13,7 +13,7 @@ from rich.table import Table
 
 from loadtest.bench.peers.peer import PREFILL_TOKENS, Case
 from loadtest.bench.peers.worker import Measurement
-from tinylm.files import as_png, write_file
+from tinylm.system.files import as_png, write_file
 
 OURS, LLAMA = "tinylm", "llama.cpp"
 Rates = Mapping[str, Mapping[str, float]]  # tokens per CPU second by peer and case

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from loadtest.bench import parts
 from loadtest.bench.peers.model import float32_tensors, reference_logits, save_random_model
 from tinylm import ModelConfig
-from tinylm.machine import describe
+from tinylm.system.machine import describe
 
 
 def test_parts_of_a_step_add_up_to_the_whole() -> None:

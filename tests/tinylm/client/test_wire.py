@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinylm import SamplingParams
+from tinylm.client.wire import FINISH_REASON_NAMES, FINISH_REASONS, params_from_request, request_from_params
 from tinylm.v1 import tinylm_pb2 as pb
-from tinylm.wire import FINISH_REASON_NAMES, FINISH_REASONS, params_from_request, request_from_params
 
 UINT32 = 2**32 - 1
 PARAMS = st.builds(

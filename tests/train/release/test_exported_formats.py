@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinylm import LLM, SamplingParams
-from tinylm.files import check_directory
 from tinylm.llm import load
+from tinylm.system.files import check_directory
 from tinylm.weights import load_model
 from train.export_huggingface import convert_tokenizer, export_huggingface, require_same_ids
 from train.export_onnx import FILE, Session, export_onnx

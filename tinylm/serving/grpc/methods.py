@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from ray.serve.grpc_util import RayServegRPCContext
 
 import tinylm
+from tinylm.client.wire import ending, params_from_request
 from tinylm.engine import EngineFull
 from tinylm.sampling import TokenLogprobs
 from tinylm.serving.calls import Call, Refused
@@ -22,7 +23,6 @@ from tinylm.serving.ray import haproxy
 from tinylm.serving.service import Service, check_size
 from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb
-from tinylm.wire import ending, params_from_request
 
 _PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?(%[^\]]+)?)\]?:\d+")  # with the zone of a link-local one
 

@@ -28,10 +28,10 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tinylm.client import CHANNEL_OPTIONS, METADATA
-from tinylm.paths import CONFIGS
 from tinylm.serving.ray.haproxy import BINARY_VARIABLE as HAPROXY_BINARY
 from tinylm.serving.ray.haproxy import SLOTS_VARIABLE as HAPROXY_SLOTS
-from tinylm.text_files import read_text
+from tinylm.system.paths import CONFIGS
+from tinylm.system.text_files import read_text
 
 HAPROXY_CONFIG = CONFIGS / "serve.yaml"
 PYTHON_PROXY_CONFIG = CONFIGS / "serve-python-proxy.yaml"

@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from tinylm.text_files import read_text
+from tinylm.system.text_files import read_text
 
 CONFIG = Path("configs/monitoring/prometheus.yml")
 DISCOVERY_FILE = "prom_metrics_service_discovery.json"  # Ray's list of what to scrape

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tinylm import files
-from tinylm.files import check_directory, is_inside, manifest_names, replaced_directory, write_file
+from tinylm.system import files
+from tinylm.system.files import check_directory, is_inside, manifest_names, replaced_directory, write_file
 
 MODES = (0o600, 0o644, 0o664, 0o755)
 
@@ -89,7 +89,7 @@ def test_a_fifo_gets_the_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["/dev/stdout", "out"])
 def test_standard_output_in_a_file_gets_the_data(tmp_path: Path, path: str) -> None:
     """`command -o /dev/stdout > out`: a new file in place of `out` would leave what is printed later nowhere."""
-    code = f"from tinylm.files import *; print(1); write_file(Path({path!r}), 'data\\n'); print(2)"
+    code = f"from tinylm.system.files import *; print(1); write_file(Path({path!r}), 'data\\n'); print(2)"
     with (tmp_path / "out").open("w") as out:
         subprocess.run([sys.executable, "-c", code], stdout=out, cwd=tmp_path, check=True)
     assert (tmp_path / "out").read_text() == "1\ndata\n2\n"
@@ -111,7 +111,7 @@ def test_an_error_leaves_the_old_file_and_no_temporary(tmp_path: Path, monkeypat
 
 def as_nobody(code: str, directory: Path) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process whose user may do only what modes permit."""
-    code = f"from tinylm.files import *; import os; {'os.setuid(65534); ' if os.getuid() == 0 else ''}{code}"
+    code = f"from tinylm.system.files import *; import os; {'os.setuid(65534); ' if os.getuid() == 0 else ''}{code}"
     for parent in [directory, *directory.parents[:3]]:
         if os.getuid() == 0 and parent != Path("/tmp"):
             parent.chmod(parent.stat().st_mode | 0o111)

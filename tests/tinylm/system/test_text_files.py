@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loadtest.generator.workload import read_prompts
 from tinylm.serving.keys import make_key, read_keys
-from tinylm.text_files import decode_text, lines_of, read_text
+from tinylm.system.text_files import decode_text, lines_of, read_text
 from train.config import ConfigError
 from train.core.metrics import read_metrics
 from train.evaluate import read_documents

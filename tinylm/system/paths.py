@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = _PACKAGE / "models" / "stories-8m"
 CONFIGS = _PACKAGE / "configs"
