@@ -1,4 +1,4 @@
-"""The client for asyncio. `tinylm.client.common` holds what it shares with the synchronous client."""
+"""The client for asyncio. It shares `connection`, `attempts` and `answer` with the client for threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any, Self, TypeVar
 import grpc
 import grpc.aio
 
-from tinylm.client.common import CUT_OFF, Answer, Attempts, Connection, ServedCompletion, tokens, whole
+from tinylm.client.answer import Answer, ServedCompletion, tokens, whole
+from tinylm.client.attempts import CUT_OFF, Attempts
+from tinylm.client.connection import Connection
 from tinylm.client.wire import check_text, request_from_params
 from tinylm.sampling import SamplingParams
 from tinylm.stream import AsyncStream, Update
@@ -27,17 +29,30 @@ class AsyncClient(Connection):
     The client belongs to the event loop of its first call. Cancel a task to cancel its call in the service.
     """
 
+    _closed: asyncio.Event
+
+    def _prepare(self) -> None:
+        self._closed = asyncio.Event()
+
+    @cached_property
+    def _channel(self) -> Any:  # created in the first call, because it is bound to the event loop that runs then
+        return self._open(grpc.aio)
+
+    @cached_property
+    def _stub(self) -> TinyLMStub:
+        return TinyLMStub(self._channel)
+
     async def generate(self, prompt: str, params: SamplingParams | None = None) -> ServedCompletion:
-        """The whole answer. Raises ValueError for a bad request, ServiceError for whatever else goes wrong."""
+        """Return the whole answer. Raise ValueError for a bad request, ServiceError for every other failure."""
         params = params or SamplingParams()
         response, attempt = await self._ask("Generate", request_from_params(prompt, params))
         return whole(params, response, attempt)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> AsyncStream[ServedCompletion]:
-        """The answer piece by piece, for `async for`; its `completion` afterwards. Leaving it cancels the call.
+        """Return the answer as a stream of pieces, for `async for`. Its `completion` is set after the last piece.
 
-        The call begins with the first piece asked for. Raises as `generate` does; once a piece has come, a stream
-        that breaks is not repeated.
+        The call begins when the first piece is requested. Closing the stream cancels the call. The stream raises the
+        same errors as `generate`. A call that breaks after its first piece is not retried.
         """
         params = params or SamplingParams()
         return AsyncStream(self._updates(request_from_params(prompt, params), params))
@@ -48,12 +63,11 @@ class AsyncClient(Connection):
         return tokens((await self._ask("Tokenize", pb.TokenizeRequest(text=text)))[0])
 
     async def info(self) -> pb.GetModelInfoResponse:
-        """What the service says of its model, and which replica said it."""
+        """Return what the service tells about its model, and which replica answered."""
         return (await self._ask("GetModelInfo", pb.GetModelInfoRequest()))[0]
 
     async def close(self) -> None:
-        """Close the connection. Calls that run end with ServiceError, and so do later ones."""
-        self._is_closed = True
+        """Close the connection. Running calls end with ServiceError, and so do later calls."""
         self._closed.set()
         if "_channel" in self.__dict__:
             await self._channel.close()
@@ -63,18 +77,6 @@ class AsyncClient(Connection):
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
-
-    @cached_property
-    def _channel(self) -> Any:  # made within the first call: it is bound to the event loop that runs then
-        return self._open(grpc.aio)
-
-    @cached_property
-    def _stub(self) -> TinyLMStub:
-        return TinyLMStub(self._channel)
-
-    @cached_property
-    def _closed(self) -> asyncio.Event:
-        return asyncio.Event()
 
     async def _ask(self, name: str, request: object) -> tuple[Any, int]:
         """Return the response of a unary call, and how many attempts it took."""
@@ -110,10 +112,10 @@ class AsyncClient(Connection):
             await self._pause(pause_s)
 
     async def _unless_closed(self, result: Awaitable[R], attempts: Attempts) -> R:
-        """Wait for a result. Raise ServiceError if this client is closed meanwhile.
+        """Return an awaited result. Raise ServiceError if this client is closed meanwhile.
 
-        gRPC raises CancelledError for a closed channel. The same error must pass through when somebody cancels the
-        caller's task: the task counts these requests.
+        gRPC raises CancelledError for a closed channel. The same error must pass when the caller's task is cancelled:
+        the count of the task's cancellations tells the two apart.
         """
         task = asyncio.current_task()
         n_cancelled = task.cancelling() if task else 0

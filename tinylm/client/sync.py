@@ -1,16 +1,17 @@
-"""The client for threads. `tinylm.client.common` holds what it shares with the client for asyncio."""
+"""The client for threads. It shares `connection`, `attempts` and `answer` with the client for asyncio."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Self, TypeVar
 
 import grpc
 
-from tinylm.client.common import CUT_OFF, Answer, Attempts, Connection, ServedCompletion, tokens, whole
+from tinylm.client.answer import Answer, ServedCompletion, tokens, whole
+from tinylm.client.attempts import CUT_OFF, Attempts
+from tinylm.client.connection import Connection
 from tinylm.client.wire import check_text, request_from_params
 from tinylm.sampling import SamplingParams
 from tinylm.stream import Stream, Update
@@ -26,32 +27,24 @@ class Client(Connection):
     Thread-safe. Iterate one stream in one thread at a time.
     """
 
-    def __init__(
-        self,
-        address: str = "localhost:9000",
-        timeout_s: float | None = 60.0,
-        retries: int = 6,
-        api_key: str | None = None,
-        tls: bool | Path = False,
-    ) -> None:
-        super().__init__(address, timeout_s, retries, api_key, tls)
+    _closed: threading.Event
+
+    def _prepare(self) -> None:
         self._closed = threading.Event()
         self._channel = self._open(grpc)
         self._stub = TinyLMStub(self._channel)
 
-    __init__.__doc__ = Connection.__init__.__doc__
-
     def generate(self, prompt: str, params: SamplingParams | None = None) -> ServedCompletion:
-        """The whole answer. Raises ValueError for a bad request, ServiceError for whatever else goes wrong."""
+        """Return the whole answer. Raise ValueError for a bad request, ServiceError for every other failure."""
         params = params or SamplingParams()
         response, attempt = self._ask(self._stub.Generate, request_from_params(prompt, params))
         return whole(params, response, attempt)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream[ServedCompletion]:
-        """The answer piece by piece; its `completion` afterwards. Closing it, or dropping it, cancels the call.
+        """Return the answer as a stream of pieces. Its `completion` is set after the last piece.
 
-        The call begins with the first piece asked for. Raises as `generate` does; once a piece has come, a stream
-        that breaks is not repeated.
+        The call begins when the first piece is requested. Closing or dropping the stream cancels the call. The stream
+        raises the same errors as `generate`. A call that breaks after its first piece is not retried.
         """
         params = params or SamplingParams()
         return Stream(self._updates(request_from_params(prompt, params), params))
@@ -62,12 +55,11 @@ class Client(Connection):
         return tokens(self._ask(self._stub.Tokenize, pb.TokenizeRequest(text=text))[0])
 
     def info(self) -> pb.GetModelInfoResponse:
-        """What the service says of its model, and which replica said it."""
+        """Return what the service tells about its model, and which replica answered."""
         return self._ask(self._stub.GetModelInfo, pb.GetModelInfoRequest())[0]
 
     def close(self) -> None:
         """Close the connection. Calls of other threads end with ServiceError, and so do later calls."""
-        self._is_closed = True
         self._closed.set()
         self._channel.close()
 
@@ -115,7 +107,7 @@ class Client(Connection):
 
     @contextmanager
     def _unless_closed(self, attempts: Attempts) -> Iterator[None]:
-        """Raise ServiceError if this client is closed before the block or in it.
+        """Raise ServiceError if this client is closed before the block or during it.
 
         gRPC raises ValueError for a call on a closed channel, RpcError for a call that runs when the channel closes.
         """

@@ -9,10 +9,9 @@ from google.protobuf.descriptor import FieldDescriptor
 from tinylm.sampling import FinishReason, SamplingParams
 from tinylm.v1 import tinylm_pb2 as pb
 
-if TYPE_CHECKING:  # only the service makes completions, and clients need no tokenizer
+if TYPE_CHECKING:  # clients must not import the engine
     from tinylm.engine.completion import Completion
 
-# Fields of a request that are unset when they have their default.
 _OPTIONAL = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs")
 
 MAX_UINT32 = 2**32 - 1
@@ -50,17 +49,17 @@ def request_from_params(prompt: str, params: SamplingParams, timeout_ms: int = 0
 
 
 def check_text(field: str, text: str) -> None:
-    """Raise ValueError for what is not Unicode text: a message cannot hold it."""
+    """Raise ValueError if `text` is not Unicode text, which a message cannot hold."""
     if not isinstance(text, str):
         raise ValueError(f"{field} must be a string, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{field} must be Unicode text: character {error.start + 1} is half of a pair") from None
+        raise ValueError(f"{field} must be Unicode text: character {error.start + 1} is a lone surrogate") from None
 
 
 def ending(completion: Completion, replica: str) -> dict[str, Any]:
-    """The fields of GenerateResponse, and of a stream's last message, that tell how an answer ended."""
+    """Return the fields of GenerateResponse, and of a stream's last message, that tell how an answer ended."""
     return {
         "finish_reason": FINISH_REASONS[completion.finish_reason],
         "usage": pb.Usage(prompt_tokens=completion.n_prompt_tokens, completion_tokens=len(completion.token_ids)),

@@ -1,0 +1,74 @@
+"""Turn the messages of the service into a completion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinylm.client.attempts import CUT_OFF, ServiceError
+from tinylm.client.wire import FINISH_REASON_NAMES
+from tinylm.sampling import FinishReason, SamplingParams, TokenLogprobs
+from tinylm.stream import Update
+from tinylm.v1 import tinylm_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class ServedCompletion:
+    """An answer of the service. The replica measures the times, so they do not include the network."""
+
+    text: str
+    finish_reason: FinishReason
+    n_prompt_tokens: int
+    n_tokens: int
+    logprobs: list[TokenLogprobs] | None
+    queue_s: float
+    first_token_s: float
+    total_s: float
+    replica: str
+    attempts: int  # how often the call was sent
+
+
+class Answer:
+    """Gathers the messages of one attempt: those of a stream, or the only one of a whole answer."""
+
+    def __init__(self, params: SamplingParams, attempt: int) -> None:
+        self._wants_logprobs, self._attempt = params.logprobs is not None, attempt
+        self._pieces: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether any part has arrived: text, or tokens that are not text yet."""
+        return any(self._pieces) or bool(self._logprobs)
+
+    def add(self, message: pb.GenerateResponse | pb.GenerateStreamResponse) -> Update[ServedCompletion]:
+        """Return what the message adds. A refused stream may send an empty message before its status."""
+        new = [TokenLogprobs(e.logprob, tuple((top.token, top.logprob) for top in e.top)) for e in message.logprobs]
+        self._pieces.append(message.text)
+        self._logprobs += new
+        if message.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
+            return message.text, new, None
+        completion = ServedCompletion(
+            text="".join(self._pieces),
+            finish_reason=FINISH_REASON_NAMES[message.finish_reason],
+            n_prompt_tokens=message.usage.prompt_tokens,
+            n_tokens=message.usage.completion_tokens,
+            logprobs=self._logprobs if self._wants_logprobs else None,
+            queue_s=message.timings.queue_ms / 1000,
+            first_token_s=message.timings.first_token_ms / 1000,
+            total_s=message.timings.total_ms / 1000,
+            replica=message.replica,
+            attempts=self._attempt,
+        )
+        return message.text, new, completion
+
+
+def whole(params: SamplingParams, response: pb.GenerateResponse, attempt: int) -> ServedCompletion:
+    """Return the completion of an answer that came in one message."""
+    _, _, completion = Answer(params, attempt).add(response)
+    if completion is None:
+        raise ServiceError(*CUT_OFF, attempt)
+    return completion
+
+
+def tokens(response: pb.TokenizeResponse) -> list[tuple[int, bytes]]:
+    return [(token.id, token.bytes) for token in response.tokens]
