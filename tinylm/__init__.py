@@ -1,4 +1,4 @@
-"""TinyLM: a small language model, its engine, and the ways to ask it. Imports neither Ray nor PyTorch."""
+"""TinyLM: a small language model, its engine, its service and its clients."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ __all__ = [
     "TokenLogprobs",
     "__version__",
 ]
-# Imported when first used: a client needs no engine, the engine no gRPC, and a shell's completion neither.
+# Names are imported when they are first used: a client does not import the engine, and the engine does not import gRPC.
 _MODULES = {
     "LLM": "llm",
     "AsyncClient": "client",

@@ -1,7 +1,4 @@
-"""The shape of a model: one frozen dataclass, checked once where it enters.
-
-Knows nothing of weights, text or engines; every other module takes its sizes from here.
-"""
+"""The shape of a model: one frozen dataclass. Every other module takes its sizes from here."""
 
 from __future__ import annotations
 
@@ -22,27 +19,28 @@ class ModelConfig:
     n_layers: int = 16
     n_heads: int = 6
     mlp_size: int = 768
-    context: int = 256  # tokens, prompt and answer together
+    context: int = 256  # the most tokens of a prompt and its answer together
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    boundary_id: int = 1  # the one special token: it stands before a document and ends it
+    boundary_id: int = 1  # the only special token; it comes before and after every document
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "hidden_size", "n_layers", "n_heads", "mlp_size", "context"):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if type(value) is not int or value < 1:  # a bool is an int, too
                 raise ValueError(f"{field} is {value!r}: it must be a whole number of at least 1")
         if self.hidden_size % (2 * self.n_heads):
             raise ValueError(
-                f"hidden_size is {self.hidden_size}: it must divide into n_heads ({self.n_heads}) heads of even size"
+                f"hidden_size is {self.hidden_size}: it must be an even multiple of n_heads ({self.n_heads})"
             )
         for field in ("norm_eps", "rope_theta"):
             value = getattr(self, field)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{field} is {value!r}: it must be a number above 0")
-        boundary = self.boundary_id
-        if not isinstance(boundary, int) or isinstance(boundary, bool) or not 0 <= boundary < self.vocab_size:
-            raise ValueError(f"boundary_id is {boundary!r}: it must lie in 0..{self.vocab_size - 1}")
+        if type(self.boundary_id) is not int or not 0 <= self.boundary_id < self.vocab_size:
+            raise ValueError(
+                f"boundary_id is {self.boundary_id!r}: it must be a whole number from 0 to {self.vocab_size - 1}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -50,7 +48,7 @@ class ModelConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Weights in all; the embedding is counted once, since the output shares it."""
+        """The number of weights. The embedding counts once, because the output shares it."""
         h = self.hidden_size
         layer = 4 * h * h + 2 * h * self.mlp_size + 2 * h
         return self.vocab_size * h + self.n_layers * layer + h
@@ -60,7 +58,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Raises ValueError on a key that is unknown or missing, naming it, and on a value that can't be."""
+        """Return the config. Raise ValueError, which names an unknown or missing key or a bad value."""
         if not isinstance(values, dict):
             raise ValueError(f"the model's config is {values!r:.40}: it must be an object")
         names = {field.name for field in dataclasses.fields(cls)}

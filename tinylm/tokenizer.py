@@ -1,6 +1,6 @@
-"""Text to token ids and back, losslessly, by a SentencePiece model.
+"""Convert text to token ids and back without loss, with a SentencePiece model.
 
-The only module below which there is text. Turning tokens into text as they come is `tinylm.engine.text_stream`.
+`tinylm.engine.text_stream` turns tokens into text while they are generated.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import sentencepiece as spm
 
 _SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 BOUNDARY_PIECE = "<|endoftext|>"
-_PROBE = "  a  \ufb01\t\n "  # spaces to be kept, and a ligature that normal forms take apart
+_PROBE = "  a  \ufb01\t\n "  # a normalizing model removes spaces and splits the ligature
 
 
 class Tokenizer:
-    """Encodes any text that UTF-8 can hold so that `decode(encode(text)) == text`. Thread-safe: it never changes."""
+    """A tokenizer for any Unicode text: `decode(encode(text)) == text`. It never changes, so it is thread-safe."""
 
     def __init__(self, path: Path | str) -> None:
-        """Load a SentencePiece model; raises ValueError when the file is not one, or could not be lossless."""
+        """Load a SentencePiece model. Raise ValueError when the file is not one or the model would lose text."""
         try:
             self._spm = spm.SentencePieceProcessor(model_proto=Path(path).read_bytes())
         except RuntimeError as error:
@@ -29,16 +29,16 @@ class Tokenizer:
         if self.boundary_id < 0:
             raise ValueError(f"{path} has no boundary (eos) piece")
         self.piece_bytes: list[bytes] = [self._bytes_of(piece) for piece in range(self.vocab_size)]
-        # U+2581 itself can't go through SentencePiece, which would take it for a space: it travels as its bytes.
+        # SentencePiece would read U+2581 in a text as a space, so `encode` writes it as its three bytes.
         try:
             self._literal_space_ids = [self._byte_id(byte) for byte in _SPACE.encode()]
         except KeyError:
             raise ValueError(f"{path} was trained without byte fallback: it would lose characters") from None
         if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise ValueError(f"{path} was trained to normalize text: {_PROBE!r} does not come back as it is")
+            raise ValueError(f"{path} was trained to normalize text: it would change {_PROBE!r}")
 
     def _bytes_of(self, piece: int) -> bytes:
-        """UTF-8 bytes that a piece stands for; b'' for the boundary and for 'unknown'."""
+        """Return the UTF-8 bytes of a piece, b'' for the boundary and the unknown piece."""
         if self._spm.is_control(piece) or self._spm.is_unknown(piece):
             return b""
         text = self._spm.id_to_piece(piece)
@@ -53,13 +53,11 @@ class Tokenizer:
         return piece
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without a boundary. Raises ValueError on lone surrogates, which are not text."""
+        """Return the token ids of a text, without a boundary. Raise ValueError for a lone surrogate."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text holds a lone surrogate at character {error.start}: it is not valid Unicode"
-            ) from None
+            raise ValueError(f"the text must be Unicode, got a lone surrogate at character {error.start}") from None
         first, *rest = text.split(_SPACE)
         ids: list[int] = self._spm.encode(first)
         for part in rest:
@@ -68,17 +66,17 @@ class Tokenizer:
         return ids
 
     def encode_document(self, text: str) -> list[int]:
-        """Token ids as the model saw documents in training: the boundary, then the text."""
+        """Return the boundary and then the token ids of a text. In training, documents have this form."""
         return [self.boundary_id, *self.encode(text)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """UTF-8 bytes of token ids, which may begin or end inside a character."""
+        """Return the UTF-8 bytes of token ids. They may begin or end inside a character."""
         return b"".join([self.piece_bytes[piece] for piece in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def piece(self, token: int) -> str:
-        """A token as SentencePiece writes it, for showing: '▁upon', '<0x0A>', '<|endoftext|>'."""
+        """Return a token as SentencePiece writes it: '▁upon', '<0x0A>', '<|endoftext|>'."""
         return self._spm.id_to_piece(token)

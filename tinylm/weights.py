@@ -1,8 +1,7 @@
-"""A model directory on disk: quantized tensors, tokenizer, config, and the manifest that proves them whole.
+"""Save and load model directories: config, tensors, tokenizer, and a manifest with the sizes and sums of all files.
 
-`models/<name>/` holds config.json, model.safetensors, tokenizer.model and manifest.json, which lists the size and the
-sha256 sum of every file that was written with it. The sums of these three are checked when a model is loaded. Other
-files, such as the model card, are for people. `tinylm.model` defines what the tensors mean.
+Loading checks the sums of config.json, model.safetensors and tokenizer.model. Other files, such as the model card, are
+for people. `tinylm.model` defines what the tensors mean.
 """
 
 from __future__ import annotations
@@ -29,18 +28,22 @@ SCALE_SUFFIX = ".scale"
 
 
 class ModelError(ValueError):
-    """A model directory that can't be used; the message names the file and what is wrong with it."""
+    """A model directory that cannot be used. The message names the file and its fault."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrix:
-    """int8 values (out, in) and one float32 scale per output row (out,): row i stands for values[i] * scale[i]."""
+    """int8 values (out, in) and one float32 scale per output row (out,). Row i is values[i] * scale[i]."""
 
     values: np.ndarray
     scale: np.ndarray
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
     def dequantize(self) -> np.ndarray:
-        """(out, in) float32."""
+        """Return the matrix as float32, (out, in)."""
         return self.values.astype(np.float32) * self.scale[:, None]
 
 
@@ -52,9 +55,9 @@ def as_float32(tensor: Tensor) -> np.ndarray:
 
 
 def quantize_rows(matrix: np.ndarray) -> QuantizedMatrix:
-    """Symmetric int8 per output row: scale = max|row| / 127, values rounded to nearest.
+    """Quantize each output row to int8 with the scale max(abs(row)) / 127. Values are rounded to nearest.
 
-    A row of zeros, or too small for a normal float32 scale, becomes zeros with scale 1.
+    A row of zeros, or one too small for a normal float32 scale, becomes zeros with scale 1.
     """
     scale = (np.abs(matrix).max(axis=1) / 127).astype(np.float32)
     scale = np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1))
@@ -62,7 +65,7 @@ def quantize_rows(matrix: np.ndarray) -> QuantizedMatrix:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a model by name, in Hugging Face's names for the Llama family."""
+    """Return the shape of each tensor of a model. Names are Hugging Face's for the Llama family."""
     h, m = config.hidden_size, config.mlp_size
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, h),
@@ -88,19 +91,19 @@ def save_model(
     quantize: bool = True,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a model directory, as a whole or not at all.
+    """Write a model directory. If this fails, an existing directory stays as it was.
 
-    tensors: float32 by name, as `tensor_shapes` lists them. With `quantize` the matrices become int8 per row.
-    extra_files: content by name; the manifest lists them too. An existing directory is replaced if it is empty or holds
-    only files that its manifest lists. Raises ModelError when a tensor is missing, unknown, of the wrong shape, or not
-    finite, and FileExistsError when the directory holds anything else.
+    tensors: float32 by name, as `tensor_shapes` lists them. With `quantize`, matrices are stored as int8.
+    extra_files: content by name. The manifest lists them too.
+    Raise ModelError when a tensor is missing, unknown, of the wrong shape, or not finite. Raise FileExistsError when
+    the directory exists and holds a file that its manifest does not list.
     """
     check_directory(directory, model_files)
-    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, config, "the tensors to save")
+    _check_tensors(tensors, config, "the tensors to save")
     stored: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
-            raise ModelError(f"tensor {name!r} holds values that are not finite")
+            raise ModelError(f"tensor {name!r} has values that are not finite")
         if quantize and tensor.ndim == 2:
             matrix = quantize_rows(tensor)
             stored[name], stored[name + SCALE_SUFFIX] = matrix.values, matrix.scale
@@ -114,16 +117,15 @@ def save_model(
     }
     sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     files[MANIFEST] = (json.dumps(sums, indent=2) + "\n").encode()
-
     with replaced_directory(directory, model_files) as partial:
         for name, data in files.items():
             (partial / name).write_bytes(data)
 
 
 def model_files(directory: Path) -> set[str] | None:
-    """Return the names of the unaltered files that were written with a model; None when `directory` holds no model.
+    """Return the names of the unaltered files that were written with a model, None when `directory` holds no model.
 
-    Older manifests list three files and not the pages that `train.export` wrote, evaluation.json among them.
+    Manifests of older releases list three files. They do not list the pages that `train.export` wrote.
     """
 
     def names(manifest: dict[str, dict[str, Any]]) -> set[str]:
@@ -137,7 +139,7 @@ def model_files(directory: Path) -> set[str] | None:
 
 
 def _sum(path: Path) -> str | None:
-    """Return the sha256 sum of a regular file, None for anything else."""
+    """Return the sha256 sum of a file, None when there is none."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -145,9 +147,9 @@ def _sum(path: Path) -> str | None:
 
 
 def load_model(directory: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Check a model directory against its manifest and read it: its config and its tensors by name.
+    """Check a model directory against its manifest. Return the config and the tensors by name.
 
-    Raises ModelError naming the file that is missing, cut off, altered or unreadable, with both sums.
+    Raise ModelError, which names a file that is missing, cut off, altered or unreadable.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -157,43 +159,45 @@ def load_model(directory: Path | str) -> tuple[ModelConfig, dict[str, Tensor]]:
         config = ModelConfig.load(directory / CONFIG)
     except ValueError as error:
         raise ModelError(f"{directory / CONFIG}: {error}") from None
-    try:
-        with safetensors.safe_open(directory / TENSORS, framework="numpy") as file:  # memory-mapped
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except safetensors.SafetensorError as error:
-        raise ModelError(f"{directory / TENSORS} is not a safetensors file: {error}") from None
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        if name.endswith(SCALE_SUFFIX):
-            continue
-        if tensor.dtype == np.int8:
-            scale = stored.get(name + SCALE_SUFFIX)
-            if scale is None or scale.shape != tensor.shape[:1]:
-                raise ModelError(f"{directory / TENSORS}: tensor {name!r} is int8 without one scale a row")
-            tensors[name] = QuantizedMatrix(tensor, scale)
-        else:
-            tensors[name] = tensor
-    for name, tensor in stored.items():
-        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
-            raise ModelError(f"{directory / TENSORS}: tensor {name!r} holds numbers that are not finite")
-    shapes = {n: (t.values if isinstance(t, QuantizedMatrix) else t).shape for n, t in tensors.items()}
-    _check_tensors(shapes, config, str(directory / TENSORS))
+    tensors = _read_tensors(directory / TENSORS)
+    _check_tensors(tensors, config, str(directory / TENSORS))
     return config, tensors
 
 
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:  # memory-mapped
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except safetensors.SafetensorError as error:
+        raise ModelError(f"{path} is not a safetensors file: {error}") from None
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise ModelError(f"{path}: tensor {name!r} has values that are not finite")
+        if tensor.dtype == np.int8:
+            scale = stored.get(name + SCALE_SUFFIX)
+            if scale is None or scale.shape != tensor.shape[:1]:
+                raise ModelError(f"{path}: int8 tensor {name!r} must have one scale per row")
+            tensors[name] = QuantizedMatrix(tensor, scale)
+        elif not name.endswith(SCALE_SUFFIX):
+            tensors[name] = tensor
+    return tensors
+
+
 def _verify(directory: Path) -> None:
+    """Raise ModelError if a file differs from what the manifest says about it."""
     manifest = directory / MANIFEST
     try:
         sums = json.loads(manifest.read_text(encoding="utf-8"))
         expected = {name: (sums[name]["bytes"], sums[name]["sha256"]) for name in (CONFIG, TENSORS, TOKENIZER)}
     except FileNotFoundError:
-        raise ModelError(f"{manifest} is missing: {directory} is not a whole model directory") from None
+        raise ModelError(f"{manifest} is missing: {directory} is not a complete model directory") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{manifest} is damaged: {type(error).__name__}: {error}") from None
     for name, (size, expected_sum) in expected.items():
         path = directory / name
         if not path.is_file():
-            raise ModelError(f"{path} is missing, though {MANIFEST} lists it")
+            raise ModelError(f"{path} is missing, but {MANIFEST} lists it")
         if path.stat().st_size != size:
             raise ModelError(
                 f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {size}: it is cut off or altered"
@@ -203,12 +207,12 @@ def _verify(directory: Path) -> None:
             raise ModelError(f"{path} is altered: its sha256 is {actual_sum}, {MANIFEST} says {expected_sum}")
 
 
-def _check_tensors(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> None:
     expected = tensor_shapes(config)
-    if missing := sorted(set(expected) - set(shapes)):
+    if missing := sorted(set(expected) - set(tensors)):
         raise ModelError(f"{where}: tensor {missing[0]!r} is missing")
-    if unknown := sorted(set(shapes) - set(expected)):
-        raise ModelError(f"{where}: tensor {unknown[0]!r} is none of this model's")
+    if unknown := sorted(set(tensors) - set(expected)):
+        raise ModelError(f"{where}: the config has no tensor {unknown[0]!r}")
     for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise ModelError(f"{where}: tensor {name!r} has shape {shapes[name]}, the config says {shape}")
+        if tensors[name].shape != shape:
+            raise ModelError(f"{where}: tensor {name!r} has shape {tensors[name].shape}, the config says {shape}")

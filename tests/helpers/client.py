@@ -1,8 +1,9 @@
-"""A small real gRPC server that does what a test tells it to, and a connection to it that can lose everything."""
+"""A small gRPC server that does what a test tells it, and a TCP forwarder that can lose all data."""
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,28 +14,42 @@ from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server
 
 ANSWER = ["Once", " upon", " a time"]
+WAIT_S = 20
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True)
 class Act:
-    """What one attempt gets: messages, then a status; or silence until the client leaves."""
+    """What one attempt gets: messages, then a status; or nothing until the client leaves."""
 
     n_messages: int = len(ANSWER)
     status: grpc.StatusCode = grpc.StatusCode.OK
-    empty_first: bool = False  # as a refused stream has it behind Serve's Python proxy
+    empty_first: bool = False  # Serve's Python proxy sends an empty message before the status of a refused stream
     only_logprobs: bool = False  # tokens whose text is held back
     silent: bool = False
-    details: str = "as told"  # of the status; of a good answer, also the first text, the model's name and its token
+    details: str = "as told"  # of the status; a good answer has it as first text, as the model's name and as token
 
 
 @dataclass
 class Scripted(TinyLMServicer):
-    """Each attempt gets the next act, the last one again and again."""
+    """Each attempt gets the next act. When no act is left, it gets the last one again."""
 
     acts: list[Act] = field(default_factory=lambda: [Act()])
-    timeouts_s: list[float] = field(default_factory=list)  # what each attempt was given
+    timeouts_s: list[float] = field(default_factory=list)  # of each attempt
     cancelled: int = 0
     open_streams: int = 0
+
+    async def _begin_whole(self, context: grpc.aio.ServicerContext) -> Act:
+        act = await self._begin(context)
+        if act.status is not grpc.StatusCode.OK:
+            await context.abort(act.status, act.details)
+        return act
 
     async def _begin(self, context: grpc.aio.ServicerContext) -> Act:
         self.timeouts_s.append(context.time_remaining())
@@ -48,23 +63,17 @@ class Scripted(TinyLMServicer):
         return act
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
-        act = await self._begin(context)
-        if act.status is not grpc.StatusCode.OK:
-            await context.abort(act.status, act.details)
+        await self._begin_whole(context)
         return pb.GenerateResponse(text="".join(ANSWER), finish_reason=pb.FINISH_REASON_LENGTH)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
-        act = await self._begin(context)
-        if act.status is not grpc.StatusCode.OK:
-            await context.abort(act.status, act.details)
+        act = await self._begin_whole(context)
         return pb.TokenizeResponse(tokens=[pb.Token(bytes=act.details.encode())])
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetModelInfoResponse:
-        act = await self._begin(context)
-        if act.status is not grpc.StatusCode.OK:
-            await context.abort(act.status, act.details)
+        act = await self._begin_whole(context)
         return pb.GetModelInfoResponse(name=act.details)
 
     async def GenerateStream(
@@ -101,7 +110,7 @@ class Scripted(TinyLMServicer):
 
 
 class Loop:
-    """An event loop in a thread of its own, for servers that plain code talks to."""
+    """An event loop in another thread, for servers that plain code calls."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -118,7 +127,7 @@ class Loop:
 
 @contextmanager
 def scripted_server() -> Iterator[tuple[Scripted, int]]:
-    """The server, and its port."""
+    """Yield the server and its port."""
     loop, servicer = Loop(), Scripted()
 
     async def start() -> tuple[grpc.aio.Server, int]:
@@ -137,7 +146,7 @@ def scripted_server() -> Iterator[tuple[Scripted, int]]:
 
 
 class Forwarder:
-    """TCP to a port of this machine; while `blocked`, it takes everything and hands nothing on, either way."""
+    """Forwards TCP to a port of this machine. While `blocked`, it reads data and passes nothing on, either way."""
 
     def __init__(self, port: int) -> None:
         self.blocked = False
@@ -155,7 +164,7 @@ class Forwarder:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        lost = self.blocked  # a connection that was made into the hole stays there
+        lost = self.blocked  # a connection that begins while blocked stays without data
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         for source, sink in ((reader, far_writer), (far_reader, writer)):
             task = asyncio.create_task(self._pump(source, sink, lost))
@@ -171,7 +180,7 @@ class Forwarder:
 
 @contextmanager
 def forwarder(port: int) -> Iterator[tuple[Forwarder, int]]:
-    """The forwarder, and its own port."""
+    """Yield the forwarder and its own port."""
     loop, forward = Loop(), Forwarder(port)
     own_port = loop.run(forward.start())
     try:

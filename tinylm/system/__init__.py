@@ -1,1 +1,1 @@
-"""The operating system: files, text as people save it, where packaged files are, and the machine."""
+"""The operating system: files, text as people save it, paths of packaged files, and the machine."""

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".tinylm-"  # a random part follows, so that two commands never use the same name
-PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
+PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of a PNG
 _ANY_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
-Made = Callable[[Path], set[str] | None]  # directory -> names of the files that a command wrote there, None: it did not
+Made = Callable[[Path], set[str] | None]  # directory -> the names of the files that a command wrote there, or None
 
 
 def check_file(path: Path) -> None:
-    """Raise OSError when `write_file` could not write `path`. Commands call it before they work for long."""
+    """Raise OSError when `write_file` could not write `path`. Commands call it before long work."""
     status = _status(path)
     if status is None:
         if path.is_symlink() and not (linked := Path(os.path.realpath(path)).parent).is_dir():
@@ -43,11 +43,11 @@ def check_file(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes | memoryview | str) -> None:
-    """Write `data` as the content of `path`. Missing parent directories are made.
+    """Write `data` as the content of `path`. Create missing parent directories.
 
     A regular file is replaced at once, so that no reader sees half of it, and an error leaves it unchanged. It keeps
-    its mode and its owner, and a symbolic link to it stays a link. A device, a FIFO, and the file that is this
-    process's standard output are written into. Raises OSError, for example for a file without write permission.
+    its mode and its owner, and a symbolic link to it stays a link. Data is written into a device, a FIFO, and the file
+    that is this process's standard output. Raise OSError, for example for a file without write permission.
     """
     raw = data.encode() if isinstance(data, str) else data
     check_file(path)
@@ -65,16 +65,16 @@ def write_file(path: Path, data: bytes | memoryview | str) -> None:
 
 
 def check_own(path: Path, is_ours: Callable[[bytes], bool]) -> None:
-    """Raise FileExistsError when something is at `path`, unless it is a regular file for which `is_ours(content)`.
+    """Raise FileExistsError unless `path` is free, or a regular file for which `is_ours(content)` is true.
 
-    For files that a command writes without being told their names.
+    Commands call it for files that they name themselves.
     """
     if os.path.lexists(path) and not (path.is_file() and is_ours(path.read_bytes())):
         raise FileExistsError(f"{path} exists and TinyLM did not write it: move it away or choose another name")
 
 
 def as_png(figure: Any, dpi: int) -> bytes:
-    """Return a Matplotlib figure as a PNG that names TinyLM as its maker."""
+    """Return a Matplotlib figure as a PNG whose metadata names TinyLM."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": "TinyLM"})
     return buffer.getvalue()
@@ -93,9 +93,9 @@ def is_inside(path: Path, directory: Path) -> bool:
 
 
 def manifest_names(manifest: Path, names_of: Callable[[Any], Iterable[str]]) -> set[str] | None:
-    """Return the names that a JSON manifest lists, with its own; None when it is missing or of another form.
+    """Return the manifest's own name and the names that it lists. Return None when it is missing or has another form.
 
-    names_of: reads the names from the parsed JSON. It may raise KeyError, TypeError, ValueError or AttributeError when
+    names_of: returns the names in the parsed JSON. It may raise KeyError, TypeError, ValueError or AttributeError when
     the JSON is not such a manifest.
     """
     if not stat.S_ISREG(getattr(_status(manifest), "st_mode", 0)):
@@ -108,9 +108,9 @@ def manifest_names(manifest: Path, names_of: Callable[[Any], Iterable[str]]) -> 
 
 
 def check_directory(place: Path, made: Made) -> set[str]:
-    """Return the names of the files in `place`, all of which may be removed; empty when there is no directory yet.
+    """Return the names of the files in `place`, which may all be removed. Return none when `place` does not exist.
 
-    Raises FileExistsError, which names the file, when `place` holds anything that `made` does not list.
+    Raise FileExistsError, which names the file, when `place` holds anything that `made` does not list.
     """
     try:
         entries = sorted(os.scandir(place), key=lambda entry: entry.name)
@@ -133,11 +133,11 @@ def check_directory(place: Path, made: Made) -> set[str]:
 
 @contextmanager
 def replaced_directory(place: Path, made: Made) -> Iterator[Path]:
-    """Yield an empty directory. When the block ends without an error, it takes the place of `place`.
+    """Yield an empty directory. It replaces `place` when the block ends without an error.
 
-    An existing directory is replaced only if it is empty, or if it holds nothing but regular files that `made` lists.
-    Otherwise raises FileExistsError, before the block and after it, and `place` stays as it is. A symbolic link to a
-    directory stays a link.
+    An existing directory is replaced only if it is empty or holds only regular files that `made` lists. Otherwise raise
+    FileExistsError, before the block and after it, and leave `place` unchanged. A symbolic link to a directory stays a
+    link.
     """
     check_directory(place, made)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def replaced_directory(place: Path, made: Made) -> Iterator[Path]:
 
 
 def _swap(new: Path, target: Path, made: Made) -> None:
-    """Put `new` in the place of `target` by two renames, and remove the files of the old directory one by one."""
+    """Replace `target` by `new` with two renames. Remove the files of the old directory one by one."""
     for path in new.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -175,14 +175,14 @@ def _swap(new: Path, target: Path, made: Made) -> None:
 
 
 def _replace(path: Path, raw: bytes | memoryview, status: os.stat_result | None) -> bool:
-    """Put a new file in the place of `path`, or of the file that it links to.
+    """Replace `path`, or the file that it links to, by a new file.
 
-    Returns False, and leaves the old file unchanged, when its directory or its owner does not permit that.
+    Return False, and leave the old file unchanged, when its directory or its owner does not permit that.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(_unique_name())
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less what the umask takes
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask applies
     except OSError as error:
         if status is None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -206,7 +206,7 @@ def _replace(path: Path, raw: bytes | memoryview, status: os.stat_result | None)
 
 
 def _take_over(old: Path, status: os.stat_result, new: Path) -> bool:
-    """Give `new` the owner, the mode and the extended attributes of `old`; return False if its owner can't be given."""
+    """Give `new` the owner, mode and extended attributes of `old`. Return False if the owner cannot be given."""
     made = new.stat()
     if (made.st_uid, made.st_gid) != (status.st_uid, status.st_gid):
         try:
@@ -219,7 +219,7 @@ def _take_over(old: Path, status: os.stat_result, new: Path) -> bool:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Follows symbolic links. None when there is nothing; raises OSError when that can't be told."""
+    """Return the status of a file, after symbolic links, or None when it does not exist."""
     try:
         return path.stat()
     except FileNotFoundError:
@@ -227,7 +227,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _standard_stream(status: os.stat_result) -> int | None:
-    """Return 1 or 2 when that descriptor is open on this file. A new file would never reach who redirected it."""
+    """Return 1 or 2 when that descriptor is open on this file. The output must go to that file, not to a new one."""
     for descriptor in (1, 2):
         with suppress(OSError):
             if os.path.samestat(status, os.fstat(descriptor)):
@@ -236,7 +236,7 @@ def _standard_stream(status: os.stat_result) -> int | None:
 
 
 def _require_write_permission(path: Path, status: os.stat_result, wanted: Path) -> None:
-    """Raise PermissionError if the user may not write, or if nobody may: root is not asked by the system."""
+    """Raise PermissionError if this user may not write, or if the mode lets nobody write, which root could ignore."""
     if not status.st_mode & _ANY_WRITE or not os.access(path, os.W_OK):
         raise PermissionError(f"cannot write {wanted}: no permission to write {path}")
 

@@ -1,4 +1,4 @@
-"""Describe where and with what a result was measured: processor, versions, date and git revision."""
+"""Describe the origin of a measured result: processor, versions, date and git revision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("tinylm", "ray", "numpy", "grpcio")
 
 
 def describe() -> dict[str, Any]:
-    """Return what a result file says of its origin. A "+" after the revision stands for uncommitted changes."""
+    """Return the origin for a result file. A "+" after the revision means uncommitted changes."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -29,7 +29,7 @@ def describe() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Return the name of the processor, or its architecture where the system does not say."""
+    """Return the name of the processor, or its architecture if the system does not tell the name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -37,7 +37,7 @@ def processor() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """Return the output of a git command, or an empty text where there is no git or no repository."""
+    """Return the output of a git command, or an empty text without git or a repository."""
     try:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Where the files lie that come with TinyLM: the model and the Serve configs.
+"""The paths of files that come with TinyLM: the model and the Serve configs.
 
 In a checkout, `tinylm/models` and `tinylm/configs` are symbolic links to the directories at the top. In a wheel they
 are copies.

@@ -1,7 +1,6 @@
-"""Read text that people wrote: files and standard input, as editors of all systems save them.
+"""Read text files and standard input as editors of all systems save them.
 
-UTF-8 with or without a byte-order mark. Line ends may be LF, CRLF or CR; they become LF. Text that arrives over gRPC or
-HTTP does not come here: it stays as it is.
+Text is UTF-8 with or without a byte-order mark. Line ends may be LF, CRLF or CR. They become LF.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ def standard_input_lines() -> Iterator[str]:
 def lines_of(text: str) -> list[str]:
     """Return the lines of a text without their ends.
 
-    Only LF ends a line. `str.splitlines` also splits at U+2028, U+0085, form feeds and others, which may stand inside a
-    line of JSON.
+    Only LF ends a line. `str.splitlines` also splits at U+2028, U+0085, form feeds and others, which a line of JSON may
+    contain.
 
     'a\\u2028b\\nc\\n' -> ['a\\u2028b', 'c']
     """

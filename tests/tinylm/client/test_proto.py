@@ -1,4 +1,4 @@
-"""The generated code is that of the definition: a client made from `protos/` speaks to this service."""
+"""`tinylm/v1` is what `protos/` generates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_generated_code_is_not_stale(tmp_path):
-    """When this fails: `make proto`."""
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     command = [sys.executable, "-m", "grpc_tools.protoc", "-Iprotos", *outputs, "tinylm/v1/tinylm.proto"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=60)

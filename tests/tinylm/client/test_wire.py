@@ -1,4 +1,4 @@
-"""Settings and their messages: what a client sets is what the engine gets, defaults included."""
+"""Settings and their messages: the engine gets the settings that the client sets, defaults included."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARAMS = st.builds(
 
 @given(PARAMS, st.text(max_size=50), st.integers(0, UINT32))
 def test_settings_arrive_as_they_were_sent(params, prompt, timeout_ms):
-    """Through the bytes of a real message; 0 is not 'unset', and no number loses digits."""
+    """0 is not the same as unset, and no number loses digits."""
     sent = request_from_params(prompt, params, timeout_ms).SerializeToString()
     request = pb.GenerateRequest.FromString(sent)
     assert params_from_request(request) == params
@@ -35,12 +35,12 @@ def test_settings_arrive_as_they_were_sent(params, prompt, timeout_ms):
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "top_k"])
-def test_a_number_that_no_message_holds_is_named(field):
+def test_a_number_above_32_bits_is_refused_by_name(field):
     with pytest.raises(ValueError, match=f"{field} must be .* {UINT32}, got {UINT32 + 1}"):
         request_from_params("x", SamplingParams(**{field: UINT32 + 1}))
 
 
-def test_text_that_is_no_unicode_is_named():
+def test_text_that_is_not_unicode_is_refused_by_name():
     with pytest.raises(ValueError, match="prompt must be Unicode text: character 2 "):
         request_from_params("a\udcff", SamplingParams())
     with pytest.raises(ValueError, match="stop must be Unicode text: character 1 "):
@@ -50,7 +50,6 @@ def test_text_that_is_no_unicode_is_named():
 
 
 def test_an_empty_request_has_the_defaults():
-    """A client in another language that sets nothing gets what the library's user gets."""
     assert params_from_request(pb.GenerateRequest(prompt="hi")) == SamplingParams()
 
 
@@ -66,21 +65,15 @@ def test_an_empty_request_has_the_defaults():
         ("repetition_penalty", float("inf")),
         ("seed", 2**63),
         ("logprobs", 21),
+        ("stop", ["fine", ""]),
     ],
 )
 def test_a_bad_value_of_a_request_is_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=f"^{field} is "):
+    with pytest.raises(ValueError, match=f"^{field} "):
         params_from_request(pb.GenerateRequest(prompt="hi", **{field: value}))
 
 
-def test_a_bad_stop_string_of_a_request_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"^stop holds a string of length 0"):
-        params_from_request(pb.GenerateRequest(prompt="hi", stop=["fine", ""]))
-
-
-def test_finish_reasons_go_both_ways():
+def test_every_finish_reason_of_the_proto_has_a_name():
+    assert set(FINISH_REASON_NAMES) == set(pb.FinishReason.values()) - {pb.FINISH_REASON_UNSPECIFIED}
     for name, number in FINISH_REASONS.items():
-        assert FINISH_REASON_NAMES[number] == name
         assert pb.FinishReason.Name(number) == f"FINISH_REASON_{name.upper()}"
-    sent = set(pb.FinishReason.values()) - {pb.FINISH_REASON_UNSPECIFIED}
-    assert set(FINISH_REASON_NAMES) == sent, "a reason that no client can read, or that is never sent"
