@@ -1,4 +1,4 @@
-"""What the tests share: the committed model, a small random one, a running service, one BLAS thread for all of them."""
+"""Fixtures of all tests: the committed model, a small random model, running services, one BLAS thread."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tinylm.weights import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Fixtures here are never changed by a test, so that a property may use the same one for all its examples.
+# No test changes these fixtures, so all examples of a property may use the same one.
 settings.register_profile("tinylm", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.register_profile("ci", settings.get_profile("tinylm"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "tinylm")
@@ -31,14 +31,14 @@ settings.load_profile("ci" if os.environ.get("CI") else "tinylm")
 
 @pytest.fixture(scope="session", autouse=True)
 def one_blas_thread():
-    """More threads than free cores make small matrix products many times slower."""
+    """Use one BLAS thread. More threads than free cores make small matrix products many times slower."""
     with ThreadpoolController().limit(limits=1, user_api="blas"):
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def demo_under_way(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future | None]:
-    """A minute of commands that mostly wait for Ray: begun with the session, if one of its tests wants the result."""
+    """Start the demo's training with the session, if a test needs it. It takes a minute and mostly waits for Ray."""
     if not any("demo" in getattr(item, "fixturenames", ()) for item in request.session.items):
         yield None
         return
@@ -52,22 +52,23 @@ def demo_under_way(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="session")
 def demo(demo_under_way: Future[Demo]) -> Demo:
-    """What `make train-demo` leaves, with less text and fewer steps."""
+    """Return the results of `make train-demo` with less text and fewer steps."""
     return demo_under_way.result()
 
 
 @pytest.fixture(scope="session", params=["serve.yaml", "serve-python-proxy.yaml"])
 def shared_service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The committed configs as a user starts them, each once for all tests that leave them as they were."""
+    """A service for each committed config. All tests that do not change a service share it."""
     with running_service(Path("configs") / request.param, tmp_path_factory.mktemp("service")) as service:
         yield service
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests of the shared services last: a running service takes memory and time from all others.
+    """Run the tests of the shared services last, because a running service takes memory and time from other tests.
 
-    The monitored service comes just before them, when the demo has ended: the agents of two Rays use the same port.
+    The monitored service comes just before them, after the end of the demo, because the agents of two Rays use the same
+    port.
     """
 
     def rank(item: pytest.Item) -> int:
@@ -89,13 +90,13 @@ def tokenizer(stories_dir):
 
 @pytest.fixture(scope="session")
 def stories(stories_dir):
-    """The committed model, whatever its weights are today."""
+    """The committed model."""
     return LLM(stories_dir)
 
 
 @pytest.fixture(scope="session")
 def random_gpt():
-    """config, seed -> a PyTorch model in which every weight matters: no zero projections, no norms of one."""
+    """Return a function that makes a PyTorch model in which every weight has an effect: no zeros, no norms of one."""
     import torch
 
     from train.core.model import GPT
@@ -125,19 +126,19 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_tensors(random_gpt, tiny_config):
-    """float32 by name, as `save_model` wants them."""
+    """The float32 tensors of the tiny model by name."""
     return {name: parameter.detach().numpy() for name, parameter in random_gpt(tiny_config).named_parameters()}
 
 
 @pytest.fixture(scope="session")
 def tiny_quantized(tiny_tensors):
-    """The same as `save_model` stores them: what the numba kernels take."""
+    """The tensors as `save_model` stores them."""
     return quantized(tiny_tensors)
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory, stories_dir, tiny_config, tiny_tensors):
-    """A whole model directory with random weights; copy it before changing it."""
+    """A complete model directory with random weights. Copy it before you change it."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
     save_model(directory, tiny_config, tiny_tensors, (stories_dir / "tokenizer.model").read_bytes())
     return directory
@@ -150,19 +151,19 @@ def tiny_model(tiny_model_dir):
 
 @pytest.fixture(scope="session")
 def tiny(tokenizer, tiny_model):
-    """An LLM whose text is nonsense: pieces of words, broken characters, every kind of token."""
+    """An LLM that generates every kind of token: parts of words, parts of characters."""
     return LLM.from_parts(tokenizer, tiny_model)
 
 
 @pytest.fixture(scope="session")
 def assert_same_greedy():
-    """Greedy answers must be the same tokens, but for a tie that only rounding decides."""
+    """Check that two greedy answers have the same tokens until a tie that rounding decides."""
 
     def check(llm, prompt_ids, ours, theirs, tie=1e-3):
         if ours == theirs:
             return
         split = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-        assert split is not None, f"one answer ends after {min(len(ours), len(theirs))} tokens, the other goes on"
+        assert split is not None, f"one answer ends after {min(len(ours), len(theirs))} tokens, the other continues"
         scores = llm.logits([*prompt_ids, *ours[:split]])[-1]
         gap = abs(float(scores[ours[split]] - scores[theirs[split]]))
         assert gap < tie, f"token {split} is {ours[split]} or {theirs[split]}, {gap} apart: not a tie"
@@ -177,6 +178,6 @@ def greedy():
 
 @pytest.fixture(scope="session")
 def prompts():
-    """Twenty prompts of tokens, of 1 to 40, for any model of the vocabulary."""
+    """Twenty prompts of 1 to 40 tokens."""
     rng = np.random.default_rng(7)
     return [[1, *rng.integers(2, 4096, size=int(n)).tolist()] for n in rng.integers(0, 40, size=20)]

@@ -1,6 +1,6 @@
 """The command line: `tinylm generate`, `write`, `info`, `tokenize`, `bench`, `serve`, `key`.
 
-Parses, prints, and turns errors into one line. The story prompt itself is `tinylm.terminal.writer`.
+Commands import what they need when they run, so that `tinylm --help` and shell completion stay quick.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from tinylm.terminal import shell_completion
 from tinylm.terminal.output import PlainConsole, one_line_errors
 
 if TYPE_CHECKING:
+    from tinylm.bench import Report
+    from tinylm.client import Client
     from tinylm.llm import LLM
-    from tinylm.sampling import SamplingParams
     from tinylm.stream import Stream
 
 app = typer.Typer(
@@ -37,42 +38,41 @@ app = typer.Typer(
 Model = Annotated[
     Path,
     typer.Option(
-        "--model", "-m", help="A model directory.", metavar="DIR", autocompletion=shell_completion.model_directories
+        "--model", "-m", help="The model directory.", metavar="DIR", autocompletion=shell_completion.model_directories
     ),
 ]
 Kernels = Annotated[
     str,
-    typer.Option(help="How to compute: numba (compiled), numpy, or auto.", autocompletion=shell_completion.kernels),
+    typer.Option(help="The kernels: numba (compiled), numpy, or auto.", autocompletion=shell_completion.kernels),
 ]
-PrecisionOption = Annotated[
+Precision = Annotated[
     str,
-    typer.Option(
-        "--precision", help="Of activations: int8, float32, or auto.", autocompletion=shell_completion.precisions
-    ),
+    typer.Option(help="Activations are int8, float32, or auto.", autocompletion=shell_completion.precisions),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="The most tokens to answer with.")]
-Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that reach this probability.")]
-TopK = Annotated[int, typer.Option(help="Keep so many of the likeliest tokens; 0 keeps all.")]
-MinP = Annotated[float, typer.Option(help="Keep tokens this share as likely as the likeliest.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1, seen tokens become less likely.")]
-Stop = Annotated[Optional[list[str]], typer.Option(help="End before this text; may be repeated.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="The most tokens to generate.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 always takes the most likely token.")]
+TopP = Annotated[float, typer.Option(help="Keep the most likely tokens that together reach this probability.")]
+TopK = Annotated[int, typer.Option(help="Keep this many of the most likely tokens; 0 keeps all.")]
+MinP = Annotated[
+    float, typer.Option(help="Keep tokens with at least this share of the most likely token's probability.")
+]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1, tokens of the text become less likely.")]
+Stop = Annotated[Optional[list[str]], typer.Option(help="Stop before this text; may be repeated.")]
 Seed = Annotated[Optional[int], typer.Option(help="The same seed gives the same text.")]
-Server = Annotated[
-    Optional[str], typer.Option("--server", "-s", help="Ask a running service instead.", metavar="HOST:PORT")
-]
+Server = Annotated[Optional[str], typer.Option("--server", "-s", help="Use a running service.", metavar="HOST:PORT")]
 Tls = Annotated[
-    bool, typer.Option("--tls", help="With --server: over TLS, by the authorities that this machine trusts.")
+    bool, typer.Option("--tls", help="With --server: use TLS, and trust the authorities that this machine trusts.")
 ]
 Ca = Annotated[
-    Optional[Path], typer.Option(help="With --server: over TLS, by the authorities of this PEM file.", metavar="FILE")
+    Optional[Path],
+    typer.Option(help="With --server: use TLS, and trust the authorities in this PEM file.", metavar="FILE"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Run a command of tinylm: see `tinylm.terminal.output.one_line_errors`."""
+    """Run a command. Print its errors and missing packages as one line."""
     from tinylm.client import ServiceError
 
     with one_line_errors(ValueError, ServiceError):
@@ -82,13 +82,26 @@ def _one_line_errors() -> Iterator[None]:
             if error.name is None or error.name.startswith("tinylm"):
                 raise
             raise ValueError(
-                f"this command needs the package {error.name}, which is not installed: pip install 'tinylm[serve]'"
+                f"this command needs the package {error.name}: install it with pip install 'tinylm[serve]'"
             ) from None
 
 
 def _loading() -> Status:
-    """Show on a terminal that a model loads. The first time, this takes about ten seconds."""
-    return PlainConsole(stderr=True).status("loading the model (the first time, its kernels are compiled)")
+    """Show on a terminal that a model loads."""
+    return PlainConsole(stderr=True).status("loading the model (the first time, this compiles the kernels)")
+
+
+def _load_model(model: Path, kernels: str, precision: str) -> LLM:
+    from tinylm.llm import LLM
+
+    with _loading():
+        return LLM(model, n_slots=1, kernels=kernels, precision=precision)
+
+
+def _client(server: str, tls: bool, ca: Path | None, timeout_s: float = 60) -> Client:
+    from tinylm.client import Client
+
+    return Client(server, timeout_s=timeout_s, tls=ca or tls)
 
 
 def _print_version(wanted: bool) -> None:
@@ -100,7 +113,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
@@ -118,17 +131,17 @@ def generate(
     stop: Stop = None,
     seed: Seed = None,
     logprobs: Annotated[
-        Optional[int], typer.Option(help="With --json: log-probabilities and so many alternatives.")
+        Optional[int], typer.Option(help="With --json: log-probabilities, with this many alternatives.")
     ] = None,
     model: Model = DEFAULT_MODEL,
     kernels: Kernels = "auto",
-    precision: PrecisionOption = "auto",
+    precision: Precision = "auto",
     server: Server = None,
     tls: Tls = False,
     ca: Ca = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a text, printing tokens as they come."""
+    """Continue a text. Tokens are printed while they are generated."""
     from tinylm.sampling import SamplingParams
 
     with _one_line_errors():
@@ -136,14 +149,19 @@ def generate(
         params = SamplingParams(
             max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop or ()), seed, logprobs
         )
-        with _stream(text, params, server, ca or tls, model, kernels, precision) as stream:
+        stream: Stream[Any]
+        if server is not None:
+            stream = _client(server, tls, ca).stream(text, params)
+        else:
+            stream = _load_model(model, kernels, precision).stream(text, params)
+        with stream:
             if as_json:
                 for _ in stream:
                     pass
                 typer.echo(json.dumps({"prompt": text, **dataclasses.asdict(stream.completion)}))
                 return
             console = PlainConsole()
-            prompt_to_show = text  # it is shown with the first piece, so that nothing precedes an error
+            prompt_to_show = text  # printed with the first piece, so that an error has no output before it
             for piece in stream:
                 console.write(prompt_to_show, end="", style="bold")
                 console.write(piece, end="")
@@ -151,25 +169,8 @@ def generate(
             console.write(prompt_to_show, style="bold")
 
 
-def _stream(
-    text: str, params: SamplingParams, server: str | None, tls: bool | Path, model: Path, kernels: str, precision: str
-) -> Stream[Any]:
-    if server is not None:
-        from tinylm.client import Client
-
-        return Client(server, tls=tls).stream(text, params)
-    return _load_model(model, kernels, precision).stream(text, params)
-
-
-def _load_model(model: Path, kernels: str, precision: str) -> LLM:
-    from tinylm.llm import LLM
-
-    with _loading():
-        return LLM(model, n_slots=1, kernels=kernels, precision=precision)
-
-
 @app.command()
-@app.command("chat", hidden=True)  # what many look for first; its help says what it is instead
+@app.command("chat", hidden=True)  # many users try this name first; the help says that the model does not chat
 def write(
     max_tokens: MaxTokens = 64,
     temperature: Temperature = 0.8,
@@ -182,15 +183,15 @@ def write(
     color_probabilities: Annotated[
         bool, typer.Option("--color-probabilities", help="Colour tokens by their probability.")
     ] = False,
-    history: Annotated[bool, typer.Option(help="Keep the lines typed for the next time.")] = True,
+    history: Annotated[bool, typer.Option(help="Keep your lines in a history file.")] = True,
     model: Model = DEFAULT_MODEL,
     kernels: Kernels = "auto",
-    precision: PrecisionOption = "auto",
+    precision: Precision = "auto",
     server: Server = None,
     tls: Tls = False,
     ca: Ca = None,
 ) -> None:
-    """Write a story in turns with the model: it goes on from your line, you from its text. It does not chat.
+    """Write a story in turns: you type a line, and the model continues the story. It does not chat.
 
     Without a terminal, each line of standard input is a turn, and the story is printed.
     """
@@ -206,9 +207,7 @@ def write(
         )
         source: Source
         if server is not None:
-            from tinylm.client import Client
-
-            source = ServiceSource(Client(server, tls=ca or tls))
+            source = ServiceSource(_client(server, tls, ca))
         else:
             source = LocalSource(_load_model(model, kernels, precision))
         at_a_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -220,15 +219,21 @@ def write(
 def info(
     model: Model = DEFAULT_MODEL,
     kernels: Kernels = "auto",
-    precision: PrecisionOption = "auto",
+    precision: Precision = "auto",
     server: Server = None,
     tls: Tls = False,
     ca: Ca = None,
     as_json: Json = False,
 ) -> None:
-    """Show a model's shape and size and how it is computed, in a directory or behind a service."""
+    """Show the shape, size and arithmetic of a model or of a service's model."""
     with _one_line_errors():
-        facts = _model_facts(model, kernels, precision) if server is None else _service_facts(server, ca or tls)
+        if server is None:
+            facts = _model_facts(model, kernels, precision)
+        else:
+            with _client(server, tls, ca, timeout_s=10) as client:
+                response = client.info()
+            fields = {field.name: getattr(response, field.name) for field in response.DESCRIPTOR.fields}
+            facts = {"server": server, **fields}
         if as_json:
             typer.echo(json.dumps(facts))
             return
@@ -256,14 +261,6 @@ def _model_facts(directory: Path, kernels: str, precision: str) -> dict[str, Any
     }
 
 
-def _service_facts(server: str, tls: bool | Path) -> dict[str, Any]:
-    from tinylm.client import Client
-
-    with Client(server, timeout_s=10, tls=tls) as client:
-        response = client.info()
-    return {"server": server, **{field.name: getattr(response, field.name) for field in response.DESCRIPTOR.fields}}
-
-
 @app.command()
 def tokenize(
     text: Annotated[str, typer.Argument(help="The text; - reads it from standard input.")],
@@ -282,9 +279,7 @@ def tokenize(
             tokenizer, _ = load(model)
             tokens = [(token, tokenizer.piece_bytes[token]) for token in tokenizer.encode(text)]
         else:
-            from tinylm.client import Client
-
-            with Client(server, timeout_s=10, tls=ca or tls) as client:
+            with _client(server, tls, ca, timeout_s=10) as client:
                 tokens = client.tokenize(text)
         shown = [piece.decode(errors="backslashreplace") for _, piece in tokens]
         if as_json:
@@ -297,16 +292,17 @@ def tokenize(
 
 @app.command()
 def bench(
-    batches: Annotated[str, typer.Option(help="Sequences decoded at once.", metavar="N,N,...")] = "1,2,4,8,16,32",
+    batches: Annotated[str, typer.Option(help="Sequences per step.", metavar="N,N,...")] = "1,2,4,8,16,32",
     prompts: Annotated[
-        str | None, typer.Option(help="Lengths of prompts; else 16, 64 and 192 as far as they fit.", metavar="N,N,...")
+        str | None,
+        typer.Option(help="Prompt lengths; by default those of 16, 64 and 192 that fit.", metavar="N,N,..."),
     ] = None,
     model: Model = DEFAULT_MODEL,
     kernels: Kernels = "auto",
-    precision: PrecisionOption = "auto",
+    precision: Precision = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure the engine on one core: decoding, prompts, shares of what the core can do; then a line of JSON."""
+    """Measure decoding and prompts on one core, and compare with the core's limits. Prints a line of JSON last."""
     from rich.progress import Progress
 
     from tinylm import bench as benchmark
@@ -324,21 +320,7 @@ def bench(
             task = progress.add_task("measuring", total=len(sizes) + len(lengths))
             report = benchmark.run(loaded, sizes, lengths, lambda: progress.advance(task))
     if not as_json:
-        console = PlainConsole()
-        console.print(
-            f"{report.arithmetic}; the core reads {report.bandwidth_gb_per_s:.1f} GB/s "
-            f"and does {report.peak_gmac_per_s:.0f} billion multiply-adds a second"
-        )
-        table = Table("batch", "ms a step", "tokens/s", "MB a step", "of bandwidth", "of peak")
-        for row in report.decode:
-            megabytes, shares = row.bytes_per_step / 1e6, (row.share_of_bandwidth, row.share_of_peak)
-            figures = (f"{row.step_ms:.3f}", f"{row.tokens_per_s:,.0f}", f"{megabytes:.1f}")
-            table.add_row(str(row.batch), *figures, *(f"{share:.0%}" for share in shares))
-        console.print(table)
-        table = Table("prompt tokens", "ms to the first token", "tokens/s")
-        for prompt in report.prefill:
-            table.add_row(str(prompt.prompt_tokens), f"{prompt.first_token_ms:.2f}", f"{prompt.tokens_per_s:,.0f}")
-        console.print(table)
+        _print_report(report)
     typer.echo(json.dumps(report.as_dict()))
 
 
@@ -346,17 +328,40 @@ def _numbers(option: str, text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} is {text!r}: it must be whole numbers with commas between them") from None
+        raise ValueError(f"{option} must be whole numbers separated by commas, got {text!r}") from None
+
+
+def _print_report(report: Report) -> None:
+    console = PlainConsole()
+    console.print(
+        f"{report.arithmetic}; the core reads {report.bandwidth_gb_per_s:.1f} GB/s "
+        f"and does {report.peak_gmac_per_s:.0f} billion multiply-adds a second"
+    )
+    table = Table("batch", "ms a step", "tokens/s", "MB a step", "of bandwidth", "of peak")
+    for row in report.decode:
+        table.add_row(
+            str(row.batch),
+            f"{row.step_ms:.3f}",
+            f"{row.tokens_per_s:,.0f}",
+            f"{row.bytes_per_step / 1e6:.1f}",
+            f"{row.share_of_bandwidth:.0%}",
+            f"{row.share_of_peak:.0%}",
+        )
+    console.print(table)
+    table = Table("prompt tokens", "ms to the first token", "tokens/s")
+    for prompt in report.prefill:
+        table.add_row(str(prompt.prompt_tokens), f"{prompt.first_token_ms:.2f}", f"{prompt.tokens_per_s:,.0f}")
+    console.print(table)
 
 
 @app.command()
 def serve(
     config: Annotated[
-        Optional[Path], typer.Option("--config", help="A Serve config; the platform decides by default.")
+        Optional[Path], typer.Option("--config", help="A Serve config; the default depends on the platform.")
     ] = None,
-    wait_s: Annotated[float, typer.Option(help="Give up when the service is not ready after so many seconds.")] = 180,
+    wait_s: Annotated[float, typer.Option(help="Stop if the service is not ready after this many seconds.")] = 180,
 ) -> None:
-    """Serve the model with Ray Serve until Ctrl-C; says when it is ready and how to try it."""
+    """Serve the model with Ray Serve until Ctrl-C. Prints a message when the service is ready."""
     with _one_line_errors():
         from tinylm.serving.ray.launch import launch
 
@@ -365,12 +370,12 @@ def serve(
 
 @app.command()
 def key(
-    name: Annotated[str, typer.Argument(help="Whose key it is; the service's log has this name.")],
-    file: Annotated[Optional[Path], typer.Option(help="Add its line to this key file, made if need be.")] = None,
+    name: Annotated[str, typer.Argument(help="The name of the key's owner; the service logs it.")],
+    file: Annotated[Optional[Path], typer.Option(help="Add the hash to this key file. Creates it if needed.")] = None,
 ) -> None:
-    """Make an API key: print it once, and keep its hash, for the `api_keys` file of a service.
+    """Create an API key. Prints the key, and the hash for the key file (`api_keys`) of a service.
 
-    Clients send it from TINYLM_API_KEY. Remove its line to take it back; the service sees either within a second.
+    Clients read the key from TINYLM_API_KEY. To revoke a key, remove its line. The service notices within a second.
     """
     from tinylm.serving.keys import add_key, make_key
 

@@ -1,4 +1,4 @@
-"""Commands on a pseudo-terminal, as people use them."""
+"""Run commands on a pseudo-terminal."""
 
 import os
 import pty
@@ -14,7 +14,7 @@ import pexpect
 
 TINYLM = str(Path(sys.executable).with_name("tinylm"))
 WAIT_S = 60
-PROMPT_READY = r"\x1b\[\?2004h"  # the line editor asks for pasted text in brackets
+PROMPT_READY = r"\x1b\[\?2004h"  # the line editor turns on bracketed paste
 CONTROL = re.compile(r"\x1b\[[?0-9;]*[a-zA-Z]|\r|\x08")
 
 
@@ -24,7 +24,7 @@ class Terminal:
         self.prompt()
 
     def prompt(self) -> str:
-        """What has been printed until the prompt is there again, without control sequences."""
+        """Wait for the prompt. Return what was printed before it, without control sequences."""
         return CONTROL.sub("", self.raw_prompt())
 
     def raw_prompt(self) -> str:
@@ -38,13 +38,13 @@ class Terminal:
 
 @contextmanager
 def terminal(*arguments: str, state: Path, **environment: str) -> Iterator[Terminal]:
-    """`tinylm write` with these options; `state` is where its history goes."""
+    """Yield a terminal in which `tinylm write` runs with these options. Its history goes below `state`."""
     defaults = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(state)}
     inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     child = pexpect.spawn(
         TINYLM, ["write", *arguments], env={**inherited, **defaults, **environment}, encoding="utf-8",
         timeout=WAIT_S, dimensions=(40, 400),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores SIGINT
     )  # fmt: skip
     try:
         yield Terminal(child)

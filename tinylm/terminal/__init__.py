@@ -1,1 +1,1 @@
-"""The interactive story prompt, `tinylm write`, and what shells complete. Needs a terminal for its comforts only."""
+"""The story prompt of `tinylm write`, shell completion, and the output and errors of all commands."""

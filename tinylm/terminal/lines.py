@@ -1,4 +1,4 @@
-"""Where the story prompt's lines come from: a terminal, with editing, history and completion, or a pipe."""
+"""Read the lines of the story prompt from a terminal, with editing, history and completion, or from a pipe."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from tinylm.system.text_files import standard_input_lines
 
-Words = Callable[[str], Iterable[str] | None]  # what may follow a command; None: a path
+Words = Callable[[str], Iterable[str] | None]  # command -> the words that may follow it, or None for a path
 
 
 class Lines(Protocol):
     interactive: bool
 
     def read(self) -> str | None:
-        """The next line, without its end; None at the end of the input."""
+        """Return the next line without its end, or None at the end of the input."""
         ...
 
 
 class PipeLines:
-    """Lines of standard input when it is not a terminal."""
+    """Lines from standard input when it is not a terminal."""
 
     interactive = False
 
@@ -41,7 +41,7 @@ class PipeLines:
 
 
 class TerminalLines:
-    """Ctrl-C at the prompt takes the line back, Ctrl-D ends the input."""
+    """Lines from a terminal. Ctrl-C discards the line, Ctrl-D ends the input."""
 
     interactive = True
 
@@ -50,7 +50,6 @@ class TerminalLines:
             history=_history() if keep_history else InMemoryHistory(),
             completer=CommandCompleter(tuple(commands), words),
             complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
-            enable_history_search=False,
         )
 
     def read(self) -> str | None:
@@ -64,7 +63,7 @@ class TerminalLines:
 
 
 class CommandCompleter(Completer):
-    """Commands after a slash at the line's beginning, and what may follow them."""
+    """Completes a command at the beginning of a line, and the word after it."""
 
     def __init__(self, commands: tuple[str, ...], words: Words) -> None:
         self._commands, self._words = commands, words
@@ -78,20 +77,16 @@ class CommandCompleter(Completer):
         if choices is None:
             yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
             return
-        begun = rest if space else command
+        typed = rest if space else command
         for choice in choices:
-            if choice.startswith(begun):
-                yield Completion(choice, start_position=-len(begun))
-
-
-def history_path() -> Path:
-    """Where lines are kept from one session to the next, by the XDG base directories."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tinylm" / "history"
+            if choice.startswith(typed):
+                yield Completion(choice, start_position=-len(typed))
 
 
 def _history() -> History:
-    """Return the history in a file that only its owner can read, or a history in memory when there can be no file."""
-    path = history_path()
+    """Return a history in a file that only its owner can read, or in memory when the file cannot be written."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    path = state / "tinylm" / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
@@ -101,7 +96,7 @@ def _history() -> History:
 
 
 class _FileHistory(FileHistory):
-    """A history whose lines stay in memory when the disk is full or the file is gone: the story matters more."""
+    """A file history that ignores errors, so that the story continues when the disk is full or the file is gone."""
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):

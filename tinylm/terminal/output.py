@@ -1,4 +1,4 @@
-"""What the commands of tinylm, train and loadtest share: how they print text and errors, and how they end."""
+"""How the commands of tinylm, train and loadtest print text and errors, and which status they end with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_READER = 141  # the exit status when the reader of the output has gone, as af
 
 
 def printable(text: str) -> str:
-    """Replace the characters that a terminal would obey, and lone surrogates, by U+FFFD. Keep newlines and tabs."""
+    """Replace control characters and lone surrogates by U+FFFD. Keep newlines and tabs."""
     return "".join("\ufffd" if _is_control(ord(c)) and c not in "\n\t" else c for c in text)
 
 
@@ -63,10 +63,9 @@ def say(text: str) -> None:
 def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
     """Run a command. Print OSError and `errors` as one line, and exit with status 1.
 
-    Exit with INTERRUPTED after Ctrl-C, and with NO_READER when nobody reads the output any more (`| head`). A standard
-    stream that is closed becomes the null device.
+    Exit with INTERRUPTED after Ctrl-C, and with NO_READER when no process reads the output any more (`| head`). Replace
+    closed standard streams by the null device.
     """
-    told: tuple[type[Exception], ...] = (OSError, *errors)
     open_closed_streams()
     try:
         try:
@@ -75,13 +74,13 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
             sys.stdout.flush()  # a failed write is reported below, not by the interpreter
     except KeyboardInterrupt:
         status = INTERRUPTED
-        _tell("")
-    except told as error:
+        _print_error("")
+    except (OSError, *errors) as error:
         if isinstance(error, BrokenPipeError) and (_has_no_reader(sys.stdout) or _has_no_reader(sys.stderr)):
             status = NO_READER
         else:
             status = 1
-            _tell(f"error: {error}")
+            _print_error(f"error: {error}")
     else:
         return
     _discard_unwritten()
@@ -91,7 +90,8 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
 def open_closed_streams() -> None:
     """Open the null device for each standard stream that was closed when the process began.
 
-    Otherwise the next file that opens gets the stream's number, and output of a child process goes into that file.
+    Otherwise the next file that the process opens gets the stream's number, and the output of child processes goes
+    into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is not None:
@@ -120,7 +120,7 @@ def _has_no_reader(stream: TextIO) -> bool:
     return bool(poll.poll(0))
 
 
-def _tell(text: str) -> None:
+def _print_error(text: str) -> None:
     with suppress(OSError):  # standard error may be what failed
         PlainConsole(stderr=True).write(text, style="red")
 

@@ -1,4 +1,4 @@
-"""What the story prompt prints: the story on standard output, notes and errors on standard error."""
+"""Print the story on standard output, and notes and errors on standard error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tinylm.sampling import TokenLogprobs
 from tinylm.terminal.output import PlainConsole
 
-_STYLES = ((0.8, "green"), (0.4, "yellow"), (0.1, "dark_orange"), (0.0, "red"))  # from this probability on
+_STYLES = ((0.8, "green"), (0.4, "yellow"), (0.1, "dark_orange"), (0.0, "red"))  # the least probability of a colour
 LEGEND = "tokens by probability: green from 0.8, yellow from 0.4, orange from 0.1, red below"
 
 
@@ -16,10 +16,10 @@ class Screen:
     def __init__(self) -> None:
         self._story = PlainConsole()
         self._about = PlainConsole(stderr=True)
-        self._in_line = False  # whether the story's last line is open
+        self._in_line = False  # whether the last line of the story has no line end yet
 
     def story(self, text: str, logprobs: Sequence[TokenLogprobs] = ()) -> None:
-        """Show more of the story at once. With logprobs, its colour shows the probability of its tokens."""
+        """Print more of the story at once. With logprobs, the colour shows the probability of its tokens."""
         self._story.write(text, end="", style=style_of(logprobs))
         if text:
             self._in_line = not text.endswith("\n")
@@ -39,7 +39,7 @@ class Screen:
 
 
 def style_of(logprobs: Sequence[TokenLogprobs]) -> str | None:
-    """By the geometric mean of the probabilities, for a piece of several tokens."""
+    """Return the colour for a piece of text, from the geometric mean of its tokens' probabilities."""
     if not logprobs:
         return None
     probability = math.exp(sum(entry.logprob for entry in logprobs) / len(logprobs))

@@ -1,35 +1,33 @@
-"""Sampling settings as words: read from `/set`, shown by `/settings`. Their limits are those of `SamplingParams`."""
+"""Read sampling settings from `/set` and show them for `/settings`. `SamplingParams` checks their limits."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tinylm.sampling import SamplingParams
 
-_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "max_tokens": (int, "a whole number"),
-    "temperature": (float, "a number"),
-    "top_p": (float, "a number"),
-    "top_k": (int, "a whole number"),
-    "min_p": (float, "a number"),
-    "repetition_penalty": (float, "a number"),
-    "seed": (int, "a whole number"),
-    "stop": (str, "some texts"),
+_TYPES = {
+    "max_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "seed": int,
+    "stop": str,
 }
-NAMES = tuple(_READERS)
+NAMES = tuple(_TYPES)
 
 
 def changed(params: SamplingParams, name: str, words: Sequence[str]) -> SamplingParams:
-    """The settings with one of them set anew, or to its default without words.
+    """Return the settings with a new value for one of them, or with its default when there are no words.
 
-    Raises ValueError naming setting, value and limit.
+    Raise ValueError, which names the setting, the value and the limit.
     """
-    if name not in _READERS:
-        raise ValueError(f"there is no setting {name!r}: they are {', '.join(NAMES)}")
-    read, kind = _READERS[name]
+    if name not in _TYPES:
+        raise ValueError(f"there is no setting {name!r}: the settings are {', '.join(NAMES)}")
     if not words:
         value = getattr(SamplingParams(), name)
     elif name == "stop":
@@ -37,17 +35,14 @@ def changed(params: SamplingParams, name: str, words: Sequence[str]) -> Sampling
     else:
         try:
             (word,) = words
-            value = read(word)
+            value = _TYPES[name](word)
         except ValueError:
+            kind = "a whole number" if _TYPES[name] is int else "a number"
             raise ValueError(f"{name} is {' '.join(words)!r}: it must be {kind}") from None
     return dataclasses.replace(params, **{name: value})
 
 
 def described(params: SamplingParams) -> str:
-    """Each setting in a line of its own, as `/set` reads it."""
-    values = {name: getattr(params, name) for name in NAMES}
-    shown = {
-        **{name: "none" if value is None else str(value) for name, value in values.items()},
-        "stop": shlex.join(params.stop) or "none",
-    }
-    return "\n".join(f"{name:<20}{value}" for name, value in shown.items())
+    """Return one line per setting: its name and its value."""
+    shown = {name: getattr(params, name) for name in NAMES} | {"stop": shlex.join(params.stop) or None}
+    return "\n".join(f"{name:<20}{'none' if value is None else value}" for name, value in shown.items())

@@ -1,4 +1,4 @@
-"""What a shell completes after `tinylm`'s options. How it asks is Typer's business (`tinylm --install-completion`)."""
+"""The values that a shell completes after the options of `tinylm`. Typer talks to the shell."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def precisions(incomplete: str) -> list[str]:
 
 
 def model_directories(incomplete: str) -> list[str]:
-    """Model directories under what has been typed, and the directories on the way to others; `models/*` at first."""
-    begun = Path(incomplete)
-    parent = begun if incomplete.endswith("/") else begun.parent
-    places = [Path("models"), Path()] if not incomplete else [parent]
+    """Return the model directories and other directories that begin with `incomplete`.
+
+    Without any text, return the model directories in `models` and in the current directory.
+    """
+    places = [Path(f"{incomplete}x").parent] if incomplete else [Path("models"), Path()]
     found = []
-    for directory in (d for place in places if place.is_dir() for d in sorted(place.iterdir())):
-        if not directory.is_dir() or directory.name.startswith(".") or not str(directory).startswith(incomplete):
-            continue
-        if (directory / "config.json").exists():
-            found.append(str(directory))
-        elif incomplete:
-            found.append(f"{directory}/")
-    return found
+    for place in places:
+        for directory in sorted(place.glob("[!.]*/")):
+            if (directory / "config.json").exists():
+                found.append(str(directory))
+            elif incomplete:
+                found.append(f"{directory}/")
+    return [name for name in found if name.startswith(incomplete)]

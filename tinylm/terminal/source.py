@@ -1,4 +1,4 @@
-"""Where the story prompt's text comes from: a model in this process, or a service."""
+"""The model that continues a story: in this process or behind a service."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tinylm.stream import Stream
 
 
 class Source(Protocol):
-    """A model that can be asked; leaving a stream, also by Ctrl-C, ends its answer wherever it is computed."""
+    """A model. Closing a stream ends its answer, also in a service."""
 
-    context: int  # tokens that prompt and answer share
+    context: int  # the most tokens of a prompt and its answer together
 
     def stream(self, prompt: str, params: SamplingParams) -> Stream[Any]: ...
 
     def token_bytes(self, text: str) -> list[bytes]:
-        """The bytes of each token of a text."""
+        """Return the bytes of each token of a text."""
         ...
 
 
@@ -36,9 +36,8 @@ class LocalSource:
 
 
 class ServiceSource:
-    """Raises ServiceError when no service answers."""
-
     def __init__(self, client: Client) -> None:
+        """Raise ServiceError when no service answers."""
         self._client = client
         self.context = client.info().context
 

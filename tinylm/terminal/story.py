@@ -1,4 +1,4 @@
-"""A story in turns, each what was typed and what the model went on with, and how much of it the model gets to see."""
+"""A story in turns, each a typed line and the model's text, and the part of it that fits into the model's context."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-_JOINED = tuple(".,;:!?)\u201d\u2019")  # what follows a word without a space
+_JOINED = tuple(".,;:!?)\u201d\u2019")  # these follow a word without a space
 _BEGINNINGS = (re.compile(r"(?<=[.!?\"'\u201d\u2019])\s+(?=\S)|\n+"), re.compile(r"\s+"))  # of a sentence, of a word
-_FIRST_CHARS_A_TOKEN = 8  # more than English text has
-_SPARE_TOKENS = 4  # a text that begins in the middle may have a few more tokens than it had as a part
+_FIRST_CHARS_PER_TOKEN = 8  # more than English text has
+_SPARE_TOKENS = 4  # the end of a text may have a few more tokens alone than within the text
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Story:
         return "".join(turn.typed + turn.written for turn in self.turns)
 
     def add(self, line: str) -> Turn:
-        """Begin a turn with a line, set off from the text before it; an empty one lets the model go on by itself."""
+        """Begin a turn with a line. Put a space before it where English text has one."""
         before = self.text
         apart = line and before and not before[-1].isspace() and not line[0].isspace() and not line.startswith(_JOINED)
         self.turns.append(Turn(f" {line}" if apart else line))
@@ -37,12 +37,12 @@ class Story:
 def visible_end(text: str, token_bytes: Callable[[str], list[bytes]], n_tokens: int) -> str:
     """Return the end of a text in at most `n_tokens` tokens, from the start of a sentence, or else of a word.
 
-    Such a start costs at most half of the room. Only as much of the end is tokenized as fills the room: a service
-    refuses long texts.
+    Such a start costs at most half of the tokens. Tokenize no more of the end than needed: a service refuses long
+    texts.
     """
     if len(text.encode()) <= n_tokens:  # a token has at least one byte
         return text
-    n_chars = _FIRST_CHARS_A_TOKEN * n_tokens
+    n_chars = _FIRST_CHARS_PER_TOKEN * n_tokens
     while len(pieces := token_bytes(text[-n_chars:])) <= n_tokens:
         if n_chars >= len(text):
             return text

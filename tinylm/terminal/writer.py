@@ -1,6 +1,6 @@
-"""The story prompt's loop: lines go into the story, the model goes on with it, commands change either.
+"""The loop of the story prompt: a line goes into the story, and the model continues it. Commands begin with a slash.
 
-Which model, which terminal and how text looks are the business of `source`, `lines` and `screen`.
+`source` has the model, `lines` reads the input, and `screen` prints.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from tinylm.terminal.source import Source
 from tinylm.terminal.story import Story, Turn, visible_end
 
 COMMANDS = {
-    "/help": "this list",
+    "/help": "list the commands",
     "/new": "begin another story",
-    "/retry": "write the last part anew (differently, unless a seed is set)",
-    "/undo": "take the last part back, with the line before it",
-    "/show": "the whole story so far",
-    "/set": "NAME [VALUE]: a setting, as in /set temperature 0.7; without a value its default",
-    "/settings": "how tokens are chosen now",
+    "/retry": "write the last part again (the same text if a seed is set)",
+    "/undo": "remove the last part, with your line before it",
+    "/show": "print the story so far",
+    "/set": "NAME [VALUE]: change a setting, as in /set temperature 0.7; without a value, use its default",
+    "/settings": "print the settings",
     "/colors": "on or off: colour tokens by their probability",
-    "/save": "FILE: write the story into a file",
-    "/quit": "leave, as Ctrl-D does",
+    "/save": "FILE: save the story in a new file",
+    "/quit": "leave, as with Ctrl-D",
 }
-GREETING = "Begin a story. Enter alone lets the model go on, Ctrl-C stops it, /help lists the commands."
+GREETING = "Begin a story. An empty line lets the model continue, Ctrl-C stops it, /help lists the commands."
 HELP = "\n".join(f"{name:<11}{text}" for name, text in COMMANDS.items()) + (
-    "\n\nAny other line goes into the story (//text: a line that begins with a slash). Enter alone: go on.\n"
-    "Ctrl-C stops the model; Ctrl-D leaves."
+    "\n\nAny other line goes into the story. Begin it with // if it begins with a slash.\n"
+    "An empty line lets the model continue. Ctrl-C stops the model, Ctrl-D leaves."
 )
 
 
 def words_after(command: str) -> Iterable[str] | None:
-    """What completion offers after a command; None: a path."""
+    """Return the words that may follow a command, or None for a path."""
     return {"/set": settings.NAMES, "/colors": ("on", "off"), "/save": None}.get(command, ())
 
 
@@ -52,11 +52,11 @@ class Writer:
         self._source, self._lines, self._screen = source, lines, screen
         self._params, self._colors = params, colors
         self._story = Story()
-        self._told_of_context = False
+        self._has_told_of_context = False
         self._saved_as: set[Path] = set()
 
     def run(self) -> None:
-        """Until the lines end. What goes wrong is told, and ends it only where nobody sits at a terminal."""
+        """Read lines until they end. Print an error and continue at a terminal; raise it without one."""
         if self._lines.interactive:
             self._screen.about(GREETING)
         while (line := self._lines.read()) is not None:
@@ -66,13 +66,13 @@ class Writer:
                         break
                     self._command(line)
                 else:
-                    self._go_on(line.removeprefix("/") if line.startswith("//") else line)
+                    self._add(line.removeprefix("/") if line.startswith("//") else line)
             except (ValueError, ServiceError, OSError) as error:
                 if not self._lines.interactive:
                     self._screen.end_line()
                     raise
                 self._screen.error(str(error))
-            except KeyboardInterrupt:  # it came between an answer and the next line
+            except KeyboardInterrupt:  # between an answer and the next line
                 if not self._lines.interactive:
                     raise
         self._screen.end_line()
@@ -82,7 +82,7 @@ class Writer:
             case ["/help"]:
                 self._screen.about(HELP)
             case ["/new"]:
-                self._story, self._told_of_context = Story(), False
+                self._story, self._has_told_of_context = Story(), False
                 self._screen.about("another story")
             case ["/retry"]:
                 turn = self._last_turn()
@@ -91,8 +91,8 @@ class Writer:
             case ["/undo"]:
                 self._last_turn()
                 self._story.turns.pop()
-                self._screen.about(f"taken back; the story ends: …{self._story.text[-60:]}" if self._story.text else
-                                   "taken back; the story is empty")  # fmt: skip
+                text = self._story.text
+                self._screen.about(f"taken back; the story {f'ends: …{text[-60:]}' if text else 'is empty'}")
             case ["/show"]:
                 self._screen.story(self._story.text)
                 self._screen.end_line()
@@ -106,7 +106,7 @@ class Writer:
             case ["/save", name]:
                 self._save(Path(name).expanduser())
             case [name, *_] if name in COMMANDS:
-                raise ValueError(f"{name} is used so: {name} {COMMANDS[name]}")
+                raise ValueError(f"the form of this command is {name} {COMMANDS[name]}")
             case [name, *_]:
                 raise ValueError(f"there is no command {name}: /help lists them")
 
@@ -116,21 +116,21 @@ class Writer:
         return self._story.turns[-1]
 
     def _save(self, path: Path) -> None:
-        """Write the story to a new file, or again to one that this session wrote, or into a device or a FIFO."""
+        """Write the story to a new file, to one that this session wrote, or into a device or a FIFO."""
         if path not in self._saved_as and (path.is_file() or path.is_dir()):
-            raise ValueError(f"{path} is there already: give another name")
+            raise ValueError(f"{path} exists already: give another name")
         write_file(path, self._story.text + "\n")
         self._saved_as.add(path)
         self._screen.about(f"saved as {path}")
 
-    def _go_on(self, line: str) -> None:
+    def _add(self, line: str) -> None:
         turn = self._story.add(line)
-        if not self._lines.interactive:  # a terminal has shown it when it was typed
+        if not self._lines.interactive:  # at a terminal the line is visible already
             self._screen.story(turn.typed)
         self._write(turn)
 
     def _write(self, turn: Turn) -> None:
-        """Let the model go on from the story's end. Ctrl-C ends the request; what has come stays."""
+        """Let the model continue the story. Ctrl-C ends the request and keeps the text so far."""
         began_at = time.monotonic()
         params = dataclasses.replace(self._params, logprobs=0) if self._colors else self._params
         try:
@@ -151,21 +151,21 @@ class Writer:
             self._screen.about(status_line(completion, time.monotonic() - began_at))
 
     def _visible(self) -> str:
-        """The story, or as much of its end as leaves the answer its room in the context."""
+        """Return the story, or its end if the context has no room for the whole story and the answer."""
         text = self._story.text
         room = self._source.context - 1 - min(self._params.max_tokens, self._source.context // 2)  # 1: the boundary
         visible = visible_end(text, self._source.token_bytes, room)
-        if len(visible) < len(text) and not self._told_of_context:
-            self._told_of_context = True
+        if len(visible) < len(text) and not self._has_told_of_context:
+            self._has_told_of_context = True
             self._screen.about(
-                f"The story is longer than the model can see ({self._source.context} tokens): "
-                f"from now on it goes by the end alone, “{visible[:40].strip()}…”"
+                f"The story is longer than the model can see ({self._source.context} tokens). "
+                f"From now on it sees only the end, “{visible[:40].strip()}…”"
             )
         return visible
 
 
 def status_line(completion: Any, seconds: float) -> str:
-    """How an answer ended, and how fast it came to this side: `length · 64 tokens · 812 tokens/s`."""
+    """Return how an answer ended and how fast it arrived: `length · 64 tokens · 812 tokens/s`."""
     n_tokens = completion.n_tokens if hasattr(completion, "n_tokens") else len(completion.token_ids)
-    ended = ": the story ends here, or goes on with a line of yours" if completion.finish_reason == "stop" else ""
+    ended = ": the story ends here, or your next line continues it" if completion.finish_reason == "stop" else ""
     return f"{completion.finish_reason} · {n_tokens} tokens · {n_tokens / max(seconds, 1e-9):,.0f} tokens/s{ended}"

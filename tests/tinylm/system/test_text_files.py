@@ -1,4 +1,4 @@
-"""Text files as people have them, read by each command that takes one."""
+"""Text files as different editors save them, read by each command that takes one."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ line = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"
 
 
 @given(st.lists(line), st.sampled_from(["\n", "\r\n", "\r"]), st.booleans())
-def test_mark_and_line_ends_make_no_difference(lines: list[str], end: str, has_mark: bool) -> None:
+def test_marks_and_line_ends_do_not_change_the_text(lines: list[str], end: str, has_mark: bool) -> None:
     data = (MARK if has_mark else b"") + "".join(text + end for text in lines).encode()
     assert decode_text(data, "a file") == "".join(text + "\n" for text in lines)
 
@@ -48,12 +48,6 @@ def test_other_encodings_are_refused_with_the_name(tmp_path: Path) -> None:
     path.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"a\.txt is not UTF-8: byte 0xe9 at position 3"):
         read_text(path)
-
-
-def test_prompt_from_standard_input_has_no_mark(tokenizer) -> None:
-    command = [sys.executable, "-m", "tinylm.cli", "tokenize", "-", "--json"]
-    result = subprocess.run(command, input=MARK + b"Once\r\nupon", capture_output=True, check=True)
-    assert json.loads(result.stdout)["ids"] == tokenizer.encode("Once\nupon")
 
 
 def test_story_lines_from_a_pipe_have_no_mark() -> None:
@@ -83,17 +77,14 @@ def test_json_lines_may_contain_any_character(tmp_path: Path) -> None:
     assert read_metrics(metrics) == [{"step": 1, "sample": odd}]
 
 
-def test_documents_begin_without_a_mark() -> None:
+def test_a_document_loses_its_mark(tmp_path: Path) -> None:
     for text in ("\ufeffOnce\r\nupon", "\n\ufeffOnce\r\nupon", "\0\ufeffOnce\r\nupon"):  # also in joined files
         assert clean(text) == "Once\nupon"
-
-
-def test_a_mark_does_not_count_when_a_model_is_scored(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["\ufeffOnce upon a time"]}), tmp_path / "a.parquet")
     assert [document.text for document in read_documents([tmp_path / "a.parquet"])] == ["Once upon a time"]
 
 
-def test_a_wrong_prompt_is_named_with_its_place(tmp_path: Path) -> None:
+def test_a_wrong_prompt_is_named_with_its_position(tmp_path: Path) -> None:
     path = tmp_path / "prompts.yaml"
     path.write_bytes(MARK + b"- {seed: 1, text: Once}\r\n- {seed: -1, text: Once}\r\n")
     with pytest.raises(ConfigError, match=r"prompts\.yaml: 1\.seed: "):

@@ -1,4 +1,4 @@
-"""How commands print what they did not write, and how they end: real pipes, terminals and closed streams."""
+"""How commands print text from elsewhere, and how they end, with real pipes, terminals and closed streams."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ texts = st.text(st.characters(), max_size=30)
 
 
 def command(code: str, redirections: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """Run `code` as a command, with the redirections of a shell."""
+    """Run `code` as a command with these redirections of the shell."""
     shell = ["bash", "-c", f'"$@" {redirections}', "bash", sys.executable, "-c", COMMAND, code]
     variables = {**os.environ, **environment}
     return subprocess.run(shell, capture_output=True, stdin=subprocess.DEVNULL, env=variables, timeout=60, check=False)
@@ -74,7 +74,7 @@ def test_a_pipe_gets_text_unchanged(text: str) -> None:
         'from rich.table import Table; t = Table("\\x1b]0;title\\x07b"); t.add_row("\\x9b2J"); PlainConsole().print(t)',
     ],
 )
-def test_a_terminal_gets_no_escape_sequence_of_the_data(code: str) -> None:
+def test_a_terminal_gets_no_escape_sequence_from_data(code: str) -> None:
     shown = on_terminal(code)
     assert b"title" in shown
     assert b"\x1b]" not in shown
@@ -83,7 +83,7 @@ def test_a_terminal_gets_no_escape_sequence_of_the_data(code: str) -> None:
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
-def test_nothing_has_a_colour_where_none_is_wanted(environment: dict[str, str]) -> None:
+def test_nothing_has_a_colour_when_colours_are_off(environment: dict[str, str]) -> None:
     code = 'PlainConsole().write("x", style="bold red"); PlainConsole().print("y", style="red"); raise ValueError("z")'
     assert b"\x1b" in on_terminal(code)
     assert b"\x1b" not in on_terminal(code, **environment)
@@ -91,31 +91,29 @@ def test_nothing_has_a_colour_where_none_is_wanted(environment: dict[str, str]) 
 
 
 @pytest.mark.parametrize(
-    ("code", "unbuffered"),
-    [('print("x\\n" * 100000)', ""), ('print("x")', ""), ('print("x")', "1"), ('PlainConsole().print("x")', "")],
+    ("code", "unbuffered"), [('print("x\\n" * 100000)', ""), ('print("x")', "1"), ('PlainConsole().print("x")', "")]
 )
-def test_a_command_ends_quietly_when_its_reader_has_gone(code: str, unbuffered: str) -> None:
+def test_a_command_ends_quietly_after_its_reader(code: str, unbuffered: str) -> None:
     done = command(
         f"import time; time.sleep(0.1); {code}", "| true; exit ${PIPESTATUS[0]}", PYTHONUNBUFFERED=unbuffered
     )
     assert (done.returncode, done.stdout, done.stderr) == (141, b"", b"")
 
 
-def test_a_broken_pipe_elsewhere_is_an_error() -> None:
-    done = command("import os; r, w = os.pipe(); os.close(r); os.write(w, b'x')")
-    assert done.returncode == 1
-    assert done.stderr.startswith(b"error: ")
-
-
-def test_a_full_disk_under_the_output_is_one_line() -> None:
-    done = command('print("x")', ">/dev/full")
+@pytest.mark.parametrize(
+    ("code", "redirections"),
+    [("import os; r, w = os.pipe(); os.close(r); os.write(w, b'x')", ""), ('print("x")', ">/dev/full")],
+    ids=["another broken pipe", "a full disk"],
+)
+def test_other_errors_of_the_system_are_one_line(code: str, redirections: str) -> None:
+    done = command(code, redirections)
     assert done.returncode == 1
     assert [line[:7] for line in done.stderr.splitlines()] == [b"error: "]
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_a_closed_stream_is_the_null_device(closed: str, tmp_path) -> None:
-    """A file that the command opens, or a child's output, does not take the place of the stream."""
+def test_a_closed_stream_becomes_the_null_device(closed: str, tmp_path) -> None:
+    """Neither a file that the command opens nor the output of a child takes the number of the stream."""
     file = tmp_path / "file"
     code = (
         "import subprocess\n"
@@ -131,9 +129,9 @@ def test_a_closed_stream_is_the_null_device(closed: str, tmp_path) -> None:
         assert b" ".join(sorted(written.split())) == (b"" if redirection in closed.split() else words)
 
 
-def test_ctrl_c_is_status_130() -> None:
+def test_ctrl_c_gives_status_130() -> None:
     assert command("raise KeyboardInterrupt").returncode == 130
 
 
-def test_an_error_that_is_not_the_users_keeps_its_traceback() -> None:
+def test_an_unexpected_error_keeps_its_traceback() -> None:
     assert b"Traceback" in command("raise KeyError('x')").stderr
