@@ -198,20 +198,19 @@ def write(
     from tinylm.sampling import SamplingParams
     from tinylm.terminal import lines
     from tinylm.terminal.screen import Screen
-    from tinylm.terminal.source import LocalSource, ServiceSource, Source
-    from tinylm.terminal.writer import COMMANDS, Writer, words_after
+    from tinylm.terminal.source import local_source, service_source
+    from tinylm.terminal.writer import Writer
 
     with _one_line_errors():
         params = SamplingParams(
             max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop or ()), seed
         )
-        source: Source
         if server is not None:
-            source = ServiceSource(_client(server, tls, ca))
+            source = service_source(_client(server, tls, ca))
         else:
-            source = LocalSource(_load_model(model, kernels, precision))
+            source = local_source(_load_model(model, kernels, precision))
         at_a_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        typed = lines.TerminalLines(COMMANDS, words_after, history) if at_a_terminal else lines.PipeLines()
+        typed = lines.TerminalLines(history) if at_a_terminal else lines.PipeLines()
         Writer(source, params, typed, Screen(), color_probabilities).run()
 
 

@@ -115,7 +115,7 @@ def test_info_shows_any_directory_name(tiny_model_dir, tmp_path):
         (("generate", PROMPT, "-t", "11"), b"", "temperature is 11.0"),
         (("generate", PROMPT, "--stop", ""), b"", "stop holds a string of length 0"),
         (("generate", PROMPT, "--kernels", "cuda"), b"", "kernels is 'cuda'"),
-        (("generate", "-"), b"word " * 300, "at most 255"),
+        (("generate", "-", "--kernels", "numpy"), b"word " * 300, "at most 255"),
         (("generate", PROMPT, "--model", "nowhere"), b"", "nowhere"),
         (("info", "--model", "nowhere"), b"", "nowhere"),
         (("tokenize", PROMPT, "--model", "nowhere"), b"", "nowhere"),

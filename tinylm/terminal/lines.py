@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
-from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from tinylm.system.text_files import standard_input_lines
-
-Words = Callable[[str], Iterable[str] | None]  # command -> the words that may follow it, or None for a path
+from tinylm.terminal.commands import CommandCompleter
 
 
 class Lines(Protocol):
@@ -45,10 +41,10 @@ class TerminalLines:
 
     interactive = True
 
-    def __init__(self, commands: Iterable[str], words: Words, keep_history: bool) -> None:
+    def __init__(self, keep_history: bool) -> None:
         self._session: PromptSession[str] = PromptSession(
             history=_history() if keep_history else InMemoryHistory(),
-            completer=CommandCompleter(tuple(commands), words),
+            completer=CommandCompleter(),
             complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
         )
 
@@ -60,27 +56,6 @@ class TerminalLines:
                 continue
             except EOFError:
                 return None
-
-
-class CommandCompleter(Completer):
-    """Completes a command at the beginning of a line, and the word after it."""
-
-    def __init__(self, commands: tuple[str, ...], words: Words) -> None:
-        self._commands, self._words = commands, words
-
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        text = document.text_before_cursor
-        if not text.startswith("/"):
-            return
-        command, space, rest = text.partition(" ")
-        choices = self._words(command) if space else self._commands
-        if choices is None:
-            yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
-            return
-        typed = rest if space else command
-        for choice in choices:
-            if choice.startswith(typed):
-                yield Completion(choice, start_position=-len(typed))
 
 
 def _history() -> History:

@@ -94,23 +94,10 @@ def open_closed_streams() -> None:
     into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is not None:
-            continue
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        if descriptor != number and not _is_open(number):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-            descriptor = number
-        os.set_inheritable(descriptor, True)
-        setattr(sys, name, open(descriptor, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115, PTH123
-
-
-def _is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is the stream's
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115, PTH123
 
 
 def _has_no_reader(stream: TextIO) -> bool:

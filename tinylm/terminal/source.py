@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from tinylm.client import Client
 from tinylm.llm import LLM
@@ -10,39 +12,26 @@ from tinylm.sampling import SamplingParams
 from tinylm.stream import Stream
 
 
-class Source(Protocol):
+@dataclass(frozen=True, slots=True)
+class Source:
     """A model. Closing a stream ends its answer, also in a service."""
 
     context: int  # the most tokens of a prompt and its answer together
-
-    def stream(self, prompt: str, params: SamplingParams) -> Stream[Any]: ...
-
-    def token_bytes(self, text: str) -> list[bytes]:
-        """Return the bytes of each token of a text."""
-        ...
+    stream: Callable[[str, SamplingParams], Stream[Any]]
+    token_bytes: Callable[[str], list[bytes]]  # text -> the bytes of each of its tokens
 
 
-class LocalSource:
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
-        self.context = llm.config.context
+def local_source(llm: LLM) -> Source:
+    def token_bytes(text: str) -> list[bytes]:
+        return [llm.tokenizer.piece_bytes[token] for token in llm.tokenizer.encode(text)]
 
-    def stream(self, prompt: str, params: SamplingParams) -> Stream[Any]:
-        return self._llm.stream(prompt, params)
-
-    def token_bytes(self, text: str) -> list[bytes]:
-        tokenizer = self._llm.tokenizer
-        return [tokenizer.piece_bytes[token] for token in tokenizer.encode(text)]
+    return Source(llm.config.context, llm.stream, token_bytes)
 
 
-class ServiceSource:
-    def __init__(self, client: Client) -> None:
-        """Raise ServiceError when no service answers."""
-        self._client = client
-        self.context = client.info().context
+def service_source(client: Client) -> Source:
+    """Return the model of a service. Raise ServiceError when no service answers."""
 
-    def stream(self, prompt: str, params: SamplingParams) -> Stream[Any]:
-        return self._client.stream(prompt, params)
+    def token_bytes(text: str) -> list[bytes]:
+        return [piece for _, piece in client.tokenize(text)]
 
-    def token_bytes(self, text: str) -> list[bytes]:
-        return [piece for _, piece in self._client.tokenize(text)]
+    return Source(client.info().context, client.stream, token_bytes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +15,13 @@ from tinylm.client import ServiceError
 from tinylm.sampling import SamplingParams
 from tinylm.system.files import write_file
 from tinylm.terminal import settings
+from tinylm.terminal.commands import COMMANDS, HELP
 from tinylm.terminal.lines import Lines
 from tinylm.terminal.screen import LEGEND, Screen
 from tinylm.terminal.source import Source
 from tinylm.terminal.story import Story, Turn, visible_end
 
-COMMANDS = {
-    "/help": "list the commands",
-    "/new": "begin another story",
-    "/retry": "write the last part again (the same text if a seed is set)",
-    "/undo": "remove the last part, with your line before it",
-    "/show": "print the story so far",
-    "/set": "NAME [VALUE]: change a setting, as in /set temperature 0.7; without a value, use its default",
-    "/settings": "print the settings",
-    "/colors": "on or off: colour tokens by their probability",
-    "/save": "FILE: save the story in a new file",
-    "/quit": "leave, as with Ctrl-D",
-}
 GREETING = "Begin a story. An empty line lets the model continue, Ctrl-C stops it, /help lists the commands."
-HELP = "\n".join(f"{name:<11}{text}" for name, text in COMMANDS.items()) + (
-    "\n\nAny other line goes into the story. Begin it with // if it begins with a slash.\n"
-    "An empty line lets the model continue. Ctrl-C stops the model, Ctrl-D leaves."
-)
-
-
-def words_after(command: str) -> Iterable[str] | None:
-    """Return the words that may follow a command, or None for a path."""
-    return {"/set": settings.NAMES, "/colors": ("on", "off"), "/save": None}.get(command, ())
 
 
 class Writer:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinylm
-from tinylm.client import RETRIED, AsyncClient, Client, ServiceError, attempts
+from tinylm.client import RETRIED, AsyncClient, Client, ServiceError, attempts, connection
 
 Code = grpc.StatusCode
 TEXT = "".join(ANSWER)
@@ -139,8 +139,10 @@ def test_an_address_without_a_service_is_unavailable(ask):
     assert caught.value.code is Code.UNAVAILABLE
 
 
-def test_a_silent_connection_ends_before_the_deadline(server: Scripted, running: tuple[Scripted, int]):
+def test_a_silent_connection_ends_before_the_deadline(server: Scripted, running: tuple[Scripted, int], monkeypatch):
     """The client's pings notice a peer that sends nothing, not even a status."""
+    shorter = tuple((name, 1000 if value == 5000 else value) for name, value in connection.CHANNEL_OPTIONS)
+    monkeypatch.setattr(connection, "CHANNEL_OPTIONS", shorter)
 
     def outcome(ask: Callable, port: int) -> Code:
         with pytest.raises(ServiceError) as caught:

@@ -9,10 +9,9 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
 from tinylm import SamplingParams
-from tinylm.terminal.lines import CommandCompleter
+from tinylm.terminal.commands import CommandCompleter
 from tinylm.terminal.settings import NAMES, changed, described
 from tinylm.terminal.story import Story, visible_end
-from tinylm.terminal.writer import COMMANDS, words_after
 
 
 @pytest.fixture(scope="module")
@@ -100,5 +99,4 @@ def test_a_wrong_setting_is_refused_by_name(name, words, message):
     ],
 )
 def test_the_prompt_completes_commands(text, completions):
-    completer = CommandCompleter(tuple(COMMANDS), words_after)
-    assert [c.text for c in completer.get_completions(Document(text), CompleteEvent())] == completions
+    assert [c.text for c in CommandCompleter().get_completions(Document(text), CompleteEvent())] == completions

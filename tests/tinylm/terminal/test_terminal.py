@@ -11,7 +11,7 @@ import pytest
 from helpers.terminal import TINYLM, terminal
 
 from tinylm import LLM, SamplingParams
-from tinylm.terminal.writer import COMMANDS
+from tinylm.terminal.commands import COMMANDS
 
 GREEDY = ("-t", "0", "-n", "20", "--kernels", "numpy")
 BEGIN = "Once upon a time"
