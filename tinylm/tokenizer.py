@@ -30,10 +30,9 @@ class Tokenizer:
             raise ValueError(f"{path} has no boundary (eos) piece")
         self.piece_bytes: list[bytes] = [self._bytes_of(piece) for piece in range(self.vocab_size)]
         # SentencePiece would read U+2581 in a text as a space, so `encode` writes it as its three bytes.
-        try:
-            self._literal_space_ids = [self._byte_id(byte) for byte in _SPACE.encode()]
-        except KeyError:
-            raise ValueError(f"{path} was trained without byte fallback: it would lose characters") from None
+        self._literal_space_ids: list[int] = [self._spm.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        if not all(self._spm.is_byte(piece) for piece in self._literal_space_ids):
+            raise ValueError(f"{path} was trained without byte fallback: it would lose characters")
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ValueError(f"{path} was trained to normalize text: it would change {_PROBE!r}")
 
@@ -45,12 +44,6 @@ class Tokenizer:
         if self._spm.is_byte(piece):  # '<0x0A>'
             return bytes([int(text[3:5], 16)])
         return text.replace(_SPACE, " ").encode()
-
-    def _byte_id(self, byte: int) -> int:
-        piece = self._spm.piece_to_id(f"<0x{byte:02X}>")
-        if not self._spm.is_byte(piece):
-            raise KeyError(byte)
-        return piece
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without a boundary. Raise ValueError for a lone surrogate."""

@@ -58,7 +58,7 @@ class Connection:
         """
         key = checked_api_key("api_key", api_key)
         self._metadata = call_metadata(key or checked_api_key(API_KEY_VARIABLE, os.environ.get(API_KEY_VARIABLE)))
-        if not isinstance(address, str) or not address or not _is_one_word(address):
+        if not isinstance(address, str) or not address or not address.isprintable() or " " in address:
             raise ValueError(f"address must be HOST:PORT without spaces, got {address!r}")
         self.address = address
         self._timeout_s = _checked_timeout_s(timeout_s)
@@ -123,10 +123,6 @@ def _checked_timeout_s(timeout_s: float | None) -> float | None:
     if not isinstance(timeout_s, (int, float)) or not timeout_s > 0:  # NaN is not
         raise ValueError(f"timeout_s must be a number of seconds above 0, got {timeout_s!r}")
     return None if timeout_s > MAX_TIMEOUT_S else timeout_s
-
-
-def _is_one_word(text: str) -> bool:
-    return all(character.isprintable() and not character.isspace() for character in text)
 
 
 def _credentials(tls: bool | Path) -> grpc.ChannelCredentials | None:

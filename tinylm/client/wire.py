@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf.descriptor import FieldDescriptor
-
 from tinylm.sampling import FinishReason, SamplingParams
 from tinylm.v1 import tinylm_pb2 as pb
 
@@ -15,10 +13,6 @@ if TYPE_CHECKING:  # clients must not import the engine
 _OPTIONAL = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs")
 
 MAX_UINT32 = 2**32 - 1
-_WHOLE_32_BIT = {
-    field.name for field in pb.GenerateRequest.DESCRIPTOR.fields if field.type == FieldDescriptor.TYPE_UINT32
-}
-
 FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -33,7 +27,7 @@ def params_from_request(request: pb.GenerateRequest) -> SamplingParams:
     return SamplingParams(stop=tuple(request.stop), **given)
 
 
-def request_from_params(prompt: str, params: SamplingParams, timeout_ms: int = 0) -> pb.GenerateRequest:
+def request_from_params(prompt: str, params: SamplingParams) -> pb.GenerateRequest:
     """Return the request that `params_from_request` reads back.
 
     Raise ValueError, which names the field, for a value that the message cannot hold.
@@ -41,11 +35,11 @@ def request_from_params(prompt: str, params: SamplingParams, timeout_ms: int = 0
     check_text("prompt", prompt)
     for text in params.stop:
         check_text("stop", text)
+    for name, value in (("max_tokens", params.max_tokens), ("top_k", params.top_k)):
+        if value > MAX_UINT32:
+            raise ValueError(f"{name} must be a whole number of at most {MAX_UINT32}, got {value}")
     given = {name: value for name in _OPTIONAL if (value := getattr(params, name)) is not None}
-    for name, value in {**given, "timeout_ms": timeout_ms}.items():
-        if name in _WHOLE_32_BIT and not 0 <= value <= MAX_UINT32:
-            raise ValueError(f"{name} must be a whole number from 0 to {MAX_UINT32}, got {value}")
-    return pb.GenerateRequest(prompt=prompt, stop=params.stop, timeout_ms=timeout_ms, **given)
+    return pb.GenerateRequest(prompt=prompt, stop=params.stop, **given)
 
 
 def check_text(field: str, text: str) -> None:

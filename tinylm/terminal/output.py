@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 from collections.abc import Iterator
@@ -14,16 +15,13 @@ from rich.segment import Segment, Segments
 from rich.text import Text
 
 INTERRUPTED = 130  # the exit status after Ctrl-C
-NO_READER = 141  # the exit status when the reader of the output has gone, as after SIGPIPE
+NO_READER = 141  # the exit status when no process reads the output any more, as after SIGPIPE
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """Replace control characters and lone surrogates by U+FFFD. Keep newlines and tabs."""
-    return "".join("\ufffd" if _is_control(ord(c)) and c not in "\n\t" else c for c in text)
-
-
-def _is_control(code: int) -> bool:
-    return code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000
+    return _CONTROL.sub("\ufffd", text)
 
 
 class PlainConsole(Console):
@@ -66,6 +64,7 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
     Exit with INTERRUPTED after Ctrl-C, and with NO_READER when no process reads the output any more (`| head`). Replace
     closed standard streams by the null device.
     """
+    reported: tuple[type[Exception], ...] = (OSError, *errors)
     open_closed_streams()
     try:
         try:
@@ -75,7 +74,7 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt:
         status = INTERRUPTED
         _print_error("")
-    except (OSError, *errors) as error:
+    except reported as error:
         if isinstance(error, BrokenPipeError) and (_has_no_reader(sys.stdout) or _has_no_reader(sys.stderr)):
             status = NO_READER
         else:
