@@ -48,7 +48,6 @@ def ask_async(address: str, streamed: bool, pieces: list[str], **settings: objec
 
 both = pytest.mark.parametrize("ask", [ask_plain, ask_async])
 whole_and_streamed = pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
-clients = pytest.mark.parametrize("client", [Client, AsyncClient])
 
 
 @pytest.fixture
@@ -120,14 +119,14 @@ def test_retries_end_with_an_error_that_names_the_address(ask, streamed: bool, s
 def test_all_attempts_share_one_timeout(ask, streamed: bool, server: Scripted, address: str):
     server.acts = [Act(0, Code.UNAVAILABLE)]
     with pytest.raises(ServiceError, match="UNAVAILABLE"):
-        ask(address, streamed, [], timeout_s=0.5, retries=1000)
+        ask(address, streamed, [], timeout_s=1.0, retries=1000)
     given = server.timeouts_s
-    assert 2 <= len(given) < 7, "pauses become longer"
+    assert 2 <= len(given) < 8, "pauses become longer"
     assert given == sorted(given, reverse=True)
-    assert given[0] - given[-1] > 0.1, "each attempt gets the time that is left"
+    assert given[0] - given[-1] > 0.2, "each attempt gets the time that is left"
     server.acts, server.timeouts_s = [Act(0, Code.UNAVAILABLE), Act(silent=True)], []
-    with pytest.raises(ServiceError, match=r"DEADLINE_EXCEEDED.*timeout_s is 0.3"):
-        ask(address, streamed, [], timeout_s=0.3)
+    with pytest.raises(ServiceError, match=r"DEADLINE_EXCEEDED.*timeout_s is 0.5"):
+        ask(address, streamed, [], timeout_s=0.5)
     assert len(server.timeouts_s) == 2
     wait_until(lambda: server.cancelled == 1)
 
@@ -162,32 +161,29 @@ def test_a_silent_connection_ends_before_the_deadline(server: Scripted, running:
         assert [future.result() for future in outcomes] == [Code.UNAVAILABLE] * 3
 
 
-@clients
 @given(inner=st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=50))
-def test_whitespace_around_a_key_does_not_count(client, inner: str):
+def test_whitespace_around_a_key_does_not_count(inner: str):
     for space in ("\n", " \r\n", "\t"):
-        sent = dict(client("localhost:1", api_key=f"{space}{inner}{space}")._metadata)
+        sent = dict(Client("localhost:1", api_key=f"{space}{inner}{space}")._metadata)
         assert sent["authorization"] == f"Bearer {inner}"
 
 
-@clients
 @pytest.mark.parametrize("bad", ["sec ret", "sec\nret", "secrét", "sec\x7fret", "s" * 5000])
-def test_a_key_that_a_header_cannot_carry_is_refused(client, bad: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_key_that_a_header_cannot_carry_is_refused(bad: str, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="api_key must") as argument:
-        client("localhost:1", api_key=bad)
+        Client("localhost:1", api_key=bad)
     monkeypatch.setenv("TINYLM_API_KEY", bad)
     with pytest.raises(ValueError, match="TINYLM_API_KEY must") as variable:
-        client("localhost:1")
+        Client("localhost:1")
     assert bad not in f"{argument.value} {variable.value}"
 
 
-@clients
 @pytest.mark.parametrize("api_key", [None, "", " \n"])
-def test_a_blank_key_counts_as_none(client, api_key: str | None, monkeypatch):
+def test_a_blank_key_counts_as_none(api_key: str | None, monkeypatch):
     monkeypatch.setenv("TINYLM_API_KEY", " from-the-environment\n")
-    assert dict(client("localhost:1", api_key=api_key)._metadata)["authorization"] == "Bearer from-the-environment"
+    assert dict(Client("localhost:1", api_key=api_key)._metadata)["authorization"] == "Bearer from-the-environment"
     monkeypatch.setenv("TINYLM_API_KEY", "\n")
-    assert "authorization" not in dict(client("localhost:1", api_key=api_key)._metadata)
+    assert "authorization" not in dict(Client("localhost:1", api_key=api_key)._metadata)
 
 
 @both
@@ -196,7 +192,6 @@ def test_a_timeout_above_grpc_s_limit_is_no_limit(ask, timeout_s: float | None, 
     assert ask(address, False, [], timeout_s=timeout_s).text == TEXT
 
 
-@clients
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -205,9 +200,9 @@ def test_a_timeout_above_grpc_s_limit_is_no_limit(ask, timeout_s: float | None, 
         *[("address", value) for value in ("", "local host:9000", "localhost:9000\n", None)],
     ],
 )
-def test_a_client_refuses_a_bad_setting(client, field: str, value: object):
+def test_a_client_refuses_a_bad_setting(field: str, value: object):
     with pytest.raises(ValueError, match=f"{field} must be .*, got "):
-        client(**{field: value})
+        Client(**{field: value})
 
 
 def test_importing_the_package_imports_neither_engine_nor_grpc():

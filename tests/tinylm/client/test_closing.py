@@ -3,7 +3,6 @@
 import asyncio
 import gc
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import grpc
@@ -19,7 +18,6 @@ CALLS = {
     "tokenize": lambda client: client.tokenize("x"),
     "info": lambda client: client.info(),
 }
-calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 CLOSED = "this client has been closed"
 
 
@@ -40,39 +38,40 @@ async def finished(call):
         pass
 
 
-@calls
-def test_close_ends_the_call_of_another_thread(call, server: Scripted, address: str):
-    client = Client(address)
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(lambda: list(call(client)))
-        wait_until(has_call(server))
-        client.close()
-        with pytest.raises(ServiceError, match=CLOSED) as caught:
-            result.result(WAIT_S)
-    assert caught.value.code == grpc.StatusCode.CANCELLED
-    with pytest.raises(ServiceError, match=CLOSED):
-        list(call(client))
+def start(client: Client | AsyncClient, call) -> asyncio.Task:
+    """Start a call in another thread or task."""
+    if isinstance(client, AsyncClient):
+        return asyncio.create_task(finished(call(client)))
+    return asyncio.create_task(asyncio.to_thread(lambda: list(call(client))))
 
 
-@calls
-def test_close_ends_the_call_of_another_task(call, server: Scripted, address: str):
-    """The task gets ServiceError. CancelledError would end a TaskGroup without any error."""
+@pytest.mark.parametrize("client_type", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("call", "is_pausing"), [*((call, False) for call in CALLS), ("generate", True), ("stream", True)]
+)
+def test_close_ends_a_running_call(client_type, call, is_pausing, server: Scripted, address: str, monkeypatch):
+    """The caller gets ServiceError. CancelledError would end a TaskGroup without any error."""
+    if is_pausing:  # the call has failed, and its retry is an hour away
+        monkeypatch.setattr(attempts, "FIRST_PAUSE_S", 3600)
+        server.acts = [Act(0, grpc.StatusCode.UNAVAILABLE)]
 
     async def close_meanwhile():
-        client = AsyncClient(address)
-        result = asyncio.create_task(finished(call(client)))
+        client = client_type(address, timeout_s=None)
+        running = start(client, CALLS[call])
         await asyncio.to_thread(wait_until, has_call(server))
-        await client.close()
+        closed = client.close()
+        if closed is not None:
+            await closed
         with pytest.raises(ServiceError, match=CLOSED) as caught:
-            await result
+            await asyncio.wait_for(running, WAIT_S)
         assert caught.value.code == grpc.StatusCode.CANCELLED
         with pytest.raises(ServiceError, match=CLOSED):
-            await finished(call(client))
+            await start(client, CALLS[call])
 
     asyncio.run(close_meanwhile())
 
 
-@calls
+@pytest.mark.parametrize("call", CALLS)
 def test_a_cancelled_task_stays_cancelled(call, server: Scripted, address: str):
     """This holds although the client is closed at once, and although the task ignored an earlier cancellation."""
 
@@ -82,7 +81,7 @@ def test_a_cancelled_task_stays_cancelled(call, server: Scripted, address: str):
         async def call_after_a_cancellation():
             with suppress(asyncio.CancelledError):
                 await asyncio.sleep(WAIT_S)
-            await finished(call(client))
+            await finished(CALLS[call](client))
 
         task = asyncio.create_task(call_after_a_cancellation())
         await asyncio.sleep(0)
@@ -94,35 +93,6 @@ def test_a_cancelled_task_stays_cancelled(call, server: Scripted, address: str):
             await task
 
     asyncio.run(cancel())
-
-
-@pytest.fixture
-def long_pause(server: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call fails, and its retry is an hour away."""
-    monkeypatch.setattr(attempts, "FIRST_PAUSE_S", 3600)
-    server.acts = [Act(0, grpc.StatusCode.UNAVAILABLE)]
-
-
-def test_close_ends_a_client_s_pause(server: Scripted, address: str, long_pause):
-    client = Client(address, timeout_s=None)
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(client.generate, "x")
-        wait_until(has_call(server))
-        client.close()
-        with pytest.raises(ServiceError, match=CLOSED):
-            result.result(WAIT_S)
-
-
-def test_close_ends_an_async_client_s_pause(server: Scripted, address: str, long_pause):
-    async def close_meanwhile():
-        client = AsyncClient(address, timeout_s=None)
-        result = asyncio.create_task(client.generate("x"))
-        await asyncio.to_thread(wait_until, has_call(server))
-        await client.close()
-        await asyncio.wait_for(result, WAIT_S)
-
-    with pytest.raises(ServiceError, match=CLOSED):
-        asyncio.run(close_meanwhile())
 
 
 def test_an_async_client_may_close_before_its_first_call(address: str):
