@@ -160,13 +160,17 @@ def generate(
                     pass
                 typer.echo(json.dumps({"prompt": text, **dataclasses.asdict(stream.completion)}))
                 return
-            console = PlainConsole()
-            prompt_to_show = text  # printed with the first piece, so that an error has no output before it
-            for piece in stream:
-                console.write(prompt_to_show, end="", style="bold")
-                console.write(piece, end="")
-                prompt_to_show = ""
-            console.write(prompt_to_show, style="bold")
+            _print_answer(text, stream)
+
+
+def _print_answer(prompt: str, stream: Stream[Any]) -> None:
+    """Print the prompt with the first piece, so that an error has no output before it, and then the other pieces."""
+    console = PlainConsole()
+    for piece in stream:
+        console.write(prompt, end="", style="bold")
+        console.write(piece, end="")
+        prompt = ""
+    console.write(prompt, style="bold")
 
 
 @app.command()

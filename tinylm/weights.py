@@ -1,7 +1,7 @@
 """Save and load model directories: config, tensors, tokenizer, and a manifest with the sizes and sums of all files.
 
 Loading checks the sums of config.json, model.safetensors and tokenizer.model. Other files, such as the model card, are
-for people. `tinylm.model` defines what the tensors mean.
+for people. `tinylm.model` uses the tensors.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _verify(directory: Path) -> None:
-    """Raise ModelError if a file differs from what the manifest says about it."""
+    """Raise ModelError if a file does not have the size and the sum that the manifest lists."""
     manifest = directory / MANIFEST
     try:
         sums = json.loads(manifest.read_text(encoding="utf-8"))

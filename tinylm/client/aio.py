@@ -63,7 +63,7 @@ class AsyncClient(Connection):
         return tokens((await self._ask("Tokenize", pb.TokenizeRequest(text=text)))[0])
 
     async def info(self) -> pb.GetModelInfoResponse:
-        """Return what the service tells about its model, and which replica answered."""
+        """Return the service's description of its model, and the name of the replica that answered."""
         return (await self._ask("GetModelInfo", pb.GetModelInfoRequest()))[0]
 
     async def close(self) -> None:

@@ -60,7 +60,7 @@ class Attempts:
         raise ServiceError(code, self._explained(code, details or "no details given"), self.n) from None
 
     def _explained(self, code: grpc.StatusCode, details: str) -> str:
-        """Return what the service said, and what the caller can do about it."""
+        """Return the service's message and a hint for the caller."""
         match code:
             case grpc.StatusCode.UNAVAILABLE:
                 times = f", sent {self.n} times" if self.n > 1 else ""

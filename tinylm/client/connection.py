@@ -69,7 +69,7 @@ class Connection:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Create what a client needs besides these settings, `_closed` for example."""
+        """Create `_closed` and the other attributes of a client."""
         raise NotImplementedError
 
     def _open(self, module: ModuleType) -> Any:

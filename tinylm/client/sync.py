@@ -55,7 +55,7 @@ class Client(Connection):
         return tokens(self._ask(self._stub.Tokenize, pb.TokenizeRequest(text=text))[0])
 
     def info(self) -> pb.GetModelInfoResponse:
-        """Return what the service tells about its model, and which replica answered."""
+        """Return the service's description of its model, and the name of the replica that answered."""
         return self._ask(self._stub.GetModelInfo, pb.GetModelInfoRequest())[0]
 
     def close(self) -> None:

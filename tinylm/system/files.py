@@ -1,4 +1,4 @@
-"""Write files and directories that a user names, and never replace what a command did not write.
+"""Write files and directories that a user names. Replace only files that a command wrote or that the user names.
 
 `write_file` writes one file. `replaced_directory` replaces a directory as a whole. Every command that writes uses one
 of them. docs/files.md lists the commands and what each may replace.
@@ -86,7 +86,7 @@ def is_own_png(content: bytes) -> bool:
 
 
 def is_inside(path: Path, directory: Path) -> bool:
-    """Return whether `path`, or what it links to, lies in `directory` or below it. Symbolic links are followed."""
+    """Return whether `path`, or the file that it links to, lies in `directory` or below it. Follow symbolic links."""
     place = Path(os.path.realpath(directory))
     own = Path(os.path.realpath(path.parent)) / path.name
     return any(place in (found, *found.parents) for found in (own, Path(os.path.realpath(path))))
@@ -236,7 +236,7 @@ def _standard_stream(status: os.stat_result) -> int | None:
 
 
 def _require_write_permission(path: Path, status: os.stat_result, wanted: Path) -> None:
-    """Raise PermissionError if this user may not write, or if the mode lets nobody write, which root could ignore."""
+    """Raise PermissionError if this user may not write, or if the mode permits no user to write, also for root."""
     if not status.st_mode & _ANY_WRITE or not os.access(path, os.W_OK):
         raise PermissionError(f"cannot write {wanted}: no permission to write {path}")
 
