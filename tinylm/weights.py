@@ -87,13 +87,11 @@ def save_model(
     config: ModelConfig,
     tensors: Mapping[str, np.ndarray],
     tokenizer: bytes,
-    *,
-    quantize: bool = True,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a model directory. If this fails, an existing directory stays as it was.
 
-    tensors: float32 by name, as `tensor_shapes` lists them. With `quantize`, matrices are stored as int8.
+    tensors: float32 by name, as `tensor_shapes` lists them. Matrices are stored as int8.
     extra_files: content by name. The manifest lists them too.
     Raise ModelError when a tensor is missing, unknown, of the wrong shape, or not finite. Raise FileExistsError when
     the directory exists and holds a file that its manifest does not list.
@@ -104,7 +102,7 @@ def save_model(
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise ModelError(f"tensor {name!r} has values that are not finite")
-        if quantize and tensor.ndim == 2:
+        if tensor.ndim == 2:
             matrix = quantize_rows(tensor)
             stored[name], stored[name + SCALE_SUFFIX] = matrix.values, matrix.scale
         else:
