@@ -15,9 +15,8 @@ import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
 
+from tinylm.serving.ray.grpc_repairs import fail_in_one_frame, forward_cancellations
 from tinylm.serving.ray.internals import is_python_proxy
-from tinylm.serving.ray.proxy_streams import hand_on_cancellations
-from tinylm.serving.ray.trailers_only import fail_by_headers_alone
 from tinylm.v1 import tinylm_pb2 as pb
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # as configs/serve.yaml sets it; gRPC refuses more with RESOURCE_EXHAUSTED
@@ -44,9 +43,9 @@ def add_TinyLMServicer_to_server(servicer: Any, server: Any) -> None:
     """Replace the generated function of the same name."""
     # Serve has two kinds of gRPC server: one in its Python proxy, and one in each replica, which HAProxy calls.
     if is_python_proxy(server):
-        hand_on_cancellations(server)
+        forward_cancellations(server)
     else:
-        fail_by_headers_alone(server)
+        fail_in_one_frame(server)
     service = pb.DESCRIPTOR.services_by_name["TinyLM"]
     handlers = {}
     for method in service.methods:
