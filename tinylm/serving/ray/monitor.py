@@ -38,7 +38,8 @@ def main(
     grafana_port: Annotated[int, typer.Option(help="Another port needs RAY_GRAFANA_HOST for Ray.")] = 3000,
 ) -> None:
     """Start Prometheus and Grafana for the service on this machine: python -m tinylm.serving.ray.monitor"""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts a background job with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     with tempfile.TemporaryDirectory(prefix="tinylm-monitor-") as directory:
         try:
