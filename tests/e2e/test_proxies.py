@@ -128,7 +128,7 @@ def test_a_time_limit_ends_a_stream_with_its_text(service: Service, stub: TinyLM
 
 
 def test_many_cancellations_leave_the_service_healthy(service: Service) -> None:
-    assert fault_actions.cancel(service.address, 200) == {"CANCELLED": 200}
+    assert fault_actions.cancel(service.address, 100) == {"CANCELLED": 100}
     service.wait_until_healthy(LIMIT_S)
 
 
