@@ -99,7 +99,7 @@ def test_the_two_configs_differ_only_in_the_proxy() -> None:
     assert haproxy["applications"][0]["deployments"][0]["num_replicas"] == 4
 
 
-def test_the_cluster_config_has_all_other_keys_of_the_single_one() -> None:
+def test_the_cluster_config_shares_all_other_keys() -> None:
     single, cluster = load(CONFIGS[0]), load(CLUSTER)
     assert cluster.pop("proxy_location") == "EveryNode"
     assert cluster["http_options"].pop("host") == "0.0.0.0"

@@ -220,7 +220,7 @@ def test_no_request_breaks_the_service(service: Service) -> None:
 
 
 def test_a_full_queue_refuses_and_loses_no_call(service: Service) -> None:
-    statuses = fault_actions.fill_queue(service.address, 400)
+    statuses = fault_actions.fill_queue(service.address, 400, max_tokens=100)
     assert set(statuses) == {"OK", "RESOURCE_EXHAUSTED"}, statuses
     assert statuses["OK"] >= 4 * 16
 

@@ -149,7 +149,7 @@ def test_calls_need_a_key_and_health_checks_do_not(
     watch.cancel()
 
 
-def test_a_full_queue_refuses_at_once_and_a_client_that_leaves_makes_room(
+def test_a_full_queue_refuses_and_leaving_makes_room(
     service: Service, client: Client, channel: grpc.Channel, metadata: tuple, full_length: int
 ) -> None:
     stub, n_room = TinyLMStub(channel), SLOTS + WAITING

@@ -242,7 +242,7 @@ def test_a_service_that_is_down_is_unavailable_at_once(front: Front) -> None:
         client.info()
 
 
-def test_a_missing_certificate_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_certificate_is_an_error_that_helps(tmp_path: Path) -> None:
     result = subprocess.run(tls_command(tmp_path / "none.pem"), capture_output=True, text=True, check=False)
     assert result.returncode != 0
     (line,) = [line for line in result.stderr.splitlines() if not line.startswith("make")]

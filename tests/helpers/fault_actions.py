@@ -21,9 +21,9 @@ METHODS = ("Generate", "GenerateStream", "Tokenize", "GetModelInfo")
 OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))  # each channel has its own connection
 
 
-def fill_queue(address: str, calls: int) -> Counter[str]:
+def fill_queue(address: str, calls: int, max_tokens: int = 250) -> Counter[str]:
     """Ask for `calls` long answers at once."""
-    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=250, temperature=0)
+    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=max_tokens, temperature=0)
     channels = [grpc.insecure_channel(address, options=OPTIONS) for _ in range(-(-calls // STREAMS))]
     stubs = itertools.cycle([TinyLMStub(channel) for channel in channels])
     futures = [next(stubs).Generate.future(request, metadata=METADATA, timeout=LIMIT_S) for _ in range(calls)]

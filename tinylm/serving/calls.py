@@ -76,6 +76,14 @@ class Call:
         return [answer.completion for answer in self.answers if answer.completion is not None]
 
     @property
+    def n_prompt_tokens(self) -> int:
+        return sum(answer.n_prompt_tokens for answer in self.answers)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(answer.n_tokens for answer in self.answers)
+
+    @property
     def finish_reason(self) -> str | None:
         """Return how the call ended, or None if the engine accepted no answer.
 
@@ -103,8 +111,8 @@ class Call:
             fields["api_key_name"] = self.key
         if self.answers:
             fields["finish_reason"] = self.finish_reason
-            fields["prompt_tokens"] = sum(answer.n_prompt_tokens for answer in self.answers)
-            fields["completion_tokens"] = sum(answer.n_tokens for answer in self.answers)
+            fields["prompt_tokens"] = self.n_prompt_tokens
+            fields["completion_tokens"] = self.n_tokens
         if completions := self.completions:
             fields["queue_ms"] = round(min(completion.queue_s for completion in completions) * 1000, 2)
             fields["first_token_ms"] = round(min(completion.first_token_s for completion in completions) * 1000, 2)

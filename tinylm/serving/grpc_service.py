@@ -8,7 +8,6 @@ prompt that is not UTF-8. gRPC ends such a call with INTERNAL, and clients then 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -19,14 +18,9 @@ from tinylm.serving.ray.grpc_repairs import fail_in_one_frame, forward_cancellat
 from tinylm.serving.ray.internals import is_python_proxy
 from tinylm.v1 import tinylm_pb2 as pb
 
-MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # as configs/serve.yaml sets it; gRPC refuses more with RESOURCE_EXHAUSTED
 
-
-@dataclass(frozen=True)
-class Unparsable:
+class Unparsable(ValueError):
     """A request whose bytes are not a message of the expected type."""
-
-    reason: str
 
 
 def _tolerant(message: type[Message]) -> Callable[[bytes], Message | Unparsable]:

@@ -104,7 +104,7 @@ class GrpcMethods:
             address_of(context.peer() or ""), authorization if isinstance(authorization, str) else None
         )
         if isinstance(request, Unparsable):
-            raise ValueError(request.reason)
+            raise request
 
     def _deltas(self, request: pb.GenerateRequest, call: Call, whole: bool) -> AsyncGenerator[Delta, None]:
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None

@@ -172,12 +172,11 @@ class Completions:
                 yield event
 
     def _usage(self) -> dict[str, int]:
-        prompt_tokens = sum(answer.n_prompt_tokens for answer in self._call.answers)
-        completion_tokens = sum(answer.n_tokens for answer in self._call.answers)
+        call = self._call
         return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens": call.n_prompt_tokens,
+            "completion_tokens": call.n_tokens,
+            "total_tokens": call.n_prompt_tokens + call.n_tokens,
         }
 
 

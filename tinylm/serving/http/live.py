@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, TypedDict
+from typing import Any
 
 from fastapi import APIRouter, Request
 from ray import serve
@@ -22,18 +22,6 @@ from tinylm.serving.service import Service
 
 ANSWER_WITHIN_S = 2.0
 KEPT_S = 0.5  # all requests within this time get the same view
-
-
-class ReplicaCounts(TypedDict):
-    """The counters of one replica. Totals begin at its start."""
-
-    id: str
-    slots: int
-    running: int  # requests that hold a slot now
-    waiting: int  # requests that wait for a slot now
-    requests: int  # total of requests that ended, in any way
-    tokens: int  # total of tokens that the engine generated
-    latency_counts: list[int]  # answers by their time: one bucket per bound, and one above all bounds
 
 
 def routes(service: Service) -> APIRouter:
@@ -57,22 +45,22 @@ class LiveMethods:
 
     service: Service
 
-    async def live_counts(self) -> ReplicaCounts:
+    async def live_counts(self) -> dict[str, Any]:
         return counts(self.service)
 
 
-def counts(service: Service) -> ReplicaCounts:
-    """Return the counters of this replica."""
+def counts(service: Service) -> dict[str, Any]:
+    """Return the counters of this replica. Totals begin at its start."""
     engine, metrics = service.engine.engine, service.metrics
-    return ReplicaCounts(
-        id=service.replica,
-        slots=engine.n_slots,
-        running=engine.n_running,
-        waiting=engine.n_waiting,
-        requests=metrics.n_requests,
-        tokens=int(engine.stats.batch_size.sum),
-        latency_counts=metrics.latency_s.counts(),
-    )
+    return {
+        "id": service.replica,
+        "slots": engine.n_slots,
+        "running": engine.n_running,  # requests that hold a slot now
+        "waiting": engine.n_waiting,  # requests that wait for a slot now
+        "requests": metrics.n_requests,  # total of requests that ended, in any way
+        "tokens": int(engine.stats.batch_size.sum),  # total of tokens that the engine generated
+        "latency_counts": metrics.latency_s.counts(),  # answers by their time: one bucket per bound, and one above
+    }
 
 
 class LiveView:
@@ -102,7 +90,7 @@ class LiveView:
             )
         except TimeoutError:  # one stalled replica delays the answers of all
             answers = [TimeoutError()]
-        replicas: list[ReplicaCounts] = [answer for answer in answers if not isinstance(answer, BaseException)]
+        replicas = [answer for answer in answers if not isinstance(answer, BaseException)]
         return {
             "model": self._service.name,
             "latency_bounds_s": self._service.metrics.latency_s.bounds,  # upper bounds of the buckets

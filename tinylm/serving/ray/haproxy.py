@@ -89,20 +89,13 @@ def _filling(servers: list[tuple[str, str]], slots: int, cores: int) -> str:
     )
 
 
-def _slots(text: str) -> int:
-    if not text.isdecimal():
-        if text:
-            print(f"{SLOTS_VARIABLE} must be a number, got {text!r}: all replicas are used alike", file=sys.stderr)
-        return 0
-    return int(text)
-
-
 def main() -> None:
     """Add the rules to the file after `-f`, then become HAProxy with the same arguments."""
     arguments = sys.argv[1:]
     if "-f" in arguments[:-1]:
         path = Path(arguments[arguments.index("-f") + 1])
-        slots = _slots(os.environ.get(SLOTS_VARIABLE, ""))
+        text = os.environ.get(SLOTS_VARIABLE, "")
+        slots = int(text) if text.isdecimal() else 0
         config = with_rules(path.read_text(encoding="utf-8"), slots, len(os.sched_getaffinity(0)))
         path.write_text(config, encoding="utf-8")
     os.environ.pop(BINARY_VARIABLE, None)  # it names this command
