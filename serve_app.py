@@ -1,9 +1,9 @@
-"""The Ray Serve deployment: one replica's service, asked over gRPC and over HTTP. Holds no model code.
+"""The Ray Serve deployment: one replica of the service, over gRPC and HTTP.
 
     serve run configs/serve.yaml
 
-`build_app` is the typed builder that the YAML's `args` go to. Balancing over replicas is Ray Serve's business; what the
-two protocols say is in `tinylm.serving.grpc.methods` and `tinylm.serving.http.completions`.
+`build_app` builds the application from the YAML's `args`. `tinylm.serving.grpc.methods` and `tinylm.serving.http`
+implement the two protocols.
 """
 
 # No `from __future__ import annotations` here: Serve reads the builder's annotation to make its argument.
@@ -19,7 +19,7 @@ from tinylm.serving.service import AppArgs, Service
 
 
 def build_app(args: AppArgs) -> serve.Application:
-    """The application; relative paths are made absolute here, since replicas have directories of their own."""
+    """Return the application. Relative paths become absolute here, because a replica's working directory differs."""
     paths = {"model": args.model.resolve(), "api_keys": args.api_keys and args.api_keys.resolve()}
     return TinyLM.bind(args.model_copy(update=paths))  # type: ignore[attr-defined]
 
@@ -29,17 +29,17 @@ def build_app(args: AppArgs) -> serve.Application:
 class TinyLM(GrpcMethods, HealthMethods, LiveMethods):
     """One replica."""
 
-    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it, on the replica's loop
+    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]  # Serve awaits it in the replica's loop
         self.service = Service(args)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve after the constructor: what answers HTTP."""
+        """Return the HTTP application. Serve calls this after the constructor."""
         return build_http_app(self.service)
 
     async def check_health(self) -> None:
-        """Called by Serve, which would give a plain method a thread each time.
+        """Raise EngineDied for an engine that ended or stalled, so that Serve replaces the replica.
 
-        An engine that died or stalled gets the replica replaced.
+        Serve runs a plain method in a new thread each time, but a coroutine in the event loop.
         """
         self.service.check_health()
 

@@ -1,4 +1,4 @@
-"""Write a picture of the web page on a running service, with some load for its live view.
+"""Write a picture of the web page of a running service, under some load.
 
 python tests/web_screenshots.py http://localhost:8000/ docs/images
 """
@@ -60,8 +60,8 @@ def _compressed(png: bytes) -> bytes:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url", help="of the page, with its last slash")
-    parser.add_argument("directory", type=Path, help="where web-desktop.png goes")
+    parser.add_argument("url", help="URL of the page, with the final slash")
+    parser.add_argument("directory", type=Path, help="directory for web-desktop.png")
     parser.add_argument("--load-s", type=float, default=62.0, help="seconds of load before the picture")
     arguments = parser.parse_args()
     target = arguments.directory / "web-desktop.png"

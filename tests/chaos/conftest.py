@@ -1,6 +1,6 @@
-"""What tests of faults share: a report of every fault, shown at the end and written where CHAOS_REPORT says.
+"""Report every fault at the end, and write the report to the file that CHAOS_REPORT names.
 
-A report that is there already keeps its other faults, so that one fault can be measured again alone. Ctrl-C leaves it.
+An existing report keeps its other faults, so that one fault can be measured again. After Ctrl-C it stays unchanged.
 """
 
 import io
@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def faults(request: pytest.FixtureRequest) -> dict[str, dict]:
-    """name of a fault -> its account by `fault_load`, with `healed_s`: from the fault to full health."""
+    """Name of a fault -> its account by `fault_load`, with `healed_s`, the time from the fault to full health."""
     return request.config.stash[FAULTS]
 
 

@@ -1,11 +1,11 @@
-"""A Ray cluster of several nodes on this machine, each with an address of loopback, ports, and processes of its own.
+"""A Ray cluster of several nodes on this machine. Each has its own loopback address, ports and processes.
 
     with RayCluster(directory) as cluster:
         worker = cluster.join()
         cluster.deploy(config)
         worker.kill()
 
-Every process of a node carries the node's mark in its environment, so that exactly those can be found and ended.
+Every process of a node has the node's mark in its environment, so that exactly these processes can be ended.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ from loadtest.bench.services import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-CPUS = 4  # that each node says it has: replicas ask for one each, and share what there is
+CPUS = 4  # that each node claims to have: each replica asks for one
 WORKER_PORTS = 60
-HEAD_IP = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's own address
+HEAD_IP = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's network address
 START_LIMIT_S = 120
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -42,7 +42,7 @@ def wait_until(true: Callable[[], object], what: str, limit_s: float) -> None:
 
 
 class RayNode:
-    """One `ray start --block` and all that came of it."""
+    """One `ray start --block` and all its processes."""
 
     def __init__(self, ip: str, arguments: list[str], grpc_port: int, http_port: int, log: Path) -> None:
         self.ip = ip
@@ -55,9 +55,9 @@ class RayNode:
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
-            "RAY_SERVE_WORKER_PROXY_GRPC_PORT": str(grpc_port),  # the head keeps to the config's
+            "RAY_SERVE_WORKER_PROXY_GRPC_PORT": str(grpc_port),  # the head uses the config's ports
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(http_port),
-            # HAProxy binds these on all addresses, which here are those of the other nodes too.
+            # HAProxy binds these ports on all addresses, so the nodes need different ones.
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
@@ -82,7 +82,7 @@ class RayNode:
             )
 
     def kill(self) -> None:
-        """As when the machine loses power, but for the connections, which the kernel closes."""
+        """Kill all processes. Unlike a power failure, the kernel closes the connections."""
         self._mark.kill_all()
         self.process.wait(30)
 
@@ -97,7 +97,7 @@ class RayNode:
 
 
 class RayCluster:
-    """A head, and the nodes that `join`; all are stopped at the end of `with`."""
+    """A head, and the nodes that `join`. All stop at the end of the `with` block."""
 
     def __init__(self, log_directory: Path) -> None:
         self._logs = log_directory
@@ -119,13 +119,13 @@ class RayCluster:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.ExitStack() as last:  # all of it, also when Ctrl-C comes in the middle
+        with contextlib.ExitStack() as last:  # stops everything, even if Ctrl-C interrupts it
             last.callback(self._temporary.cleanup)
             for node in self._nodes:
                 last.callback(node.stop)
 
     def join(self) -> RayNode:
-        """One more node, once the head knows it."""
+        """Start one more node, and wait until the head knows it."""
         grpc_port, http_port = free_ports(2)
         ip = f"127.0.0.{len(self._nodes) + 2}"
         node = self._start(ip, [f"--address={HEAD_IP}:{self.gcs_port}"], grpc_port, http_port)
@@ -138,7 +138,7 @@ class RayCluster:
         return node
 
     def deploy(self, config: dict) -> None:
-        """`serve deploy`, with this cluster's ports in place of the config's; returns before it is done."""
+        """Run `serve deploy` with this cluster's ports. It returns before the deployment is complete."""
         config["grpc_options"]["port"], config["http_options"]["port"] = self.grpc_port, self.http_port
         path = self._logs / "serve.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
@@ -147,13 +147,13 @@ class RayCluster:
         subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=START_LIMIT_S)
 
     def alive(self) -> set[str]:
-        """Addresses of the nodes that the head takes to be alive."""
+        """Return the addresses of the nodes that the head considers alive."""
         answer = self._get("/api/v0/nodes?detail=true") or {}
         nodes = answer.get("data", {}).get("result", {}).get("result", [])
         return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
 
     def replicas(self) -> list[str]:
-        """Node addresses of the replicas that run; one entry each."""
+        """Return the node address of each running replica."""
         applications = (self._get("/api/serve/applications/") or {}).get("applications", {})
         return [
             replica["node_ip"]
@@ -164,7 +164,7 @@ class RayCluster:
         ]
 
     def healthy(self, replicas: int) -> bool:
-        """Whether the application and every proxy are well and so many replicas run, all on living nodes."""
+        """Return whether application and proxies are healthy, and this number of replicas runs on living nodes."""
         answer = self._get("/api/serve/applications/") or {}
         applications = answer.get("applications", {})
         proxies = answer.get("proxies", {}).values()
@@ -177,7 +177,7 @@ class RayCluster:
         )
 
     def _get(self, path: str) -> dict | None:
-        """A dashboard's answer; None while it has none."""
+        """Return an answer of the dashboard, or None without one."""
         try:
             with _LOOPBACK.open(f"http://127.0.0.1:{self.dashboard_port}{path}", timeout=5) as response:
                 return json.load(response)

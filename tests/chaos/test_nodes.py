@@ -1,4 +1,4 @@
-"""configs/cluster/serve.yaml on two nodes, of which one dies under load and comes back."""
+"""configs/cluster/serve.yaml on two nodes: one is killed under load and comes back."""
 
 import time
 from collections import Counter
@@ -24,7 +24,7 @@ BEFORE_S, AFTER_S = 5, 10  # of load, before the fault and after full health
 
 
 def config(replicas: int, key_file: Path) -> dict:
-    """The committed one, with a fixed number of replicas and a key file that is there."""
+    """Return the committed config with a fixed number of replicas and this key file."""
     values = yaml.safe_load(Path("configs/cluster/serve.yaml").read_text(encoding="utf-8"))
     (application,) = values["applications"]
     application["args"]["api_keys"] = str(key_file)
@@ -35,7 +35,7 @@ def config(replicas: int, key_file: Path) -> dict:
 
 @pytest.fixture
 def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With a key that the clients of the test have."""
+    """Return a key file. The clients of the test have its key."""
     key, line = make_key("chaos")
     monkeypatch.setenv("TINYLM_API_KEY", key)
     path = tmp_path / "keys.txt"
@@ -57,7 +57,7 @@ def ask(node: RayNode) -> str:
         return client.generate(PROMPT, SamplingParams(max_tokens=MAX_TOKENS, temperature=0)).text
 
 
-def test_a_node_dies_under_load_and_comes_back(
+def test_a_node_is_killed_under_load_and_comes_back(
     cluster: tuple[RayCluster, RayNode], key_file: Path, stories: LLM, faults: dict[str, dict]
 ) -> None:
     ray, worker = cluster
@@ -71,7 +71,7 @@ def test_a_node_dies_under_load_and_comes_back(
         assert [r for r in load.requests if r.outcome != "answered"] == []
         fault_at = time.perf_counter()
         worker.kill()
-        wait_until(lambda: worker.ip not in ray.alive(), "the head knows of the loss", HEAL_LIMIT_S)
+        wait_until(lambda: worker.ip not in ray.alive(), "the head notices the loss", HEAL_LIMIT_S)
         wait_until(lambda: ray.healthy(REPLICAS), "the replicas are back", HEAL_LIMIT_S)
         healed_s = time.perf_counter() - fault_at
         healed_at = time.perf_counter()
@@ -88,7 +88,7 @@ def test_a_node_dies_under_load_and_comes_back(
     assert {request.outcome for request in late} == {"answered"}
 
     returned = ray.join()
-    more = REPLICAS + 2  # more than one node takes: the new ones go to the one that is back
+    more = REPLICAS + 2  # more than one node holds, so the new replicas go to the node that came back
     ray.deploy(config(more, key_file))
     wait_until(lambda: ray.healthy(more), "replicas run on the node that came back", DEPLOY_LIMIT_S)
     assert Counter(ray.replicas())[returned.ip] == 2

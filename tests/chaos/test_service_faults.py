@@ -1,4 +1,4 @@
-"""configs/serve.yaml under load while its parts die, and what its callers notice of it."""
+"""configs/serve.yaml under load while its parts are killed, and what its callers notice."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ PROMPT, MAX_TOKENS, CLIENTS = "Once upon a time", 48, 4
 HEAL_LIMIT_S = 120
 BEFORE_S, AFTER_S = 3, 3  # of load, before the fault and after full health
 SOAK_S = float(os.environ.get("CHAOS_SOAK_S", "20"))
-GROWTH_MIB = 16  # of a replica's own memory, that still counts as flat: caches of gRPC and of the allocator
+GROWTH_MIB = 16  # permitted growth of a replica's memory: caches of gRPC and of the allocator
 Kill = Callable[[Service], list[int]]
 
 
@@ -69,7 +69,7 @@ def load(service: Service, expected: str) -> FaultLoad:
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
-def test_a_part_dies_under_load(
+def test_a_part_is_killed_under_load(
     service: Service, expected: str, faults: dict[str, dict], name: str, victims: Kill, number: signal.Signals
 ) -> None:
     with load(service, expected) as running:
@@ -86,21 +86,21 @@ def test_a_part_dies_under_load(
         **account(running.requests, fault_at),
         "healed_s": round(healed_s, 1),
         "clients": CLIENTS,
-        "haproxy_processes": len(service.mark.processes("haproxy")),  # one of a dead manager goes on by itself
+        "haproxy_processes": len(service.mark.processes("haproxy")),  # the one of a killed manager continues
     }
     assert figures["lost"] == 0, figures
     late = {request.outcome for request in running.requests if request.sent_at > healed_at + 1}
     assert late == {"answered"}
 
 
-def test_a_full_queue_refuses_and_forgets_nobody(service: Service, faults: dict[str, dict]) -> None:
+def test_a_full_queue_refuses_and_loses_no_call(service: Service, faults: dict[str, dict]) -> None:
     statuses = fault_actions.fill_queue(service.address, 1000)
     healed_s = service.wait_until_healthy(HEAL_LIMIT_S)
     faults["the queue is full (1,000 calls at once)"] = of_statuses(statuses, healed_s)
     assert set(statuses) == {"OK", "RESOURCE_EXHAUSTED"}, statuses
 
 
-def test_a_storm_of_cancellations(service: Service, faults: dict[str, dict]) -> None:
+def test_many_cancellations(service: Service, faults: dict[str, dict]) -> None:
     fault_actions.cancel(service.address, 100)
     before = memory(service)
     statuses = fault_actions.cancel(service.address, 1000)
@@ -117,7 +117,7 @@ def test_deadlines_shorter_than_the_answer(service: Service, faults: dict[str, d
 
 
 def test_no_request_breaks_the_service(service: Service, faults: dict[str, dict]) -> None:
-    fault_actions.fuzz(service.address, rounds=20)  # what the allocators keep for messages of this size, they have
+    fault_actions.fuzz(service.address, rounds=20)  # fills the allocators' caches for messages of this size
     before = memory(service)
     statuses = fault_actions.fuzz(service.address, rounds=20)
     healed_s = service.wait_until_healthy(HEAL_LIMIT_S)
@@ -179,7 +179,7 @@ def test_a_long_load_leaves_memory_flat(service: Service, expected: str, faults:
 
 
 def test_the_disk_is_full_while_a_model_is_written(tmp_path: Path, stories: LLM, faults: dict[str, dict]) -> None:
-    """A limit on the size of files stands for the disk: writing ends with an error in the middle of the weights."""
+    """A limit on the file size acts as a full disk: writing fails in the middle of the weights."""
     model = tmp_path / "model"
     shutil.copytree("models/stories-8m", model)
     script = (
@@ -198,7 +198,7 @@ def test_the_disk_is_full_while_a_model_is_written(tmp_path: Path, stories: LLM,
     assert result.returncode != 0
     assert "OSError" in result.stderr, result.stderr
     assert LLM(model).generate(PROMPT, params)[0].text == stories.generate(PROMPT, params)[0].text
-    assert [path.name for path in tmp_path.iterdir()] == ["model"], "a half-written model stayed behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "an incomplete model is left"
     faults["the disk is full while a model is exported"] = {"requests": 1, "refused": 1, "lost": 0}
 
 
@@ -218,7 +218,7 @@ def of_statuses(
     before: dict[int, float] | None = None,
     after: dict[int, float] | None = None,
 ) -> dict:
-    """A report's entry for a fault that callers are."""
+    """Return the report's entry for a fault that callers cause."""
     figures = {
         "requests": sum(count for status, count in statuses.items() if ":" not in status),
         "answered": statuses["OK"],

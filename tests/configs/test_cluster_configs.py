@@ -1,9 +1,8 @@
-"""The Kubernetes manifest and the Dockerfile, held to what they name: there is no Kubernetes and no Docker here."""
+"""The Kubernetes manifest and the Dockerfile agree with the other files. The tests need no Kubernetes and no Docker."""
 
 import re
 import shlex
 import subprocess
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -12,29 +11,6 @@ import yaml
 CLUSTER = Path("configs/cluster")
 SERVE = CLUSTER / "serve.yaml"
 DOCKERFILE = CLUSTER / "Dockerfile"
-# The fields of KubeRay's ray.io/v1 that TinyLM may use; Kubernetes refuses what it doesn't know only when asked to.
-RAY_SERVICE = {"serveConfigV2", "rayClusterConfig", "upgradeStrategy", "excludeHeadPodFromServeSvc", "serveService"}
-RAY_CLUSTER = {
-    *("rayVersion", "headGroupSpec", "workerGroupSpecs", "enableInTreeAutoscaling", "autoscalerOptions"),
-    *("gcsFaultToleranceOptions", "authOptions"),
-}
-AUTOSCALER = {"resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds", "upscalingMode", "env"}
-HEAD = {"rayStartParams", "template", "serviceType", "headService"}
-WORKERS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template", "numOfHosts"}
-# And those of Kubernetes itself.
-POD = {
-    *("containers", "initContainers", "volumes", "securityContext", "terminationGracePeriodSeconds", "affinity"),
-    *("topologySpreadConstraints", "nodeSelector", "tolerations", "imagePullSecrets", "serviceAccountName"),
-}
-CONTAINER = {
-    *("name", "image", "imagePullPolicy", "env", "envFrom", "ports", "resources", "volumeMounts", "lifecycle"),
-    *("livenessProbe", "readinessProbe", "startupProbe", "securityContext", "command", "args"),
-}
-PROBE = {
-    *("httpGet", "exec", "grpc", "tcpSocket", "initialDelaySeconds", "periodSeconds", "timeoutSeconds"),
-    *("failureThreshold", "successThreshold"),
-}
-QUANTITY = re.compile(r"\d+(\.\d+)?(m|[KMGT]i?)?")
 
 
 @pytest.fixture(scope="module")
@@ -60,33 +36,15 @@ def containers(groups: list[dict]) -> list[dict]:
     return [container for group in groups for container in group["template"]["spec"]["containers"]]
 
 
-def test_kubernetes_serves_the_same_config_as_a_cluster_by_hand(manifest: dict[str, dict]) -> None:
+def test_the_manifest_contains_the_cluster_s_serve_config(manifest: dict[str, dict]) -> None:
     assert manifest["RayService"]["spec"]["serveConfigV2"] == SERVE.read_text(encoding="utf-8")
 
 
-def test_every_field_is_one_that_kuberay_and_kubernetes_know(manifest: dict[str, dict], groups: list[dict]) -> None:
-    service = manifest["RayService"]
-    assert (service["apiVersion"], set(service)) == ("ray.io/v1", {"apiVersion", "kind", "metadata", "spec"})
-    assert set(service["spec"]) <= RAY_SERVICE
-    cluster = service["spec"]["rayClusterConfig"]
-    assert set(cluster) <= RAY_CLUSTER
-    assert set(cluster["autoscalerOptions"]) <= AUTOSCALER
-    assert [set(group) - fields for group, fields in zip(groups, (HEAD, WORKERS), strict=True)] == [set(), set()]
-    for group in groups:
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-        assert set(group["template"]) == {"metadata", "spec"}
-        assert set(group["template"]["spec"]) <= POD
-        for container in group["template"]["spec"]["containers"]:
-            assert set(container) <= CONTAINER
-            assert all(set(container[name]) <= PROBE for name in ("livenessProbe", "readinessProbe"))
-            assert all(isinstance(variable["value"], str) for variable in container["env"])
-
-
-def test_the_ray_version_is_the_one_that_is_installed(cluster: dict) -> None:
+def test_the_ray_version_is_the_installed_one(cluster: dict) -> None:
     assert f"\nray=={cluster['rayVersion']}\n" in Path("constraints.txt").read_text(encoding="utf-8")
 
 
-def test_pods_run_as_an_ordinary_user_that_the_image_has(groups: list[dict], containers: list[dict]) -> None:
+def test_pods_run_as_the_image_s_ordinary_user(groups: list[dict], containers: list[dict]) -> None:
     (user,) = re.findall(r"^USER (\d+)$", DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
     for group in groups:
         security = group["template"]["spec"]["securityContext"]
@@ -96,14 +54,7 @@ def test_pods_run_as_an_ordinary_user_that_the_image_has(groups: list[dict], con
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
-def test_each_container_says_what_it_needs(containers: list[dict]) -> None:
-    for container in containers:
-        for kind in ("requests", "limits"):
-            assert set(container["resources"][kind]) == {"cpu", "memory"}
-            assert all(QUANTITY.fullmatch(quantity) for quantity in container["resources"][kind].values())
-
-
-def test_the_workers_have_room_for_the_replicas_they_may_get(cluster: dict) -> None:
+def test_the_workers_have_room_for_all_replicas(cluster: dict) -> None:
     (deployment,) = yaml.safe_load(SERVE.read_text(encoding="utf-8"))["applications"][0]["deployments"]
     (workers,) = cluster["workerGroupSpecs"]
     (container,) = workers["template"]["spec"]["containers"]
@@ -112,10 +63,10 @@ def test_the_workers_have_room_for_the_replicas_they_may_get(cluster: dict) -> N
     assert a_worker >= deployment["max_replicas_per_node"]
     autoscaling = deployment["autoscaling_config"]
     assert workers["maxReplicas"] * a_worker >= autoscaling["max_replicas"]
-    assert (workers["minReplicas"] - 1) * a_worker >= autoscaling["min_replicas"]  # one worker may be lost
+    assert (workers["minReplicas"] - 1) * a_worker >= autoscaling["min_replicas"]  # without one worker
 
 
-def test_ports_are_those_of_the_serve_config_and_every_probe_asks_one_of_them(
+def test_ports_and_probes_agree_with_the_serve_config(
     manifest: dict[str, dict], groups: list[dict], containers: list[dict]
 ) -> None:
     serve = yaml.safe_load(SERVE.read_text(encoding="utf-8"))
@@ -124,20 +75,16 @@ def test_ports_are_those_of_the_serve_config_and_every_probe_asks_one_of_them(
         assert ports["serve"] == serve["http_options"]["port"]
         assert ports["grpc"] == serve["grpc_options"]["port"]
         for probe in (container["livenessProbe"], container["readinessProbe"]):
-            assert probe["httpGet"]["port"] in {*ports, 52365}  # and that of Ray's agent
+            assert probe["httpGet"]["port"] in {*ports, 52365}  # the port of Ray's agent
     service = manifest["Service"]["spec"]
     (port,) = service["ports"]
     assert (port["port"], port["targetPort"]) == (serve["grpc_options"]["port"], "grpc")
-    labels = {"ray.io/serve": "true"}  # by KubeRay
+    labels = {"ray.io/serve": "true"}  # KubeRay adds it
     for group in groups:
         assert service["selector"].items() <= (labels | group["template"]["metadata"]["labels"]).items()
 
 
-def test_one_image_for_head_and_workers(containers: list[dict]) -> None:
-    assert len({container["image"] for container in containers}) == 1
-
-
-def test_every_pod_has_the_key_file_where_the_config_looks_for_it(groups: list[dict]) -> None:
+def test_every_pod_mounts_the_key_file(groups: list[dict]) -> None:
     (application,) = yaml.safe_load(SERVE.read_text(encoding="utf-8"))["applications"]
     for group in groups:
         spec = group["template"]["spec"]
@@ -153,7 +100,7 @@ def copied() -> list[Path]:
     return [Path(source) for line in lines for source in shlex.split(line)[:-1]]
 
 
-def test_all_that_the_image_copies_is_committed_and_let_through() -> None:
+def test_everything_that_the_image_copies_is_committed() -> None:
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines()
     lines = (CLUSTER / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
     allowed = [line.removeprefix("!") for line in lines if line.startswith("!")]
@@ -162,14 +109,7 @@ def test_all_that_the_image_copies_is_committed_and_let_through() -> None:
         assert any(file == str(path) or file.startswith(f"{path}/") for file in tracked), path
 
 
-def test_the_image_has_every_package_and_the_models_of_the_config() -> None:
-    sources = {str(path) for path in copied()}
-    assert {"tinylm", "serve_app.py"} <= sources
-    model = yaml.safe_load(SERVE.read_text(encoding="utf-8"))["applications"][0]["args"]["model"]
-    assert any(fnmatch(model, source) for source in sources)
-
-
-def test_the_image_installs_by_the_makefile_s_line() -> None:
+def test_the_image_installs_as_the_makefile_does() -> None:
     makefile = Path("Makefile").read_text(encoding="utf-8")
     (pip,) = re.findall(r"^PIP := \$\(BIN\)/(.*)$", makefile, re.MULTILINE)
     (arguments,) = re.findall(r"^\$\(VENV\)/serving:.*\n\t\$\(PIP\) (.*)$", makefile, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Which files and directories the targets of the Makefile refuse to replace or to remove."""
+"""The Makefile's targets keep the files and directories of the user."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def contents(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["server.pem", "ca.pem"])
-def test_a_certificate_of_the_user_is_kept(checkout: Path, name: str) -> None:
+def test_an_existing_certificate_is_kept(checkout: Path, name: str) -> None:
     (checkout / "tls").mkdir()
     (checkout / "tls" / name).write_text("mine")
     before = contents(checkout)
@@ -39,7 +39,7 @@ def test_a_certificate_of_the_user_is_kept(checkout: Path, name: str) -> None:
     assert contents(checkout) == before
 
 
-def test_a_key_of_the_user_beside_the_certificate_is_kept(checkout: Path) -> None:
+def test_other_files_beside_the_certificate_are_kept(checkout: Path) -> None:
     (checkout / "tls").mkdir()
     (checkout / "tls" / "key.pem").write_text("mine")
     assert make(checkout, "certificate").returncode == 0
@@ -52,7 +52,7 @@ def test_a_key_of_the_user_beside_the_certificate_is_kept(checkout: Path) -> Non
 
 
 @pytest.mark.parametrize("target", ["clean", ".venv/bin/python"])
-def test_a_directory_that_is_no_virtual_environment_is_kept(checkout: Path, target: str) -> None:
+def test_a_venv_directory_of_other_content_is_kept(checkout: Path, target: str) -> None:
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / "notes").write_text("mine")
     before = contents(checkout)
@@ -61,7 +61,7 @@ def test_a_directory_that_is_no_virtual_environment_is_kept(checkout: Path, targ
 
 
 @pytest.mark.parametrize("target", ["clean", "docs"])
-def test_a_site_of_the_user_is_kept(checkout: Path, target: str) -> None:
+def test_a_site_that_mkdocs_did_not_build_is_kept(checkout: Path, target: str) -> None:
     (checkout / "site").mkdir()
     (checkout / "site" / "index.html").write_text("mine")
     before = contents(checkout)
@@ -70,7 +70,7 @@ def test_a_site_of_the_user_is_kept(checkout: Path, target: str) -> None:
     assert contents(checkout) == before
 
 
-def test_clean_removes_what_was_made_and_nothing_else(checkout: Path) -> None:
+def test_clean_removes_only_generated_files(checkout: Path) -> None:
     before = contents(checkout)
     for name in (".venv/pyvenv.cfg", ".venv/lib/x.py", "site/index.html", "tinylm.egg-info/PKG-INFO", ".ruff_cache/x"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)

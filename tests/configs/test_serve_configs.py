@@ -1,4 +1,4 @@
-"""The Serve YAMLs say what they mean: Serve itself takes unknown keys in silence, so they are checked here."""
+"""The Serve configs have only known keys, which Serve itself does not check, and the launcher reads them."""
 
 import importlib.util
 import socket
@@ -26,7 +26,7 @@ def unknown_keys(values: dict, model: type[BaseModel], where: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, CLUSTER], ids=str)
-def test_every_key_is_one_that_serve_knows(path: Path) -> None:
+def test_serve_knows_every_key(path: Path) -> None:
     config = load(path)
     (application,) = config["applications"]
     (deployment,) = application["deployments"]
@@ -46,8 +46,8 @@ def test_every_key_is_one_that_serve_knows(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, CLUSTER], ids=str)
-def test_every_environment_variable_is_one_that_ray_reads(path: Path) -> None:
-    """A misspelt variable would leave HAProxy mode off without a word."""
+def test_ray_reads_every_environment_variable(path: Path) -> None:
+    """Ray ignores a misspelt variable."""
     spec = importlib.util.find_spec("ray.serve._private.constants")
     assert spec is not None
     assert spec.origin is not None
@@ -57,7 +57,7 @@ def test_every_environment_variable_is_one_that_ray_reads(path: Path) -> None:
     assert [name for name in names if f'"{name}"' not in source] == []
 
 
-def test_the_launcher_takes_the_slots_that_haproxy_is_told_and_the_addresses_from_the_config(tmp_path: Path) -> None:
+def test_the_launcher_reads_addresses_and_slots(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     config = load(CONFIGS[0])
     assert launch.read_config(CONFIGS[0]) == ("localhost", 9000, 8000, config["applications"][0]["args"]["slots"])
@@ -68,15 +68,15 @@ def test_the_launcher_takes_the_slots_that_haproxy_is_told_and_the_addresses_fro
         assert launch.read_config(path) == (reached_at, 9000, 8000, AppArgs().slots)
     for text in ("- 1", "http_options: {port: x}", "applications: [{args: {slots: many}}]"):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="is no Serve config"):
+        with pytest.raises(ValueError, match="is not a Serve config"):
             launch.read_config(path)
 
 
 @pytest.mark.parametrize("named_by", ["RAY_ADDRESS", "ray_current_cluster"])
-def test_a_head_that_is_gone_is_named_before_ray_waits_for_it(tmp_path: Path, monkeypatch, named_by: str) -> None:
+def test_a_missing_ray_head_is_an_error_at_once(tmp_path: Path, monkeypatch, named_by: str) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    launch.check_cluster()  # none is named
+    launch.check_cluster()  # no cluster is named
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
         if named_by == "RAY_ADDRESS":
@@ -92,22 +92,22 @@ def test_a_head_that_is_gone_is_named_before_ray_waits_for_it(tmp_path: Path, mo
         launch.check_cluster()
 
 
-def test_the_two_configs_differ_in_the_proxy_alone() -> None:
+def test_the_two_configs_differ_only_in_the_proxy() -> None:
     haproxy, python_proxy = map(load, CONFIGS)
     del haproxy["controller_options"], python_proxy["controller_options"]
     assert haproxy == python_proxy
+    assert haproxy["applications"][0]["deployments"][0]["num_replicas"] == 4
 
 
-def test_the_cluster_s_config_differs_where_a_cluster_does() -> None:
-    """Whatever one machine's config learns, the cluster's must too."""
+def test_the_cluster_config_shares_all_other_keys() -> None:
     single, cluster = load(CONFIGS[0]), load(CLUSTER)
     assert cluster.pop("proxy_location") == "EveryNode"
     assert cluster["http_options"].pop("host") == "0.0.0.0"
     assert single.pop("proxy_location") == "HeadOnly"
     del single["http_options"]["host"]
     del cluster["controller_options"]["runtime_env"]["env_vars"]["RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S"]
-    assert cluster["applications"][0]["args"].pop("api_keys")  # callers are elsewhere
-    assert cluster["applications"][0]["args"].pop("model")  # nodes may have the package in different places
+    assert cluster["applications"][0]["args"].pop("api_keys")  # callers are on other machines
+    assert cluster["applications"][0]["args"].pop("model")  # the package can be in different directories
     (one,), (many,) = (config["applications"][0]["deployments"] for config in (single, cluster))
     autoscaling = many.pop("autoscaling_config")
     assert autoscaling["min_replicas"] == one.pop("num_replicas")
@@ -116,10 +116,6 @@ def test_the_cluster_s_config_differs_where_a_cluster_does() -> None:
     assert many["ray_actor_options"].pop("num_cpus") == 1
     del one["ray_actor_options"]["num_cpus"]
     assert cluster == single
-
-
-def test_the_owner_s_four_replicas() -> None:
-    assert [load(path)["applications"][0]["deployments"][0]["num_replicas"] for path in CONFIGS] == [4, 4]
 
 
 def test_an_unknown_argument_of_the_application_is_refused() -> None:

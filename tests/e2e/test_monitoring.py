@@ -1,4 +1,4 @@
-"""Metrics, dashboard and alerts, on a real service under a mixed load, scraped by a real Prometheus."""
+"""Metrics, dashboard and alerts of a real service under a mixed load, with a real Prometheus."""
 
 import json
 import math
@@ -8,23 +8,24 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
 import pytest
 import yaml
-from helpers.service import with_own_ports
+from helpers.service import Service, running_service
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.bench.services import free_ports
+from tinylm.client import METADATA
 from tinylm.serving import metrics
 from tinylm.serving.ray.monitor import DISCOVERY_FILE
 from tinylm.v1 import tinylm_pb2 as pb
@@ -36,7 +37,6 @@ ALERTS = [
     rule for group in yaml.safe_load((DIRECTORY / "alerts.yml").read_text("utf-8"))["groups"] for rule in group["rules"]
 ]
 PAGE = Path("docs/operate.md").read_text(encoding="utf-8")
-METADATA = (("application", "tinylm"),)
 LIMIT_S = 60
 N_REPLICAS = 2
 REPORT_EVERY_S = 2
@@ -58,7 +58,7 @@ def wait_until(holds: Callable[[], bool], what: str) -> None:
 
 
 class Snapshot:
-    """TinyLM's metrics at one moment: labels and value of each series, by name without `ray_tinylm_`."""
+    """TinyLM's metrics at one moment: the labels and value of each series, by name without `ray_tinylm_`."""
 
     def __init__(self, endpoints: list[str]) -> None:
         self.series: dict[str, list[tuple[dict[str, str], float]]] = {}
@@ -73,7 +73,7 @@ class Snapshot:
         return sum(value for own, value in self.series.get(name, []) if labels.items() <= own.items())
 
     def by(self, name: str, label: str) -> dict[str, float]:
-        """The sum for each of the label's values, zeros left out."""
+        """Return the sum for each value of the label, without zeros."""
         sums: Counter[str] = Counter()
         for labels, value in self.series.get(name, []):
             sums[labels[label]] += value
@@ -82,24 +82,34 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Monitored:
-    """A service of two replicas with two slots each, and what watches it."""
+    """A service of two replicas with two slots each, and its Prometheus."""
 
-    address: str
-    discovery: Path
-    haproxy: str
-    prometheus: str | None
+    service: Service
+    haproxy_port: int
+    prometheus: str | None = None
 
-    def is_whole(self) -> bool:
-        """Whether HAProxy has both replicas and the fallback proxy: with another config it would count anew."""
-        return f'{{proxy="grpc-tinylm",state="UP"}} {N_REPLICAS + 1}\n' in get(self.haproxy)
+    def is_complete(self) -> bool:
+        """Return whether both replicas export metrics, and HAProxy has both and the fallback proxy.
+
+        HAProxy's counters begin again with each config.
+        """
+        try:
+            return len(self.snapshot().series.get("requests_total", [])) == N_REPLICAS and (
+                f'{{proxy="grpc-tinylm",state="UP"}} {N_REPLICAS + 1}\n' in self.haproxy()
+            )
+        except (OSError, ValueError):  # Ray lists an endpoint a moment before it listens there
+            return False
+
+    def haproxy(self) -> str:
+        return get(f"http://127.0.0.1:{self.haproxy_port}/metrics")
 
     def denied(self) -> int:
-        """Calls that HAProxy refused by itself, after a replica had been full."""
-        counts = re.findall(r'haproxy_backend_requests_denied_total\{proxy="grpc-tinylm"\} (\d+)', get(self.haproxy))
-        return int(counts[0])
+        """Return how many calls HAProxy itself has refused."""
+        (count,) = re.findall(r'haproxy_backend_requests_denied_total\{proxy="grpc-tinylm"\} (\d+)', self.haproxy())
+        return int(count)
 
     def snapshot(self) -> Snapshot:
-        (group,) = json.loads(self.discovery.read_text())
+        (group,) = json.loads((self.service.ray_tmpdir / "ray" / DISCOVERY_FILE).read_text())
         return Snapshot([f"http://{target}/metrics" for target in group["targets"]])
 
     def query(self, expression: str) -> list[dict]:
@@ -109,88 +119,65 @@ class Monitored:
         return answer["data"]["result"]
 
 
-def has_all_replicas(service: Monitored) -> bool:
-    """Return whether both replicas have exported their metrics."""
+@contextmanager
+def running_prometheus(service: Service, haproxy_port: int, directory: Path) -> Iterator[str]:
+    """Run `tinylm.serving.ray.monitor` with shorter intervals than the committed ones, and yield Prometheus's URL."""
+    configs = directory / "monitoring"
+    shutil.copytree(DIRECTORY, configs)
+    text = (configs / "prometheus.yml").read_text()
+    assert "127.0.0.1:9101" in text
+    text = text.replace("10s", f"{REPORT_EVERY_S}s").replace("127.0.0.1:9101", f"127.0.0.1:{haproxy_port}")
+    (configs / "prometheus.yml").write_text(text)
+    (port,) = free_ports(1)
+    command = ["-m", "tinylm.serving.ray.monitor", "--config", str(configs / "prometheus.yml")]
+    command += ["--data", str(directory / "data"), "--prometheus-port", str(port)]
+    environment = {**os.environ, "RAY_TMPDIR": str(service.ray_tmpdir), "PYTHONUNBUFFERED": "1"}
+    log = directory / "monitor"
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment)
     try:
-        return len(service.snapshot().series.get("requests_total", [])) == N_REPLICAS
-    except (OSError, ValueError):  # Ray lists an endpoint a moment before it listens there
-        return False
+        wait_until(lambda: "/alerts" in log.read_text() or process.poll() is not None, "Prometheus has started")
+        assert process.poll() is None, log.read_text()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")
 def monitored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     directory = tmp_path_factory.mktemp("monitored")
-    config, port, _ = with_own_ports(Path("configs/serve.yaml"), directory)
-    values = yaml.safe_load(config.read_text())
+    values = yaml.safe_load(Path("configs/serve.yaml").read_text())
     values["applications"][0]["args"] |= {"slots": 2, "max_waiting": 2}
     values["applications"][0]["deployments"][0]["num_replicas"] = N_REPLICAS
-    haproxy_port = values["controller_options"]["runtime_env"]["env_vars"]["RAY_SERVE_HAPROXY_METRICS_PORT"]
+    config = directory / "monitored.yaml"
     config.write_text(yaml.safe_dump(values))
-    with tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp", ignore_cleanup_errors=True) as ray_directory:
-        environment = {
-            **os.environ,
-            "RAY_TMPDIR": ray_directory,
-            "RAY_metrics_report_interval_ms": str(REPORT_EVERY_S * 1000),  # 10 s by default
-            "PYTHONUNBUFFERED": "1",
-        }
-        processes, logs = [], []
-
-        def start(name: str, ready: str, *command: str) -> None:
-            log = directory / name
-            logs.append(log)
-            with log.open("w") as out:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", *command], stdout=out, stderr=subprocess.STDOUT, env=environment
-                )
-            processes.append(process)
-            while ready not in (text := log.read_text()):
-                assert process.poll() is None, f"{name} ended:\n{text}"
-                time.sleep(0.2)
-
-        try:
-            start("service", "TinyLM is ready", "tinylm.cli", "serve", "--config", str(config))
-            prometheus = None
-            if shutil.which("prometheus"):
-                faster = directory / "monitoring"
-                shutil.copytree(DIRECTORY, faster)
-                text = (faster / "prometheus.yml").read_text()
-                assert "127.0.0.1:9101" in text
-                text = text.replace("10s", f"{REPORT_EVERY_S}s").replace("127.0.0.1:9101", f"127.0.0.1:{haproxy_port}")
-                (faster / "prometheus.yml").write_text(text)
-                (own_port,) = free_ports(1)
-                prometheus = f"http://127.0.0.1:{own_port}"
-                options = ["--config", str(faster / "prometheus.yml"), "--data", str(directory / "data")]
-                start("monitor", "/alerts", "tinylm.serving.ray.monitor", *options, "--prometheus-port", str(own_port))
-            haproxy = f"http://127.0.0.1:{haproxy_port}/metrics"
-            service = Monitored(f"localhost:{port}", Path(ray_directory) / "ray" / DISCOVERY_FILE, haproxy, prometheus)
-            wait_until(lambda: has_all_replicas(service), "two replicas")
-            wait_until(service.is_whole, "HAProxy's config of both")
-            if prometheus:  # of what was there at its first look, `rate` says nothing
-
-                def scraped() -> bool:
-                    return len(service.query("ray_tinylm_requests_total")) == N_REPLICAS
-
-                wait_until(scraped, "two replicas scraped before the load")
-            yield service
-        finally:
-            for process in reversed(processes):
-                process.send_signal(signal.SIGINT)
-                process.wait(60)
+    interval = {"RAY_metrics_report_interval_ms": str(REPORT_EVERY_S * 1000)}  # 10 s by default
+    with running_service(config, directory, **interval) as service, ExitStack() as stack:
+        variables = yaml.safe_load(service.config.read_text())["controller_options"]["runtime_env"]["env_vars"]
+        monitored = Monitored(service, int(variables["RAY_SERVE_HAPROXY_METRICS_PORT"]))
+        if shutil.which("prometheus"):
+            url = stack.enter_context(running_prometheus(service, monitored.haproxy_port, directory))
+            monitored = replace(monitored, prometheus=url)
+        wait_until(monitored.is_complete, "two replicas")
+        if monitored.prometheus:  # `rate` ignores what a series has at Prometheus's first look
+            wait_until(lambda: len(monitored.query("ray_tinylm_requests_total")) == N_REPLICAS, "two replicas scraped")
+        yield monitored
 
 
 @dataclass
 class Load:
-    """What clients saw of a mixed load."""
+    """What the clients of a mixed load saw."""
 
     sent: int
-    denied: int  # of these, by HAProxy: the others reached a replica
-    endings: Counter[str]  # finish reasons, status names
+    denied: int  # refused by HAProxy: all others reached a replica
+    endings: Counter[str]  # finish reasons and names of statuses
     tokens: Counter[str]  # of answers, by finish reason
     prompt_tokens: Counter[str]
 
 
 def ask(stub: TinyLMStub, request: pb.GenerateRequest, stream: bool) -> tuple[str, str, int, int]:
-    """Finish reason, status, tokens and prompt tokens, whichever of them the client hears of."""
+    """Return finish reason, status, tokens and prompt tokens, as far as the client learns them."""
     try:
         if stream:
             answer = list(stub.GenerateStream(request, metadata=METADATA))[-1]
@@ -205,7 +192,7 @@ def ask(stub: TinyLMStub, request: pb.GenerateRequest, stream: bool) -> tuple[st
 
 @pytest.fixture(scope="module")
 def load(monitored: Monitored) -> Load:
-    """Twelve callers on two replicas that hold four requests each: answers, refusals, timeouts, nonsense."""
+    """Twelve callers of two replicas, which hold four requests each: answers, refusals, timeouts, invalid requests."""
     requests = [
         {"max_tokens": 100},
         {"max_tokens": 40, "stop": ["."], "seed": 1, "temperature": 0.0},
@@ -218,11 +205,11 @@ def load(monitored: Monitored) -> Load:
         request = pb.GenerateRequest(prompt="Once upon a time", **requests[number % len(requests)])
         return ask(stubs[number % len(stubs)], request, stream=number % 2 == 0)
 
-    channels = [grpc.insecure_channel(monitored.address) for _ in range(12)]
+    channels = [grpc.insecure_channel(monitored.service.address) for _ in range(12)]
     stubs = [TinyLMStub(channel) for channel in channels]
     with ThreadPoolExecutor(len(channels)) as pool:
         seen = list(pool.map(call, range(300)))
-    stubs[0].Tokenize(pb.TokenizeRequest(text="Once"), metadata=METADATA)  # no request in the sense of the metrics
+    stubs[0].Tokenize(pb.TokenizeRequest(text="Once"), metadata=METADATA)  # the metrics do not count this call
     stubs[0].GetModelInfo(pb.GetModelInfoRequest(), metadata=METADATA)
     for channel in channels:
         channel.close()
@@ -243,7 +230,7 @@ def counted(monitored: Monitored, load: Load) -> Snapshot:
     return monitored.snapshot()
 
 
-def test_every_metric_that_is_named_is_exported_and_no_other(counted: Snapshot) -> None:
+def test_exactly_the_defined_metrics_are_exported(counted: Snapshot) -> None:
     names = set()
     for metric in metrics.METRICS:
         parts = ["_bucket", "_sum", "_count"] if metric.kind == "histogram" else [""]
@@ -251,8 +238,8 @@ def test_every_metric_that_is_named_is_exported_and_no_other(counted: Snapshot) 
     assert {f"ray_tinylm_{name}" for name in counted.series} == names
 
 
-def test_series_are_there_before_anything_is_counted(counted: Snapshot) -> None:
-    """Otherwise `rate` would never see the first refusals, nor an alert: nothing in the load is UNAVAILABLE."""
+def test_series_exist_before_their_first_count(counted: Snapshot) -> None:
+    """Otherwise `rate`, and an alert, would miss the first error. The load has no UNAVAILABLE."""
     for metric in metrics.METRICS:
         if metric.kind == "counter" and metric.label:
             series = counted.series[metric.exported.removeprefix("ray_tinylm_")]
@@ -260,7 +247,7 @@ def test_series_are_there_before_anything_is_counted(counted: Snapshot) -> None:
     assert counted.total("requests_refused_total", code="UNAVAILABLE") == 0
 
 
-def test_requests_are_the_sum_of_how_they_ended(counted: Snapshot, load: Load) -> None:
+def test_requests_are_counted_by_their_ending(counted: Snapshot, load: Load) -> None:
     assert counted.total("requests_total") == load.sent - load.denied
     refused = Counter({name: n for name, n in load.endings.items() if name.isupper()})
     assert load.denied > 0
@@ -270,22 +257,22 @@ def test_requests_are_the_sum_of_how_they_ended(counted: Snapshot, load: Load) -
     assert counted.total("requests_cancelled_total") == 0
 
 
-def test_tokens_are_the_usage_of_the_answers(counted: Snapshot, load: Load) -> None:
+def test_tokens_equal_the_usage_of_the_answers(counted: Snapshot, load: Load) -> None:
     assert counted.by("generation_tokens_total", "finished_reason") == {k: n for k, n in load.tokens.items() if n}
     read = counted.by("prompt_tokens_total", "finished_reason")
     assert {reason: read[reason] for reason in ("length", "stop")} == {
         reason: load.prompt_tokens[reason] for reason in ("length", "stop")
     }
-    assert read["timeout"] >= load.prompt_tokens["timeout"]  # a unary call does not hear of its prompt
+    assert read["timeout"] >= load.prompt_tokens["timeout"]  # a unary call that times out has no usage
 
 
-def test_histograms_hold_one_value_for_each_request_or_token(counted: Snapshot, load: Load) -> None:
+def test_histograms_have_one_value_per_request_or_token(counted: Snapshot, load: Load) -> None:
     n_answers = sum(n for name, n in load.endings.items() if name.islower())
     assert counted.total("e2e_request_latency_seconds_count") == n_answers
     assert counted.total("request_queue_time_seconds_count") == n_answers
     n_first = counted.total("time_to_first_token_seconds_count")
     assert load.endings["length"] + load.endings["stop"] <= n_first <= n_answers
-    # The engine may have drawn more than a stop string let out, up to the 40 that were asked for.
+    # The engine can generate tokens after a stop string, up to the limit of 40.
     drawn = counted.total("inter_token_latency_seconds_count") + n_first
     assert 0 <= drawn - sum(load.tokens.values()) <= 40 * load.endings["stop"] - load.tokens["stop"]
     for metric in metrics.METRICS:
@@ -297,8 +284,8 @@ def test_histograms_hold_one_value_for_each_request_or_token(counted: Snapshot, 
         assert [value for _, value in counted.series[gauge]] == [0] * N_REPLICAS
 
 
-def test_cancelled_requests_and_their_tokens_have_a_place_of_their_own(monitored: Monitored, counted: Snapshot) -> None:
-    with grpc.insecure_channel(monitored.address) as channel:
+def test_cancelled_requests_are_counted_with_their_tokens(monitored: Monitored, counted: Snapshot) -> None:
+    with grpc.insecure_channel(monitored.service.address) as channel:
         stub = TinyLMStub(channel)
         for _ in range(N_CANCELLED):
             stream = stub.GenerateStream(pb.GenerateRequest(prompt="Once", max_tokens=250), metadata=METADATA)
@@ -321,16 +308,13 @@ def test_cancelled_requests_and_their_tokens_have_a_place_of_their_own(monitored
     assert n_cancelled <= now.total("generation_tokens_total", finished_reason="cancelled") < 250 * n_cancelled
 
 
-def panels() -> list[dict]:
-    return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
-
-
 def queries() -> list[tuple[str, str]]:
-    return [(panel["title"], target["expr"]) for panel in panels() for target in panel["targets"]]
+    """Return the title and the query of each panel's targets."""
+    return [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
 
 
 @needs_prometheus
-def test_every_query_of_the_dashboard_has_an_answer(monitored: Monitored, load: Load) -> None:
+def test_every_query_of_the_dashboard_has_a_result(monitored: Monitored, load: Load) -> None:
     assert len(queries()) > 30
     pending = dict.fromkeys((title, query.replace("$__rate_interval", "5m")) for title, query in queries())
 
@@ -348,7 +332,7 @@ def test_every_query_of_the_dashboard_has_an_answer(monitored: Monitored, load: 
 
 
 @needs_prometheus
-def test_prometheus_agrees_with_the_endpoints_and_reaches_all_of_them(monitored: Monitored, load: Load) -> None:
+def test_prometheus_reaches_all_endpoints(monitored: Monitored, load: Load) -> None:
     (result,) = monitored.query("sum(ray_tinylm_requests_total)")
     assert float(result["value"][1]) >= load.sent - load.denied
     targets = json.loads(get(f"{monitored.prometheus}/api/v1/targets"))["data"]["activeTargets"]
@@ -357,7 +341,7 @@ def test_prometheus_agrees_with_the_endpoints_and_reaches_all_of_them(monitored:
 
 
 @needs_prometheus
-def test_prometheus_evaluates_every_alert_and_the_service_is_not_called_down(monitored: Monitored) -> None:
+def test_prometheus_evaluates_every_alert(monitored: Monitored) -> None:
     def rules() -> dict[str, dict]:
         groups = json.loads(get(f"{monitored.prometheus}/api/v1/rules"))["data"]["groups"]
         return {rule["name"]: rule for group in groups for rule in group["rules"]}
@@ -368,11 +352,11 @@ def test_prometheus_evaluates_every_alert_and_the_service_is_not_called_down(mon
         assert rules()[name]["state"] == "inactive"
     for alert in ALERTS:
         for name in re.findall(r"(?:ray|haproxy)_\w+", alert["expr"]):
-            assert monitored.query(name), f"{alert['alert']} is about {name}, which nobody exports"
+            assert monitored.query(name), f"{alert['alert']} uses {name}, which is not exported"
 
 
 @needs_promtool
-def test_the_rules_fire_when_they_should() -> None:
+def test_the_alerts_pass_promtool_s_tests() -> None:
     for command in ("check rules alerts.yml", "check config prometheus.yml", "test rules alerts_test.yml"):
         result = subprocess.run(["promtool", *command.split()], cwd=DIRECTORY, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -381,36 +365,14 @@ def test_the_rules_fire_when_they_should() -> None:
     assert expected == {alert["alert"] for alert in ALERTS}
 
 
-def test_dashboard_panels_fit_and_stand_in_their_rows() -> None:
-    ids = [panel["id"] for panel in DASHBOARD["panels"]]
-    assert len(ids) == len(set(ids))
-    rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert rows == ["Traffic", "Latency", "Engine", "KV cache", "Errors", "Replicas"]
-    taken: set[tuple[int, int]] = set()
-    for panel in DASHBOARD["panels"]:
-        at = panel["gridPos"]
-        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert max(x for x, _ in cells) < 24
-        assert not cells & taken, panel["title"]
-        taken |= cells
-
-
-def test_every_metric_is_on_the_dashboard() -> None:
-    text = " ".join(query for _, query in queries())
-    assert [metric.exported for metric in metrics.METRICS if metric.exported not in text] == []
-
-
 def test_every_alert_has_a_section_in_the_docs() -> None:
     sections = re.findall(r"^### (TinyLM\w+)$", PAGE, re.MULTILINE)
     assert sections == [alert["alert"] for alert in ALERTS]
     for alert in ALERTS:
         assert alert["annotations"]["runbook"] == f"docs/operate.md#{alert['alert'].lower()}"
-    for section in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]:
-        if section.startswith("TinyLM"):
-            assert [part for part in ("**Means**", "**Look at**", "**Do**") if part not in section] == []
 
 
-def test_a_missing_prometheus_is_said_with_how_to_install_it() -> None:
+def test_a_missing_prometheus_is_an_error_that_helps() -> None:
     command = [sys.executable, "-m", "tinylm.serving.ray.monitor"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": "/nonexistent"})
     assert result.returncode == 1

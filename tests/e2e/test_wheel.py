@@ -1,4 +1,4 @@
-"""The built wheel, unpacked into an empty directory and used from another one, with only the libraries it names."""
+"""The built wheel, unpacked into a directory and used from another one, with only the libraries that it names."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ TYPER = (  # typer and what it needs
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout, built in a copy of it."""
+    """The wheel, built in a copy of this checkout."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -49,7 +49,7 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(unpacked: Path, libraries: list[str], code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python code that sees the standard library, the unpacked wheel, and these libraries alone."""
+    """Run Python code with only the standard library, the unpacked wheel and these libraries."""
     site = cwd / "libraries"
     site.mkdir(exist_ok=True)
     for name in libraries:
@@ -79,14 +79,14 @@ def test_wheel_contains_model_configs_licences_and_types(unpacked: Path) -> None
     assert {path.name for path in (information / "licenses").rglob("*") if path.is_file()} >= {"LICENSE"}
 
 
-def test_client_needs_grpcio_and_protobuf_alone(unpacked: Path, tmp_path: Path) -> None:
+def test_client_needs_only_grpcio_and_protobuf(unpacked: Path, tmp_path: Path) -> None:
     code = "import tinylm.client, sys\nprint([name for name in ('numpy', 'numba', 'ray') if name in sys.modules])"
     result = run(unpacked, list(CLIENT), code, tmp_path)
     assert result.stdout == "[]\n", result.stderr
 
 
 def test_generate_from_a_server_needs_no_engine(unpacked: Path, tmp_path: Path) -> None:
-    """Nothing listens on the port: the command gets as far as asking, and says so in one line."""
+    """Nothing listens on the port, so the command ends with an error of one line."""
     code = "sys.argv = ['tinylm', 'generate', 'Once', '--server', 'localhost:1']\nimport tinylm.cli\ntinylm.cli.app()"
     result = run(unpacked, [*CLIENT, *TYPER], code, tmp_path)
     assert result.returncode == 1
@@ -101,7 +101,7 @@ def test_serve_without_ray_names_the_extra(unpacked: Path, tmp_path: Path) -> No
 
 
 def test_packaged_model_is_used_from_any_directory(unpacked: Path, tmp_path: Path, stories) -> None:
-    """With all libraries of this environment, but TinyLM from the wheel."""
+    """With all libraries of this environment, and TinyLM from the wheel."""
     code = (
         "import json, sys\nsys.path.insert(0, sys.argv[1])\nimport tinylm\n"
         "text = tinylm.LLM(kernels='numpy').generate('Once upon a time', tinylm.SamplingParams(4, 0))[0].text\n"
@@ -119,7 +119,7 @@ def test_packaged_model_is_used_from_any_directory(unpacked: Path, tmp_path: Pat
 
 @pytest.mark.walkthrough
 def test_fresh_environment_generates_writes_and_serves(wheel: Path, tmp_path: Path) -> None:
-    """With all packages from the index, in an empty directory. It needs the default ports."""
+    """With all packages from the package index, in an empty directory. The default ports must be free."""
     venv.create(tmp_path / "venv", with_pip=True)
     python, tinylm = (str(tmp_path / "venv" / "bin" / name) for name in ("python", "tinylm"))
     empty = tmp_path / "empty"

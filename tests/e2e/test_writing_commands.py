@@ -1,8 +1,7 @@
-"""Every command that writes, in a directory full of other people's files, changes none of them.
+"""No command that writes changes a file that is not its own.
 
-Each command first writes into an empty directory. That shows which paths it uses. Then each of these paths is taken by
-something else in turn: a file, a directory, a link, a FIFO, a device. Afterwards all of it must be as it was, whether
-the command did its work or refused it.
+Each command first writes into an empty directory, which shows its paths. Then each path in turn is occupied by a file,
+a directory, a link, a FIFO or a device. Afterwards these must be unchanged, whether the command succeeded or refused.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from train.tokenizer import train_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 MINE = "a file of the user\n"
 NULL_DEVICE = os.makedev(1, 3)
-# Names that are, or look like, temporaries of this and of earlier releases.
+# Names of temporary files of this and earlier releases, and similar names.
 DECOYS = (
     ".tinylm-0123456789abcdef",
     "text.old",
@@ -57,18 +56,18 @@ DECOYS = (
 
 @dataclass(frozen=True)
 class Command:
-    """One command that writes: `act` does its writing, with small inputs, in a directory."""
+    """A command that writes. `act` writes into a directory, with small inputs."""
 
     act: Callable[[Path], Any]
-    named: tuple[str, ...] = ()  # paths that its user names: a regular file there gets new content
-    inputs: Callable[[Path], Any] = lambda directory: None  # makes what it reads
-    once: bool = False  # it refuses to write there again
-    replaces_directory: bool = False  # as a whole
+    named: tuple[str, ...] = ()  # paths that the user names: a regular file there gets new content
+    inputs: Callable[[Path], Any] = lambda directory: None  # makes the input
+    once: bool = False  # it refuses a second run
+    replaces_directory: bool = False  # it replaces a whole directory
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    """A result of the load test, without histograms, since drawing them takes long."""
+    """A result of the load test, without histograms, which take long to draw."""
     found = result_file.read(ROOT / "docs" / "results" / "overhead.json")
     return {**found, "runs": [{**found["runs"][0], "histograms": {}}]}
 
@@ -104,14 +103,14 @@ def encode_here(config: TrainConfig) -> None:
 
 
 def record_run(config: TrainConfig) -> None:
-    """Leave the record of a run of one step."""
+    """Write the record of a run of one step."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     with recorded(config, 1) as log:
         log({"step": 1, "steps": 1, "tokens": 1, "loss": 1.0})
 
 
 def exporting(form: str, model: Path) -> Command:
-    """An export to another program's format, without the conversion."""
+    """Return the command that exports to another format, without the conversion."""
 
     def export(directory: Path) -> None:
         with exported_directory(form, model, directory / "e") as new:
@@ -135,7 +134,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 def stage(stage: Callable[[TrainConfig], Any], prepared: TrainConfig, *inputs: str) -> Command:
-    """A training stage in a work directory that holds `inputs`, which earlier stages made."""
+    """Return the command of a training stage. Its work directory has `inputs` of earlier stages."""
 
     def give(workdir: Path) -> None:
         for name in inputs:
@@ -225,12 +224,12 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 
 def elsewhere(path: Path) -> Path:
-    """The directory of things that links in the output directory lead to."""
+    """Return the directory of the targets of links."""
     return next(parent for parent in path.parents if (parent / "elsewhere").is_dir()) / "elsewhere"
 
 
 def snapshot(root: Path) -> dict[str, tuple[int, int, object]]:
-    """Path -> mode with type, device number, and content or link target, of everything below; no link is followed."""
+    """Return mode, device number and content (or link target) of every path below `root`, without following links."""
     found = {}
     for directory, names, files in os.walk(root):
         for name in (*names, *files):
@@ -247,7 +246,7 @@ def snapshot(root: Path) -> dict[str, tuple[int, int, object]]:
 
 @contextmanager
 def readers(root: Path) -> Iterator[None]:
-    """Keep every FIFO below open for reading, so that who opens it for writing need not wait."""
+    """Keep every FIFO below `root` open for reading, so that opening it for writing does not block."""
     fifos = [path for path in root.rglob("*") if path.is_fifo()]
     opened = [os.open(path, os.O_RDONLY | os.O_NONBLOCK) for path in fifos]
     yield
@@ -256,10 +255,10 @@ def readers(root: Path) -> Iterator[None]:
 
 
 def run_beside(root: Path, command: Command, taken: str | None, kind: str, has_run: bool = False) -> set[str]:
-    """Run the command where the path `taken` is in use, and compare everything that is not its own.
+    """Run the command where the path `taken` is occupied, and check all files that are not its own.
 
-    has_run: the command has run once before, so that what is in the way lies between its own files.
-    Returns the paths that it made, below the output directory.
+    has_run: the command has run once before, so that its own files are there.
+    Return the paths that it made in the output directory.
     """
     out = root / "out"
     (root / "elsewhere" / "directory").mkdir(parents=True)
@@ -282,21 +281,21 @@ def run_beside(root: Path, command: Command, taken: str | None, kind: str, has_r
         try:
             command.act(out)
         except (OSError, ValueError):
-            if taken is None:  # with nothing in its way a command must work
+            if taken is None:  # without an obstacle, a command must succeed
                 raise
     after = snapshot(root)
-    assert not [path for path in set(after) - foreign if ".tinylm-" in path], "a temporary is left"
+    assert not [path for path in set(after) - foreign if ".tinylm-" in path], "a temporary file is left"
     written = {f"out/{taken}", "elsewhere/file"} if taken in command.named else set()
     for path in set(before) - own:
-        assert path in after, f"{path} is gone"
+        assert path in after, f"{path} was removed"
         mode, device, content = before[path]
-        assert after[path][:2] == (mode, device), f"{path} has another kind or mode"
+        assert after[path][:2] == (mode, device), f"{path} has another type or mode"
         assert after[path][2] == content or (path in written and stat.S_ISREG(mode)), f"{path} has other content"
     return {path.removeprefix("out/") for path in set(after) - foreign if path.startswith("out/")}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_command_changes_no_file_that_is_not_its_own(commands: dict[str, Command], tmp_path: Path, name: str) -> None:
+def test_a_command_changes_only_its_own_files(commands: dict[str, Command], tmp_path: Path, name: str) -> None:
     command, kinds = commands[name], [kind for kind in KINDS if kind != "a device" or os.getuid() == 0]
     made = run_beside(tmp_path / "free", command, None, "")
     assert made

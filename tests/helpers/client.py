@@ -1,4 +1,4 @@
-"""A small gRPC server that does what a test tells it, and a TCP forwarder that can lose all data."""
+"""A real gRPC server that answers as a test tells it, and a connection to it that can lose all data."""
 
 import asyncio
 import threading
@@ -26,24 +26,30 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 @dataclass(frozen=True)
 class Act:
-    """What one attempt gets: messages, then a status; or nothing until the client leaves."""
+    """The answer to one attempt: messages, then a status; or silence until the client leaves."""
 
     n_messages: int = len(ANSWER)
     status: grpc.StatusCode = grpc.StatusCode.OK
-    empty_first: bool = False  # Serve's Python proxy sends an empty message before the status of a refused stream
-    only_logprobs: bool = False  # tokens whose text is held back
+    empty_first: bool = False  # Serve's Python proxy sends a refused stream so
+    only_logprobs: bool = False  # a message with tokens but without text
     silent: bool = False
     details: str = "as told"  # of the status; a good answer has it as first text, as the model's name and as token
 
 
 @dataclass
 class Scripted(TinyLMServicer):
-    """Each attempt gets the next act. When no act is left, it gets the last one again."""
+    """Answers each attempt with the next act, and repeats the last one.
+
+    A stream with the prompt "endless" continues until it is cancelled or `released`.
+    """
 
     acts: list[Act] = field(default_factory=lambda: [Act()])
-    timeouts_s: list[float] = field(default_factory=list)  # of each attempt
+    timeouts_s: list[float] = field(default_factory=list)  # the time limit of each attempt
+    metadata: dict[str, str] = field(default_factory=dict)  # of the last attempt
+    released: threading.Event = field(default_factory=threading.Event)
     cancelled: int = 0
-    open_streams: int = 0
+    open_streams: int = 0  # endless streams now
+    most_streams: int = 0  # at the same time
 
     async def _begin_whole(self, context: grpc.aio.ServicerContext) -> Act:
         act = await self._begin(context)
@@ -53,6 +59,7 @@ class Scripted(TinyLMServicer):
 
     async def _begin(self, context: grpc.aio.ServicerContext) -> Act:
         self.timeouts_s.append(context.time_remaining())
+        self.metadata = dict(context.invocation_metadata())
         act = self.acts[min(len(self.timeouts_s), len(self.acts)) - 1]
         if act.silent:
             try:
@@ -98,8 +105,9 @@ class Scripted(TinyLMServicer):
 
     async def _endless(self) -> AsyncIterator[pb.GenerateStreamResponse]:
         self.open_streams += 1
+        self.most_streams = max(self.most_streams, self.open_streams)
         try:
-            while True:
+            while not self.released.is_set():
                 yield pb.GenerateStreamResponse(text=".")
                 await asyncio.sleep(0.02)
         except asyncio.CancelledError:
@@ -110,7 +118,7 @@ class Scripted(TinyLMServicer):
 
 
 class Loop:
-    """An event loop in another thread, for servers that plain code calls."""
+    """An event loop in a thread, for servers of synchronous tests."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -146,7 +154,7 @@ def scripted_server() -> Iterator[tuple[Scripted, int]]:
 
 
 class Forwarder:
-    """Forwards TCP to a port of this machine. While `blocked`, it reads data and passes nothing on, either way."""
+    """Forwards TCP to a port of this machine. While `blocked`, it accepts all data and forwards none."""
 
     def __init__(self, port: int) -> None:
         self.blocked = False
@@ -164,7 +172,7 @@ class Forwarder:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        lost = self.blocked  # a connection that begins while blocked stays without data
+        lost = self.blocked  # a connection that begins blocked stays blocked
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
         for source, sink in ((reader, far_writer), (far_reader, writer)):
             task = asyncio.create_task(self._pump(source, sink, lost))
@@ -180,7 +188,7 @@ class Forwarder:
 
 @contextmanager
 def forwarder(port: int) -> Iterator[tuple[Forwarder, int]]:
-    """Yield the forwarder and its own port."""
+    """Yield the forwarder and its port."""
     loop, forward = Loop(), Forwarder(port)
     own_port = loop.run(forward.start())
     try:

@@ -1,6 +1,6 @@
-"""What callers can do to a service: fill its queue, cancel by the hundred, set times too short, send nonsense.
+"""Stress a service as callers can: fill its queue, cancel many calls, set short deadlines, send invalid requests.
 
-Each returns how often it saw which gRPC status.
+Each function returns how often it saw each gRPC status.
 """
 
 import itertools
@@ -16,14 +16,14 @@ from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
 LIMIT_S = 60.0
-STREAMS = 90  # a connection takes 100 at once
+STREAMS = 90  # a connection allows 100 at the same time
 METHODS = ("Generate", "GenerateStream", "Tokenize", "GetModelInfo")
-OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))  # each channel a connection
+OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))  # each channel has its own connection
 
 
-def fill_queue(address: str, calls: int) -> Counter[str]:
-    """So many long answers asked for at once."""
-    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=250, temperature=0)
+def fill_queue(address: str, calls: int, max_tokens: int = 250) -> Counter[str]:
+    """Ask for `calls` long answers at once."""
+    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=max_tokens, temperature=0)
     channels = [grpc.insecure_channel(address, options=OPTIONS) for _ in range(-(-calls // STREAMS))]
     stubs = itertools.cycle([TinyLMStub(channel) for channel in channels])
     futures = [next(stubs).Generate.future(request, metadata=METADATA, timeout=LIMIT_S) for _ in range(calls)]
@@ -34,8 +34,8 @@ def fill_queue(address: str, calls: int) -> Counter[str]:
 
 
 def cancel(address: str, calls: int) -> Counter[str]:
-    """So many streams that their callers leave: before the first message, at it, or after some."""
-    # A song without an end: a story may be told before its caller would have left.
+    """Cancel `calls` streams: before the first message, at it, or after some."""
+    # The model does not end this text early. A story could end before its caller leaves.
     request = pb.GenerateRequest(prompt="la la la la la la la la", max_tokens=230, temperature=0)
     statuses: Counter[str] = Counter()
     numbers = iter(range(calls))
@@ -68,7 +68,7 @@ def cancel(address: str, calls: int) -> Counter[str]:
 
 
 def short_deadlines(address: str, calls: int) -> Counter[str]:
-    """Answers that take longer than their callers wait, some by the request's own limit, some by gRPC's."""
+    """Ask for answers that take longer than their time limit, which is the request's or gRPC's."""
     statuses: Counter[str] = Counter()
     with grpc.insecure_channel(address, options=OPTIONS) as channel:
         stub = TinyLMStub(channel)
@@ -86,13 +86,13 @@ def short_deadlines(address: str, calls: int) -> Counter[str]:
 
 
 def fuzz(address: str, rounds: int = 1) -> Counter[str]:
-    """Each of `requests` to each method; also counts "METHOD what: STATUS" where the service broke."""
+    """Send each of `requests` to each method. An error of the service also counts as "METHOD what: STATUS"."""
     statuses: Counter[str] = Counter()
     with grpc.insecure_channel(address, options=(*OPTIONS, ("grpc.max_send_message_length", -1))) as channel:
         for _ in range(rounds):
             for what, data in requests():
                 for method in METHODS:
-                    if method == "GetModelInfo" and len(data) < 100:  # it has no fields: any message is one
+                    if method == "GetModelInfo" and len(data) < 100:  # it has no fields, so every message is valid
                         continue
                     status = _send(channel, method, data)
                     statuses[status] += 1
@@ -102,7 +102,7 @@ def fuzz(address: str, rounds: int = 1) -> Counter[str]:
 
 
 def requests() -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of a request for text: damaged, extreme, or merely odd."""
+    """Yield name and bytes of requests for text: damaged, extreme, or unusual."""
     numbers = {
         "NaN": float("nan"), "infinity": float("inf"), "-infinity": float("-inf"), "-1": -1.0, "1e308": 1e308,
         "5e-324": 5e-324, "-0": -0.0,
@@ -131,7 +131,7 @@ def requests() -> Iterator[tuple[str, bytes]]:
     yield "an empty stop string", message({"prompt": "Once", "stop": [""]})
     yield "5,000 stop strings", message({"prompt": "Once", "stop": [f"stop {i}" for i in range(5000)]})
     yield "a stop string of 1 MB", message({"prompt": "Once", "stop": ["s" * 1_000_000]})
-    yield "a prompt that isn't UTF-8", b"\x0a\x04\xff\xfe\xfd\xfc"
+    yield "a prompt that is not UTF-8", b"\x0a\x04\xff\xfe\xfd\xfc"
     yield "half a character", b"\x0a\x01\xc3"
     yield "a lone surrogate", b"\x0a\x03\xed\xa0\x80"
     yield "a message cut short", b"\x0a\x7fOnce"
@@ -157,7 +157,7 @@ def _send(channel: grpc.Channel, method: str, data: bytes) -> str:
 
 
 def settled(true: Callable[[], bool], limit_s: float) -> bool:
-    """Whether it becomes true within the limit."""
+    """Return whether `true` returns True within the limit."""
     deadline = time.monotonic() + limit_s
     while not (done := true()) and time.monotonic() < deadline:
         time.sleep(0.1)

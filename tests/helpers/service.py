@@ -1,4 +1,4 @@
-"""A service of the tests' own: a committed config on free ports, started as a user does, and what Serve says of it."""
+"""Start a service as a user does, with a committed config on free ports, and ask Serve about its state."""
 
 import json
 import os
@@ -29,13 +29,14 @@ _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True)
 class Service:
-    """A running service. Its processes are those of `mark`."""
+    """A running service. `mark` finds its processes."""
 
     config: Path
     grpc_port: int
     http_port: int
     mark: Mark
     log_file: Path
+    ray_tmpdir: Path
 
     @property
     def address(self) -> str:
@@ -47,22 +48,22 @@ class Service:
 
     @property
     def dashboard(self) -> str:
-        """Where the dashboard is, after a restart the new one."""
+        """Return the dashboard's URL. After a restart, it is the new one."""
         return re.findall(r"dashboard:\s+(http://[^/\s]+)", self.log)[-1]
 
     def replicas(self) -> dict[str, int]:
-        """Name -> process of the replicas that Serve says are running; empty while it says nothing."""
+        """Return name and process of each replica that Serve calls running, or nothing if Serve does not answer."""
         return {replica["replica_id"]: replica["pid"] for replica in self._deployment().get("replicas", [])
                 if replica["state"] == "RUNNING"}  # fmt: skip
 
     def is_healthy(self, without: Collection[int] = ()) -> bool:
-        """All replicas run, each of them answers, and the proxy too; none of them is a process of `without`."""
+        """Return whether all replicas run and answer through the proxy, and no process of `without` is left."""
         replicas = self.replicas()
         if len(replicas) != REPLICAS or set(replicas.values()) & set(without):
             return False
         if set(self.mark.processes()) & set(without):
             return False
-        at_once = 10 * REPLICAS  # one after the other, all would go to a replica that has nothing else to do
+        at_once = 10 * REPLICAS  # single calls could all go to the same idle replica
         with Client(self.address, timeout_s=1, retries=0) as client, ThreadPoolExecutor(at_once) as pool:
             try:
                 seen = {info.replica for info in pool.map(lambda _: client.info(), range(at_once))}
@@ -73,10 +74,10 @@ class Service:
     def wait_until_healthy(
         self, limit_s: float, without: Collection[int] = (), successors: Callable[[], Collection[int]] | None = None
     ) -> float:
-        """Seconds that it took; AssertionError after the limit.
+        """Return the seconds that it took. Raise AssertionError after the limit.
 
-        successors: processes in the place of those that it must be healthy `without`. What they leave behind, such as
-        the HAProxy of a manager that died, may answer for a moment more.
+        successors: returns the processes that must replace those of `without`. Processes that the old ones started,
+        such as the HAProxy of a manager that was killed, can still answer for a moment.
         """
         began_at = time.perf_counter()
         while not ((successors is None or set(successors()) - set(without)) and self.is_healthy(without)):
@@ -85,13 +86,17 @@ class Service:
             time.sleep(0.1)
         return time.perf_counter() - began_at
 
-    def call_lines(self) -> list[dict]:
-        """What the replicas that run now have written down of their calls, as `request_id`, `method`, `status`, ..."""
+    def log_lines(self) -> list[dict]:
+        """Return the log of the replicas that run now."""
         lines = []
         for pid in self.replicas().values():
             for path in {file.path for file in psutil.Process(pid).open_files() if "/replica_tinylm" in file.path}:
                 lines += [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        return [line for line in lines if "status" in line and "total_ms" in line]
+        return lines
+
+    def call_lines(self) -> list[dict]:
+        """Return the log lines of calls, with `request_id`, `method`, `status` and more."""
+        return [line for line in self.log_lines() if "status" in line and "total_ms" in line]
 
     @property
     def url(self) -> str:
@@ -112,23 +117,22 @@ class Service:
 
 
 @contextmanager
-def running_service(config: Path, directory: Path) -> Iterator[Service]:
-    """The config, served from the start of `with` to its end; its log is in the directory."""
+def running_service(config: Path, directory: Path, **environment: str) -> Iterator[Service]:
+    """Serve the config during the `with` block, and write the log to the directory."""
     config, grpc_port, http_port = with_own_ports(config, directory)
-    service = Service(config, grpc_port, http_port, Mark(), directory / "log")
     with (
         tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp", ignore_cleanup_errors=True) as ray_directory,
-        service.log_file.open("w") as out,
+        (directory / "log").open("w") as out,
     ):
+        service = Service(config, grpc_port, http_port, Mark(), directory / "log", Path(ray_directory))
         command = [sys.executable, "-m", "tinylm.cli", "serve", "--config", str(config), "--wait-s", str(START_LIMIT_S)]
-        environment = {
-            **os.environ,
-            **service.mark.environment,
-            "RAY_TMPDIR": ray_directory,
-            "PYTHONUNBUFFERED": "1",
-            "PATH": PLAIN_PATH,
-        }
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        own = {"RAY_TMPDIR": ray_directory, "PYTHONUNBUFFERED": "1", "PATH": PLAIN_PATH}
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **service.mark.environment, **own, **environment},
+        )
         try:
             while "TinyLM is ready" not in service.log:
                 assert process.poll() is None, f"the service ended before it was ready:\n{service.log}"

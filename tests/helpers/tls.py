@@ -1,4 +1,4 @@
-"""`make certificate` and `make tls` for tests, in front of a service that listens already."""
+"""`make certificate`, and `make tls` in front of a running service."""
 
 import os
 import signal
@@ -21,15 +21,15 @@ START_LIMIT_S = 30
 
 @dataclass(frozen=True)
 class Front:
-    """A running HAProxy, and the authority by which its clients trust it."""
+    """A running HAProxy, and the certificate authority for its clients."""
 
     port: int
     certificate: Path
-    make: psutil.Process  # that started it
+    make: psutil.Process  # the process of `make tls`
 
     @property
     def master(self) -> psutil.Process:
-        """The process that starts the others anew when it is told to; HAProxy names it before them."""
+        """Return HAProxy's master process, which restarts its workers on SIGUSR2."""
         (master,) = self.make.children()
         return master
 
@@ -49,13 +49,13 @@ def make_certificate(directory: Path) -> Path:
 
 
 def tls_command(certificate: Path) -> list[str]:
-    """`make tls` with the packages of this interpreter."""
+    """Return the command `make tls` with this interpreter's packages."""
     return ["make", "--old-file=.venv/serving", "tls", f"BIN={BIN}", f"TLS_CERT={certificate}"]
 
 
 @contextmanager
 def tls_front(certificate: Path, grpc_port: int, http_port: int) -> Iterator[Front]:
-    """In front of these ports of loopback, once it has found them healthy or not."""
+    """Run HAProxy in front of these ports on loopback. It has checked their health when the block begins."""
     (port,) = free_ports(1)
     environment = {
         **os.environ,
@@ -70,7 +70,7 @@ def tls_front(certificate: Path, grpc_port: int, http_port: int) -> Iterator[Fro
         deadline = time.monotonic() + START_LIMIT_S
         while not _listens(port):
             assert process.poll() is None, "HAProxy ended before it listened"
-            assert time.monotonic() < deadline, "HAProxy doesn't listen"
+            assert time.monotonic() < deadline, "HAProxy does not listen"
             time.sleep(0.02)
         time.sleep(0.5)  # two of its health checks
         yield Front(port, certificate, psutil.Process(process.pid))

@@ -1,4 +1,4 @@
-"""Everything between a caller and the engine: protocols, access, the log line of a call, and metrics.
+"""Serve the engine: protocols, access control, metrics, and one log line per call.
 
 `grpc` and `http` hold one protocol each. `ray` holds everything that depends on Ray's internals.
 """

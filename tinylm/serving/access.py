@@ -1,6 +1,6 @@
-"""Decide who may call: callers with a valid API key, or, without a key file, callers on this machine.
+"""Decide who may call: callers with a valid API key or, without a key file, callers on this machine.
 
-The protocol does not matter here: a caller is an address and a key. `tinylm.serving.keys` reads the key file.
+The rules are the same for both protocols. `tinylm.serving.keys` reads the key file.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Access:
     """Admit calls, or refuse them with UNAUTHENTICATED."""
 
     def __init__(self, key_file: Path | None, allow_anonymous: bool) -> None:
-        """Raise KeyFileError for an unusable key file, ValueError for a service that is open to all by mistake."""
+        """Raise KeyFileError for an unusable key file, ValueError if everybody could call by mistake."""
         self._keys = None if key_file is None else KeyFile(key_file)
         self._open = key_file is None and allow_anonymous
         if self._keys is None and not self._open and os.environ.get(HAPROXY_MODE) == "1":
-            # HAProxy is always local, so a caller's address says nothing. HAProxy itself must listen on loopback.
+            # Every call comes from HAProxy, so a caller's address is unknown. HAProxy itself must listen on loopback.
             host = http_host()
             if host is not None and not is_loopback(host):
                 raise ValueError(
-                    f"http_options.host is {host!r}, which others can reach, and there are no API keys: "
+                    f"http_options.host is {host!r}, which other machines can reach, and there are no API keys: "
                     "set api_keys in the application's args, or allow_anonymous: true"
                 )
 
@@ -49,7 +49,7 @@ class Access:
             if address is not None and not is_local(address):
                 why = "only callers on this machine are served"
             elif host is not None and not is_own_name(host):
-                why = f"HTTP is answered under localhost, this machine's name and addresses, not {host[:256]!r}"
+                why = f"the HTTP host must be localhost, this machine's name or an IP address, got {host[:256]!r}"
             else:
                 return None
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, f"without API keys, {why}")

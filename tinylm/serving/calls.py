@@ -1,6 +1,6 @@
-"""A call from its arrival to its end: which status it gets, and the one line that the log keeps of it.
+"""Follow a call from its arrival to its end: its status, and its line in the log.
 
-Statuses are gRPC's, whichever protocol a call came over. What is counted of it is `tinylm.serving.metrics`' business.
+A status is gRPC's, also for a call over HTTP. `tinylm.serving.metrics` counts calls.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tinylm.engine.async_engine import EngineDied
 from tinylm.engine.completion import Completion
 
 logger = logging.getLogger("ray.serve")
-_ENDINGS = ("stop", "length", "timeout")  # the later say more of a call with several answers
+_ENDINGS = ("stop", "length", "timeout")  # a call with several answers takes the last of these
 
 
 class Refused(Exception):
-    """Ends a call with a status instead of an answer."""
+    """End a call with a status instead of an answer."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(details)
@@ -32,20 +32,20 @@ class Refused(Exception):
 
     @classmethod
     def timeout(cls, timeout_ms: int, n_tokens: int) -> Refused:
-        """Of an answer that was to be whole, and had so many tokens when its time was over."""
+        """Return the refusal of an unstreamed answer that had only `n_tokens` tokens when its time limit passed."""
         return cls(
             grpc.StatusCode.DEADLINE_EXCEEDED,
-            f"timeout_ms is {timeout_ms}: it was over after {n_tokens} tokens of the answer",
+            f"timeout_ms is {timeout_ms}: the time limit passed after {n_tokens} tokens of the answer",
         )
 
 
 @dataclass(slots=True)
 class Answer:
-    """One text that a call asked for, from the moment the engine took it."""
+    """One text of a call. It exists once the engine has accepted its request."""
 
     request: Request
-    completion: Completion | None = None  # once it has ended
-    index: int = 0  # among the answers to the same prompt, which is counted once
+    completion: Completion | None = None  # set when the answer is complete
+    index: int = 0  # among the answers to the same prompt; only answer 0 counts the prompt's tokens
 
     @property
     def n_prompt_tokens(self) -> int:
@@ -53,22 +53,22 @@ class Answer:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the answer, or of what there was of it."""
+        """Return how many tokens the answer has, also if it is incomplete."""
         return len(self.request.tokens if self.completion is None else self.completion.token_ids)
 
 
 @dataclass(slots=True)
 class Call:
-    """What is known of a call so far."""
+    """The state of a call."""
 
     method: str
-    key: str | None = None  # the name of the API key that it came with
-    prompt: str | None = None  # only where the service may log prompts
-    answers: list[Answer] = field(default_factory=list)  # those that the engine took; over gRPC there is one
-    n_expected: int = 1  # answers that it asked for
+    key: str | None = None  # the name of the caller's API key
+    prompt: str | None = None  # set only if the service logs prompts
+    answers: list[Answer] = field(default_factory=list)  # answers that the engine accepted; at most one over gRPC
+    n_expected: int = 1  # answers that the caller asked for
     status: grpc.StatusCode = grpc.StatusCode.OK
     details: str = ""
-    error: Exception | None = None  # what ended it, if anything did
+    error: Exception | None = None  # the error that ended the call
     began_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -76,33 +76,43 @@ class Call:
         return [answer.completion for answer in self.answers if answer.completion is not None]
 
     @property
-    def finish_reason(self) -> str | None:
-        """How it ended: 'cancelled' if its client left, 'error' if a fault did it; None if the engine took none.
+    def n_prompt_tokens(self) -> int:
+        return sum(answer.n_prompt_tokens for answer in self.answers)
 
-        Of several answers, the ending that says most: 'timeout' before 'length' before 'stop'.
+    @property
+    def n_tokens(self) -> int:
+        return sum(answer.n_tokens for answer in self.answers)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Return how the call ended, or None if the engine accepted no answer.
+
+        The result is "cancelled" if the client left, "error" after a fault, else an ending of its answers. Several
+        answers count as one: "timeout" comes before "length", and "length" before "stop".
         """
         if not self.answers:
             return None
         completions = self.completions
         if len(completions) < self.n_expected:
-            return "cancelled" if self.status is grpc.StatusCode.CANCELLED else "error"
+            return self._failure()
         return max((completion.finish_reason for completion in completions), key=_ENDINGS.index)
 
     def reason_of(self, answer: Answer) -> str:
-        """How one of its answers ended."""
-        if answer.completion is not None:
-            return answer.completion.finish_reason
+        """Return how one answer ended."""
+        return self._failure() if answer.completion is None else answer.completion.finish_reason
+
+    def _failure(self) -> str:
         return "cancelled" if self.status is grpc.StatusCode.CANCELLED else "error"
 
     def log_fields(self) -> dict[str, Any]:
-        """The line of the log: no key, and no prompt unless it was set."""
+        """Return the fields of the log line. They never contain the API key."""
         fields: dict[str, Any] = {"method": self.method, "status": self.status.name}
         if self.key is not None:
             fields["api_key_name"] = self.key
         if self.answers:
             fields["finish_reason"] = self.finish_reason
-            fields["prompt_tokens"] = sum(answer.n_prompt_tokens for answer in self.answers)
-            fields["completion_tokens"] = sum(answer.n_tokens for answer in self.answers)
+            fields["prompt_tokens"] = self.n_prompt_tokens
+            fields["completion_tokens"] = self.n_tokens
         if completions := self.completions:
             fields["queue_ms"] = round(min(completion.queue_s for completion in completions) * 1000, 2)
             fields["first_token_ms"] = round(min(completion.first_token_s for completion in completions) * 1000, 2)
@@ -116,9 +126,10 @@ class Call:
 
 @contextmanager
 def answering(method: str, on_end: Callable[[Call], None]) -> Iterator[Call]:
-    """Around the work of a call: an error inside becomes its status; its end is logged, and told to `on_end`.
+    """Follow a call during the `with` block. At the end, log it and pass it to `on_end`.
 
-    The error goes no further: after the block, whoever speaks the protocol tells the client `status` and `details`.
+    An exception in the block becomes the call's `status` and `details`, and the block ends normally. The protocol's
+    code then reports them to the client. Only a cancellation is raised again.
     """
     call = Call(method)
     try:
@@ -128,7 +139,7 @@ def answering(method: str, on_end: Callable[[Call], None]) -> Iterator[Call]:
         raise
     except Exception as error:
         call.status, call.details = status_of(error)
-        # A traceback would hold this call and all that was asked, 4 MB perhaps, until a garbage collection.
+        # The traceback refers to the request, which can have 4 MB, and would keep it until a garbage collection.
         call.error = error.with_traceback(None)
     finally:
         logger.info("%s %s", method, call.status.name, extra=call.log_fields())
@@ -136,7 +147,7 @@ def answering(method: str, on_end: Callable[[Call], None]) -> Iterator[Call]:
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """Code and details for the client. What nobody foresaw is INTERNAL, its traceback in the log alone."""
+    """Return code and details for the client. An unexpected error is INTERNAL, and only the log has its traceback."""
     match error:
         case Refused():
             return error.code, error.details

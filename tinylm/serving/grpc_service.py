@@ -8,26 +8,19 @@ prompt that is not UTF-8. gRPC ends such a call with INTERNAL, and clients then 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
 
+from tinylm.serving.ray.grpc_repairs import fail_in_one_frame, forward_cancellations
 from tinylm.serving.ray.internals import is_python_proxy
-from tinylm.serving.ray.proxy_streams import hand_on_cancellations
-from tinylm.serving.ray.trailers_only import fail_by_headers_alone
 from tinylm.v1 import tinylm_pb2 as pb
 
-MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # as configs/serve.yaml sets it; gRPC refuses more with RESOURCE_EXHAUSTED
 
-
-@dataclass(frozen=True)
-class Unparsable:
+class Unparsable(ValueError):
     """A request whose bytes are not a message of the expected type."""
-
-    reason: str
 
 
 def _tolerant(message: type[Message]) -> Callable[[bytes], Message | Unparsable]:
@@ -44,9 +37,9 @@ def add_TinyLMServicer_to_server(servicer: Any, server: Any) -> None:
     """Replace the generated function of the same name."""
     # Serve has two kinds of gRPC server: one in its Python proxy, and one in each replica, which HAProxy calls.
     if is_python_proxy(server):
-        hand_on_cancellations(server)
+        forward_cancellations(server)
     else:
-        fail_by_headers_alone(server)
+        fail_in_one_frame(server)
     service = pb.DESCRIPTOR.services_by_name["TinyLM"]
     handlers = {}
     for method in service.methods:

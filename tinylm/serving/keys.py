@@ -1,7 +1,6 @@
-"""API keys: a file of hashes, read again when it changes, and the question whether a key is in it.
+"""API keys: a file of their hashes, and its reader, which notices changes.
 
-A line is `NAME sha256:HEX`; `#` begins a comment. `tinylm key NAME` makes a key and its line. What carries a key over
-the network, and what becomes of a call without one, is `tinylm.serving.access`' business.
+A line is `NAME sha256:HEX`; `#` begins a comment. `tinylm key NAME` makes a key and its line.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from tinylm.system.text_files import lines_of, read_text
 
 logger = logging.getLogger("ray.serve")
 
-LOOK_AGAIN_S = 1.0  # a change of the file counts after at most so long
+LOOK_AGAIN_S = 1.0  # a change of the file takes effect within this time
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\s+sha256:(?P<digest>[0-9a-f]{64})")
 
 
 class KeyFileError(ValueError):
-    """A key file that can't be used; the message names file and line."""
+    """The key file is unusable. The message names the file and the line."""
 
 
 def hash_key(key: str) -> str:
-    """SHA-256 in hex. Keys are 256 random bits, so that no slow or salted hash is needed."""
+    """Return the SHA-256 in hex. A key is 256 random bits, so it needs no slow or salted hash."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def make_key(name: str) -> tuple[str, str]:
-    """A fresh key and the line for the key file; raises ValueError for a name that a line can't hold."""
+    """Return a new key and its line for the key file. Raise ValueError for an invalid name."""
     key = "tlm-" + secrets.token_urlsafe(32)
     line = f"{name} sha256:{hash_key(key)}"
     if not _LINE.fullmatch(line):
@@ -43,7 +42,7 @@ def make_key(name: str) -> tuple[str, str]:
 
 
 def read_keys(path: Path) -> dict[str, str]:
-    """Hash by name. Raises KeyFileError when the file can't be read, a line is none, or a name stands twice."""
+    """Return the hash of each name. Raise KeyFileError for an unreadable file, a wrong line or a repeated name."""
     try:
         lines = lines_of(read_text(path))
     except (OSError, ValueError) as error:
@@ -57,16 +56,16 @@ def read_keys(path: Path) -> dict[str, str]:
         if match is None:
             raise KeyFileError(f"{path}, line {number}: it must be NAME sha256:HEX, as `tinylm key NAME` prints it")
         if match["name"] in keys:
-            raise KeyFileError(f"{path}, line {number}: the name {match['name']!r} stands there twice")
+            raise KeyFileError(f"{path}, line {number}: the name {match['name']!r} occurs twice")
         keys[match["name"]] = match["digest"]
     return keys
 
 
 def add_key(path: Path, name: str) -> str:
-    """Make a key, append its line to the file and return the key. A new file has mode 0600.
+    """Make a key, append its line to the file, and return the key. A new file has mode 0600.
 
-    Raises ValueError for a name that a line can't hold, KeyFileError when the file has a key of that name or can't be
-    read, and OSError when it can't be written. A device or a FIFO would lose the line and raises KeyFileError.
+    Raise ValueError for an invalid name, OSError for a file that cannot be written, and KeyFileError for a file that
+    cannot be read, that already has the name, or that is not a regular file (a device would lose the line).
     """
     key, line = make_key(name)
     check_file(path)
@@ -81,17 +80,17 @@ def add_key(path: Path, name: str) -> str:
 
 
 class KeyFile:
-    """The keys of a file as it is now. A file that has become unreadable leaves the last good keys in force."""
+    """The keys of a file. It reads a changed file again; if that fails, the last good keys stay valid."""
 
     def __init__(self, path: Path) -> None:
-        """Raises KeyFileError when the file is unusable from the start."""
+        """Read the file. Raise KeyFileError if it is unusable."""
         self._path = path
         self._version = self._version_now()
         self._keys = read_keys(path)
         self._looked_at = time.monotonic()
 
     def name_of(self, key: str) -> str | None:
-        """The name that a key goes by, None for one that is not in the file. Takes the same time for every key."""
+        """Return the name of a key, None for an unknown key. The time does not depend on the key."""
         self._reload()
         digest = hash_key(key)
         found = None
@@ -111,12 +110,12 @@ class KeyFile:
         self._version = version
         try:
             self._keys = read_keys(self._path)
-            logger.info("%s was read again: %d keys", self._path, len(self._keys))
+            logger.info("read %s again: %d keys", self._path, len(self._keys))
         except KeyFileError as error:
-            logger.error("%s; the %d keys read before stay in force", error, len(self._keys))
+            logger.error("%s; the %d previous keys stay valid", error, len(self._keys))
 
     def _version_now(self) -> tuple[int, int, int] | None:
-        """What changes with the file: of an atomic replacement, the inode at least."""
+        """Return values that change with the file. An atomic replacement changes at least the inode."""
         try:
             status = self._path.stat()
         except OSError:

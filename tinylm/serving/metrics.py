@@ -1,9 +1,9 @@
-"""The replica's metrics: their names, and what each call adds to them.
+"""The replica's metrics: their definitions, and what each call adds to them.
 
     python -m tinylm.serving.metrics      # print them as a Markdown table
 
-A metric's name is written once, in this module. The end of a call and the engine's steps only change plain numbers.
-Once a second, `tinylm.serving.ray.exporter` gives these numbers to Ray.
+The end of a call and the engine's steps only change plain numbers. Once a second, `tinylm.serving.ray.exporter` gives
+these numbers to Ray.
 """
 
 from __future__ import annotations
@@ -44,96 +44,73 @@ class Metric:
         return f"ray_{PREFIX}{self.name}" + ("_total" if self.kind == "counter" else "")
 
 
-_ENDINGS = ("stop", "length", "timeout", "cancelled", "error")
-REQUESTS = Metric(
+def _counter(name: str, unit: str, meaning: str, label: str | None = None, values: tuple[str, ...] = ()) -> Metric:
+    return Metric(name, "counter", unit, meaning, label, values)
+
+
+def _seconds(name: str, meaning: str) -> Metric:
+    return Metric(f"{name}_seconds", "histogram", "seconds", meaning)
+
+
+_FINISHED = ("stop", "length", "timeout")
+_ENDINGS = (*_FINISHED, "cancelled", "error")
+_CODES = ("INVALID_ARGUMENT", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL")
+REQUESTS = _counter(
     "requests",
-    "counter",
     "requests",
-    "calls of Generate, GenerateStream and /v1/completions that a replica received, counted at their end; the sum of "
-    "request_success, requests_cancelled and requests_refused",
-)
-SUCCESSES = Metric(
-    "request_success",
-    "counter",
-    "requests",
-    "complete answers by their ending: the model or a stop string (stop), max_tokens or the context (length), "
-    "timeout_ms (timeout, DEADLINE_EXCEEDED for a unary call); a call with several answers counts once",
-    "finished_reason",
-    ("stop", "length", "timeout"),
-)
-CANCELLED = Metric(
-    "requests_cancelled", "counter", "requests", "calls that the client or its deadline ended before the answer did"
-)
-REFUSED = Metric(
+    "generating calls that a replica received, counted at their end: request_success + requests_cancelled + "
     "requests_refused",
-    "counter",
+)
+SUCCESSES = _counter(
+    "request_success",
+    "requests",
+    "complete answers by ending: the model or a stop string (stop), max_tokens or the context (length), timeout_ms "
+    "(timeout); a call with several answers counts once",
+    "finished_reason",
+    _FINISHED,
+)
+CANCELLED = _counter("requests_cancelled", "requests", "calls that the client or its deadline ended before the answer")
+REFUSED = _counter(
+    "requests_refused",
     "requests",
     "calls that ended with an error, by gRPC status: INVALID_ARGUMENT and UNAUTHENTICATED are the client's errors, "
     "RESOURCE_EXHAUSTED means a full queue, UNAVAILABLE and INTERNAL are faults of the replica",
     "code",
-    ("INVALID_ARGUMENT", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL"),
+    _CODES,
 )
-PROMPT_TOKENS = Metric(
+PROMPT_TOKENS = _counter(
     "prompt_tokens",
-    "counter",
     "tokens",
-    "prompt tokens (with the boundary) of requests that the engine accepted, by the ending of the request; the sum "
-    "over stop, length and timeout equals usage.prompt_tokens",
+    "prompt tokens (with the boundary) of requests that the engine accepted, by the request's ending",
     "finished_reason",
     _ENDINGS,
 )
-GENERATION_TOKENS = Metric(
+GENERATION_TOKENS = _counter(
     "generation_tokens",
-    "counter",
     "tokens",
-    "generated tokens, counted at the end of the request, by its ending; the sum over stop, length and timeout equals "
-    "usage.completion_tokens, and cancelled and error count tokens that no client received",
+    "generated tokens, counted at the request's end, by its ending; no client got those of cancelled and error",
     "finished_reason",
     _ENDINGS,
 )
-TIME_TO_FIRST_TOKEN = Metric(
-    "time_to_first_token_seconds",
-    "histogram",
-    "seconds",
-    "from a request's arrival in the replica to its first token; requests without a token are not counted",
+TIME_TO_FIRST_TOKEN = _seconds("time_to_first_token", "from a request's arrival in the replica to its first token")
+INTER_TOKEN_LATENCY = _seconds("inter_token_latency", "from each token of an answer to the next, in the engine")
+LATENCY = _seconds(
+    "e2e_request_latency", "from a request's arrival in the replica to its last token; complete answers only"
 )
-INTER_TOKEN_LATENCY = Metric(
-    "inter_token_latency_seconds",
-    "histogram",
-    "seconds",
-    "from each token of an answer to the next, in the engine; the first token is not counted",
-)
-LATENCY = Metric(
-    "e2e_request_latency_seconds",
-    "histogram",
-    "seconds",
-    "from a request's arrival in the replica to its last token; complete answers only (request_success)",
-)
-QUEUE_TIME = Metric(
-    "request_queue_time_seconds",
-    "histogram",
-    "seconds",
-    "from a request's arrival in the replica until it gets a slot of the engine, or until it ends without one; refused "
-    "requests are not counted",
+QUEUE_TIME = _seconds(
+    "request_queue_time",
+    "from a request's arrival in the replica to its slot of the engine, or to its end without one; refused requests "
+    "are not counted",
 )
 RUNNING = Metric("num_requests_running", "gauge", "requests", "requests that hold a slot of the engine now")
 WAITING = Metric("num_requests_waiting", "gauge", "requests", "requests that wait for a slot now")
 CACHE_USAGE = Metric(
-    "kv_cache_usage_perc",
-    "gauge",
-    "share, 0 to 1",
-    "positions of the KV cache that running requests hold now, divided by slots times context",
+    "kv_cache_usage_perc", "gauge", "share, 0 to 1", "positions of the KV cache in use now, of slots times context"
 )
-STEP_DURATION = Metric(
-    "step_duration_seconds", "histogram", "seconds", "one step of the engine: one batch through the model, and sampling"
-)
-BATCH_SIZE = Metric(
-    "batch_size", "histogram", "sequences", "sequences that got a token in a step; steps of prefill only do not count"
-)
-PREFIX_QUERIES = Metric("prefix_cache_queries", "counter", "tokens", "prompt tokens of requests that got a slot")
-PREFIX_HITS = Metric(
-    "prefix_cache_hits", "counter", "tokens", "prompt tokens whose keys and values were already in the cache"
-)
+STEP_DURATION = _seconds("step_duration", "one step of the engine: one batch through the model, and sampling")
+BATCH_SIZE = Metric("batch_size", "histogram", "sequences", "sequences that got a token in a step, if there were any")
+PREFIX_QUERIES = _counter("prefix_cache_queries", "tokens", "prompt tokens of requests that got a slot")
+PREFIX_HITS = _counter("prefix_cache_hits", "tokens", "prompt tokens whose keys and values were already in the cache")
 METRICS = (
     REQUESTS, SUCCESSES, CANCELLED, REFUSED, PROMPT_TOKENS, GENERATION_TOKENS, TIME_TO_FIRST_TOKEN, INTER_TOKEN_LATENCY,
     LATENCY, QUEUE_TIME, RUNNING, WAITING, CACHE_USAGE, STEP_DURATION, BATCH_SIZE, PREFIX_QUERIES, PREFIX_HITS,
@@ -148,17 +125,13 @@ class ServiceMetrics:
         self._counts = {
             (metric, value): 0 for metric in METRICS if metric.kind == "counter" for value in metric.values or ("",)
         }
-        self._first_token_s, self._latency_s, self._queue_s = (Histogram(REQUEST_BOUNDS_S) for _ in range(3))
+        self._first_token_s, self._queue_s = Histogram(REQUEST_BOUNDS_S), Histogram(REQUEST_BOUNDS_S)
+        self.latency_s = Histogram(REQUEST_BOUNDS_S)  # of complete answers, from arrival to the last token
 
     @property
     def n_requests(self) -> int:
         """Return how many requests have ended, in any way."""
         return self._counts[REQUESTS, ""]
-
-    @property
-    def latency_s(self) -> Histogram:
-        """Return the times of complete answers, from the arrival of the request to the last token."""
-        return self._latency_s
 
     def counts(self) -> Iterator[tuple[Metric, str, int]]:
         """Yield each counter, the value of its label ("" without a label), and its count."""
@@ -178,7 +151,7 @@ class ServiceMetrics:
         stats = self._engine.stats
         return {
             TIME_TO_FIRST_TOKEN: self._first_token_s,
-            LATENCY: self._latency_s,
+            LATENCY: self.latency_s,
             QUEUE_TIME: self._queue_s,
             INTER_TOKEN_LATENCY: stats.inter_token_s,
             STEP_DURATION: stats.step_s,
@@ -203,14 +176,14 @@ class ServiceMetrics:
         self._observe_times(call)
 
     def _observe_times(self, call: Call) -> None:
-        """Times begin at the call's arrival, which the engine does not know. Several answers count as one call."""
+        """Observe times since the call's arrival, which the engine does not know. Several answers count as one."""
         first_tokens = [a.request.first_token_at for a in call.answers if a.request.first_token_at is not None]
         if first_tokens:
             self._first_token_s.observe(min(first_tokens) - call.began_at)
         is_answered = len(call.completions) == call.n_expected
         if is_answered:
             ends = [a.request.submitted_at + a.completion.total_s for a in call.answers if a.completion is not None]
-            self._latency_s.observe(max(ends) - call.began_at)
+            self.latency_s.observe(max(ends) - call.began_at)
         if is_answered or call.status is grpc.StatusCode.CANCELLED:
             admitted = [a.request.admitted_at for a in call.answers if a.request.admitted_at is not None]
             self._queue_s.observe(min(admitted, default=time.monotonic()) - call.began_at)

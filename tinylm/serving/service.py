@@ -1,6 +1,6 @@
-"""What a replica does for any protocol: admit a caller, generate, log, count.
+"""One replica's work for any protocol: check the caller, generate, log, count.
 
-`tinylm.serving.grpc` and `tinylm.serving.http` use it. This module does not know their messages.
+`tinylm.serving.grpc` and `tinylm.serving.http` convert its answers into their messages.
 """
 
 from __future__ import annotations
@@ -26,46 +26,45 @@ from tinylm.serving.metrics import ServiceMetrics
 from tinylm.serving.ray.exporter import Exporter
 from tinylm.system.paths import DEFAULT_MODEL
 
-STOP_INTERVAL_S = 0.005  # between two looks for a stop string
-MAX_TEXT_BYTES = 64 * 1024  # of a prompt or a text to tokenize; far more than the context holds
+STOP_INTERVAL_S = 0.005  # time between two searches for a stop string
+MAX_TEXT_BYTES = 64 * 1024  # of a prompt or a text to tokenize; the context holds far less
 
 
 class AppArgs(BaseModel):
-    """What `args` in the Serve config may say."""
+    """The `args` of the application in the Serve config."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: Path = DEFAULT_MODEL  # a model directory; relative to the directory that Serve was started in
-    slots: int = Field(default=16, ge=1, le=1024)  # requests decoded together
-    max_waiting: int = Field(default=64, ge=0)  # requests queued behind them; more are refused
-    prefill_tokens: int = Field(default=64, ge=1)  # prompt tokens a step takes while others decode
-    kernels: KernelName = "auto"  # compiled ones where they can be, else NumPy
-    precision: Precision = "auto"  # of activations and KV cache: int8, float32
-    engine_niceness: int = Field(default=5, ge=0, le=19)  # what answers callers gets a core before what decodes
-    blas_threads: int = Field(default=1, ge=1)  # of one replica, for the numpy kernels
-    # Between a stream's messages, from its second.
-    stream_interval_ms: float = Field(default=1000 * STREAM_INTERVAL_S, ge=0)
-    stalled_s: float = Field(default=10.0, gt=0)  # a step that takes longer gets the replica replaced
-    api_keys: Path | None = None  # the key file (`tinylm key`); without one, callers on this machine alone are served
+    model: Path = DEFAULT_MODEL  # a model directory; a relative path starts at the working directory of `serve run`
+    slots: int = Field(default=16, ge=1, le=1024)  # requests that a replica decodes together
+    max_waiting: int = Field(default=64, ge=0)  # requests that may wait for a slot; the replica refuses more
+    prefill_tokens: int = Field(default=64, ge=1)  # prompt tokens in one step while other requests decode
+    kernels: KernelName = "auto"  # compiled kernels if the machine supports them, else NumPy
+    precision: Precision = "auto"  # of activations and KV cache: int8 or float32
+    engine_niceness: int = Field(default=5, ge=0, le=19)  # lowers the engine's CPU priority below the event loop's
+    blas_threads: int = Field(default=1, ge=1)  # threads of the numpy kernels, per replica
+    stream_interval_ms: float = Field(default=1000 * STREAM_INTERVAL_S, ge=0)  # between messages after the first
+    stalled_s: float = Field(default=10.0, gt=0)  # Serve replaces a replica when a step takes longer
+    api_keys: Path | None = None  # the key file (`tinylm key`); without it, only callers on this machine are served
     allow_anonymous: bool = False  # without a key file: serve callers from anywhere
-    log_prompts: bool = False  # write prompts into the log
+    log_prompts: bool = False  # write prompts to the log
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What an answer has gained; joined, the texts are the answer."""
+    """The next piece of an answer. The texts of all deltas together are the answer."""
 
     text: str
     tokens: list[int]
-    logprobs: list[TokenLogprobs]  # one a token, if asked for
-    completion: Completion | None  # with the last
+    logprobs: list[TokenLogprobs]  # one per token, or empty if the request does not ask for them
+    completion: Completion | None  # set in the last delta
 
 
 class Service:
-    """An engine with its own weights in memory and its own KV cache, and all that stands between it and a caller."""
+    """A replica's engine, with its own weights and KV cache, and its access control, log and metrics."""
 
     def __init__(self, args: AppArgs) -> None:
-        """Inside the replica's running event loop. Raises ValueError for what can't be served as `args` says."""
+        """Start the engine. Call it inside the replica's running event loop. Raise ValueError for unusable `args`."""
         self.args = args
         self.access = Access(args.api_keys, args.allow_anonymous)
         self.tokenizer, model = load(args.model, args.kernels, args.precision)
@@ -78,7 +77,7 @@ class Service:
         self._exporter = Exporter(self.metrics)
 
     def check_health(self) -> None:
-        """Raises EngineDied when the engine died or stalled: the replica must be replaced."""
+        """Raise EngineDied when the engine has ended or stalled. Serve then replaces the replica."""
         self.engine.check(self.args.stalled_s)
 
     def is_healthy(self) -> bool:
@@ -89,7 +88,7 @@ class Service:
         return True
 
     def answering(self, method: str) -> AbstractContextManager[Call]:
-        """Around a call's work, an error in which becomes the call's status; it is logged and counted when it ends."""
+        """Follow a call: turn an exception into its status, and log and count it at its end."""
         return answering(method, self.metrics.count)
 
     async def generate(
@@ -101,14 +100,14 @@ class Service:
         index: int = 0,
         whole: bool = False,
     ) -> AsyncGenerator[Delta, None]:
-        """An answer as it becomes certain. `index` is its place among the answers of `call` to the same prompt.
+        """Yield an answer piece by piece. Closing the generator frees the slot.
 
-        prompt: a text, or its token ids with or without the boundary before them. whole: nobody reads on the way, so
-        that it may come all at the end. Raises ValueError for a prompt that can't be answered, EngineFull, EngineDied.
-        Closing the generator frees the slot.
+        prompt: a text, or token ids with or without the boundary in front. index: the answer's number among the
+        answers of `call` to the same prompt. whole: the caller needs no pieces, so one delta may hold everything.
+        Raise ValueError for an invalid prompt, EngineFull, EngineDied.
         """
         every_s = math.inf if whole else self.args.stream_interval_ms / 1000
-        if params.stop:  # what follows the stop string is drawn for nobody
+        if params.stop:  # the engine would generate tokens after the stop string in vain
             every_s = min(every_s, STOP_INTERVAL_S)
         ids = self._ids(prompt)
         if self.args.log_prompts:
@@ -135,13 +134,13 @@ class Service:
             check_size("prompt", prompt)
             return self.tokenizer.encode_document(prompt)
         begins = bool(prompt) and prompt[0] == self.tokenizer.boundary_id
-        check_length(len(prompt) + (not begins), self.config.context)  # here, before it is copied and queued
+        check_length(len(prompt) + (not begins), self.config.context)  # before the prompt is copied
         check_ids(prompt, self.config.vocab_size)
         return list(prompt) if begins else [self.tokenizer.boundary_id, *prompt]
 
 
 def check_size(field: str, text: str) -> None:
-    """Raises ValueError for a text that is longer than any that could be answered."""
-    size = len(text.encode(errors="surrogatepass"))  # what is no text is the tokenizer's to refuse
+    """Raise ValueError for a text of more than MAX_TEXT_BYTES."""
+    size = len(text.encode(errors="surrogatepass"))  # the tokenizer refuses surrogates
     if size > MAX_TEXT_BYTES:
         raise ValueError(f"{field} has {size} bytes: it must have at most {MAX_TEXT_BYTES}")

@@ -1,1 +1,1 @@
-"""The web page's files, which `tinylm.serving.http.web` sends: HTML, CSS and ES modules, as they are."""
+"""The files of the web page, which `tinylm.serving.http.web` sends unchanged: HTML, CSS and ES modules."""

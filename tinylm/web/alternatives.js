@@ -1,9 +1,9 @@
-// The little window beside a token: what else the model might have written there, and how likely each was.
+// The window beside a token, with its alternatives and their probabilities.
 
 const box = document.getElementById("alternatives");
 const MARGIN = 8; // px between the window and the edges of the page
 
-/** Beside `element`. `top` is token -> log-probability; the chosen token is listed even where it is not among them. */
+/** Show it beside `element`. `top` maps tokens to log-probabilities; the chosen token is always listed. */
 export function showAlternatives(element, logprob, top) {
   const chosen = element.textContent;
   const rows = Object.entries(top).map(([text, value]) => ({ text, value, chosen: value === logprob }));
@@ -33,7 +33,7 @@ function row({ text, value, chosen }) {
   return item;
 }
 
-/** A blank or a line end as a faint sign, since it is part of a token; any other letter as it is. */
+/** Show a space or a line end as a faint sign, and any other character unchanged. */
 function visible(letter) {
   const sign = { " ": "␣", "\n": "↵" }[letter];
   return sign ? Object.assign(document.createElement("span"), { className: "sign", textContent: sign }) : letter;
@@ -45,7 +45,7 @@ function percent(share) {
 }
 
 function position(element) {
-  const at = element.getClientRects()[0] ?? element.getBoundingClientRect(); // a token may be broken over two lines
+  const at = element.getClientRects()[0] ?? element.getBoundingClientRect(); // a token can be broken into two lines
   const width = document.documentElement.clientWidth;
   const left = Math.min(Math.max(at.left, MARGIN), width - box.offsetWidth - MARGIN);
   const above = at.bottom + box.offsetHeight + MARGIN > window.innerHeight && at.top > box.offsetHeight + MARGIN;

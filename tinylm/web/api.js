@@ -1,10 +1,10 @@
-// What the page asks of the service: completions as they stream, and the live view. Knows nothing of the page.
+// Requests to the service: streamed completions, and the live view.
 
 import { askForKey, key } from "./key.js";
 
 export class ServiceError extends Error {}
 
-/** The response to a request that succeeded. Throws ServiceError. Where the service wants a key, `ask` for one. */
+/** Return the response to a request. Throw ServiceError if it fails. `ask` for a key if the service needs one. */
 async function request(path, options = {}, ask = true) {
   for (;;) {
     const headers = { ...options.headers };
@@ -30,12 +30,12 @@ async function errorOf(response) {
   }
 }
 
-/** The JSON at a path. */
+/** Return the JSON at a path. */
 export async function get(path, ask) {
   return (await request(path, {}, ask)).json();
 }
 
-/** Chunks of `/v1/completions`, as OpenAI's API defines them. Aborting `signal` ends the request on the server too. */
+/** Yield the chunks of `/v1/completions`. Aborting `signal` also ends the request on the server. */
 export async function* completions(body, signal) {
   const response = await request("v1/completions", {
     method: "POST",
@@ -49,10 +49,10 @@ export async function* completions(body, signal) {
     if (chunk.error) throw new ServiceError(chunk.error.message);
     yield chunk;
   }
-  throw new ServiceError("The answer broke off.");
+  throw new ServiceError("The answer ended too early.");
 }
 
-/** The data of each server-sent event of a stream of bytes. */
+/** Yield the data of each server-sent event in a stream of bytes. */
 async function* events(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

@@ -1,4 +1,4 @@
-// The two drawings of the live view, as SVG: a line of the last minute, and a histogram. Colours are the style sheet's.
+// The charts of the live view, as SVG: a line of the last minute, and a histogram. The style sheet sets the colours.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -9,7 +9,7 @@ function element(name, attributes, ...children) {
   return made;
 }
 
-/** `values`, oldest first, at the right end of a width of `length` values; from 0 to the largest of them. */
+/** Draw `values` (oldest first) at the right end of a chart with room for `length` values, from 0 to the largest. */
 export function line(values, length) {
   const most = Math.max(...values, 1e-9);
   const x = (i) => (100 * (length - values.length + i)) / (length - 1);
@@ -24,7 +24,7 @@ export function line(values, length) {
   return chart;
 }
 
-/** A bar for each bucket, the last without a bound; `label(bound)` names those below which a name shall stand.
+/** A bar for each bucket, the last without a bound; `label(bound)` returns the label of a bound, if any.
     `width` in px. */
 export function histogram(bounds, counts, label, width) {
   const [height, foot] = [130, 22];

@@ -1,13 +1,13 @@
-// The API key, where the service asks for one: kept in this tab's session alone.
+// The API key, if the service needs one. It is stored only in this tab's session.
 
 const NAME = "tinylm-key";
 const dialog = document.getElementById("key-dialog");
 const field = document.getElementById("key");
-let answer = null; // of the dialog while it is open, so that two requests ask once
+let answer = null; // of the open dialog, so that two requests share it
 
 export const key = () => sessionStorage.getItem(NAME);
 
-/** Whether the user gave a (new) key. */
+/** Return whether the user gave a key. */
 export function askForKey(reason) {
   answer ??= new Promise((resolve) => {
     document.getElementById("key-reason").textContent = reason;

@@ -1,4 +1,4 @@
-// The live view: looks at the service once a second while the page is seen, and shows what has changed.
+// The live view: asks the service once a second while the page is visible, and shows the changes.
 
 import { get } from "./api.js";
 import { histogram, line } from "./charts.js";
@@ -16,12 +16,12 @@ const FIGURES = [
   { name: "waiting", title: "Waiting" },
 ];
 
-const looks = []; // what `/live` said, oldest first, with the moment it came, `at`
+const looks = []; // answers of `/live`, oldest first, each with its time `at`
 const lines = Object.fromEntries(FIGURES.map(({ name }) => [name, []]));
 
-/** Look from now on. `onFirst` is told the first answer. */
+/** Start the live view. `onFirst` gets the first answer. */
 export async function startLive(onFirst) {
-  let ask = true; // for a key, should the service want one; but not every second
+  let ask = true; // whether to ask for a key; not every second
   for (;;) {
     try {
       if (!document.hidden) {
@@ -60,7 +60,7 @@ function take(look) {
 
 function say({ replicas, complete }) {
   const text = complete ? `${replicas.length} ${replicas.length === 1 ? "replica" : "replicas"}` : "Some replicas do not answer";
-  if (byId("live-state").textContent !== text) byId("live-state").textContent = text; // said aloud when it changes
+  if (byId("live-state").textContent !== text) byId("live-state").textContent = text; // screen readers read each change
 }
 
 function showFigures(now) {
@@ -96,7 +96,7 @@ function showReplicas({ replicas }, rates) {
   const rows = [...replicas].sort((a, b) => (a.id < b.id ? -1 : 1)).map((replica) => {
     const row = document.createElement("tr");
     const name = Object.assign(document.createElement("th"), { scope: "row", textContent: replica.id });
-    const load = Object.assign(document.createElement("i"), { className: "load" }); // the numbers beside it say the same
+    const load = Object.assign(document.createElement("i"), { className: "load" }); // shows the numbers beside it
     load.style.setProperty("--share", replica.running / replica.slots);
     const share = Object.assign(document.createElement("span"), { textContent: `${replica.running}/${replica.slots}` });
     row.append(name, cell(load, share), cell(replica.waiting), cell(rounded(rates?.tokens_per_s_of.get(replica.id) ?? 0)));

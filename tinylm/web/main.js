@@ -1,4 +1,4 @@
-// Puts the page together: a story is begun, grows, is stopped or ends.
+// Connects the parts of the page: begin, show, stop and end a story.
 
 import { hideAlternatives } from "./alternatives.js";
 import { completions } from "./api.js";
@@ -30,7 +30,7 @@ async function write() {
   let end = "you";
   try {
     for await (const { choices, usage } of completions(body, writing.signal)) {
-      if (writing.signal.aborted) break; // of what had come with the last piece
+      if (writing.signal.aborted) break; // skip the rest of the last piece
       for (const choice of choices) {
         continueStory(choice);
         clock.tick(choice.logprobs?.tokens?.length ?? 1);
@@ -60,7 +60,7 @@ function fail(mistake) {
   error.hidden = false;
 }
 
-/** Time to the first token and tokens a second, both from the click on and as this browser sees them. */
+/** Time to the first token, and tokens per second. Both begin at the click and are measured in the browser. */
 class Clock {
   #began = performance.now();
   #first = null;

@@ -1,6 +1,6 @@
-// Figures a second from the service's counters: what happened between two looks at it. Pure functions.
+// Rates per second from two answers of `/live`. Pure functions.
 
-/** Counters of replicas that both looks saw, subtracted; a replica that is new counts from its second look on. */
+/** Subtract the counters of replicas that are in both answers. A new replica counts from its second answer. */
 export function between(before, after) {
   const old = new Map(before.replicas.map((replica) => [replica.id, replica]));
   const seconds = (after.at - before.at) / 1000;

@@ -1,23 +1,23 @@
-// The sampling settings: what they are called, what they mean, within which limits, and what is set now.
+// The sampling settings: their names, meanings, limits and current values.
 
-// Limits are those of tinylm.sampling.SamplingParams, narrowed where a slider would be of no use.
+// Limits are those of tinylm.sampling.SamplingParams, or narrower where a slider needs it.
 const SETTINGS = [
   { name: "max_tokens", label: "Length", min: 1, max: 250, step: 1, value: 200,
     meaning: "The most tokens to write. Prompt and story share 256." },
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, value: 0.8,
-    meaning: "0 always takes the likeliest token; higher is bolder." },
+    meaning: "0 always takes the likeliest token; higher values vary more." },
   { name: "top_p", label: "Top p", min: 0.05, max: 1, step: 0.05, value: 0.95,
     meaning: "Choose among the likeliest tokens that together have this probability." },
   { name: "top_k", label: "Top k", min: 0, max: 100, step: 1, value: 0,
-    meaning: "Choose among this many of the likeliest; 0 is no limit." },
+    meaning: "Choose among this number of likeliest tokens; 0 means no limit." },
   { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, value: 0,
     meaning: "Drop tokens less likely than this share of the likeliest." },
   { name: "repetition_penalty", label: "Repetition penalty", min: 1, max: 2, step: 0.05, value: 1,
-    meaning: "Above 1, tokens that were already used become less likely." },
+    meaning: "Above 1, tokens that occurred before become less likely." },
   { name: "stop", label: "Stop at", type: "text", value: "",
     meaning: "The story ends before this text." },
   { name: "seed", label: "Seed", type: "text", value: "", pattern: "[0-9]{1,15}",
-    meaning: "A number that makes the same story come again; empty is a new one each time." },
+    meaning: "The same number gives the same story. Empty gives a new story each time." },
 ];
 
 const inputs = new Map();
@@ -35,7 +35,7 @@ export function resetSettings() {
   }
 }
 
-/** The settings as fields of a request; throws an Error for one that can't be sent. */
+/** The settings as fields of a request; throws an Error for an invalid one. */
 export function settings() {
   const body = {};
   for (const { name, label, type } of SETTINGS) {

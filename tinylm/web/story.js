@@ -1,8 +1,8 @@
-// The story as it grows: a span for each token, tinted by its probability; arrow keys go from one to the next.
+// The growing story: a span for each token, tinted by its probability. Arrow keys move between tokens.
 
 import { hideAlternatives, showAlternatives } from "./alternatives.js";
 
-const LEVELS = [0.5, 0.25, 0.1, 0.03]; // a token's tint is the number of these that its probability is below
+const LEVELS = [0.5, 0.25, 0.1, 0.03]; // a token's tint is the number of these above its probability
 const place = document.getElementById("story");
 let tokens = []; // { element, offset, logprob, top } in the order they came
 let letters = []; // code points of the answer so far, which is what offsets count
@@ -10,7 +10,7 @@ let base = 0; // the service's offset of the answer's first letter
 let unsettled = 0; // the first token that may still gain text
 let current = null; // the token that the Tab key reaches
 
-/** Empty, but for the prompt. */
+/** Show only the prompt. */
 export function beginStory(prompt) {
   [tokens, letters, base, unsettled, current] = [[], [], 0, 0, null];
   hideAlternatives();
@@ -20,7 +20,7 @@ export function beginStory(prompt) {
   place.replaceChildren(beginning);
 }
 
-/** One more piece, a choice of OpenAI's completions. Its text may come later than its tokens, never earlier. */
+/** Add a choice of OpenAI's completions. Text can arrive later than its tokens, but not earlier. */
 export function continueStory({ text, logprobs }) {
   letters.push(...text);
   for (const [i, offset] of (logprobs?.text_offset ?? []).entries()) {
@@ -75,7 +75,7 @@ place.addEventListener("focusin", (event) => {
 });
 place.addEventListener("focusout", hideAlternatives);
 place.addEventListener("keydown", (event) => {
-  const shown = tokens.filter(({ element }) => element.textContent); // a part of a letter has no text of its own
+  const shown = tokens.filter(({ element }) => element.textContent); // a token that is part of a character has no text
   const at = shown.indexOf(tokenAt(event));
   const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: shown.length - 1 }[event.key];
   if (at < 0 || !shown[to]) return;

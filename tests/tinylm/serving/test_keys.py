@@ -1,8 +1,7 @@
-"""API keys: what is in the file lets its callers in, and what changes there counts without a restart."""
+"""API keys and their file, and who may call with and without keys."""
 
 from __future__ import annotations
 
-import os
 import socket
 import stat
 import subprocess
@@ -28,7 +27,7 @@ def tinylm(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "tinylm.cli", *arguments], capture_output=True, text=True, check=False)
 
 
-def test_the_command_prints_a_key_once_and_keeps_its_hash_for_the_owner_alone(file: Path):
+def test_the_command_prints_a_key_and_keeps_only_its_hash(file: Path):
     printed = [tinylm("key", name, "--file", str(file)).stdout.strip() for name in ("alice", "bob")]
     assert len(set(printed)) == 2
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -40,7 +39,7 @@ def test_the_command_prints_a_key_once_and_keeps_its_hash_for_the_owner_alone(fi
     assert len(read_keys(file)) == 2
 
 
-def test_only_keys_of_the_file_have_a_name(file: Path):
+def test_only_keys_in_the_file_have_a_name(file: Path):
     secret, line = make_key("alice")
     file.write_text(f"# ours\n\n{line}   # since May\n")
     known = KeyFile(file)
@@ -49,7 +48,7 @@ def test_only_keys_of_the_file_have_a_name(file: Path):
         assert known.name_of(wrong) is None
 
 
-def test_a_change_of_the_file_counts_without_a_restart(file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_changed_file_takes_effect_without_a_restart(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keys, "LOOK_AGAIN_S", 0.0)
     (first, first_line), (second, second_line) = make_key("first"), make_key("second")
     file.write_text(first_line)
@@ -58,8 +57,8 @@ def test_a_change_of_the_file_counts_without_a_restart(file: Path, monkeypatch: 
     replacement.write_text(second_line)
     replacement.replace(file)
     assert (known.name_of(first), known.name_of(second)) == (None, "second")
-    # What can't be read changes nothing: a slip of the editor locks nobody out.
-    file.write_text("no line of ours")
+    # An unreadable file changes nothing, so that a mistake in the editor locks out no client.
+    file.write_text("a wrong line")
     assert known.name_of(second) == "second"
     file.unlink()
     assert known.name_of(second) == "second"
@@ -67,7 +66,7 @@ def test_a_change_of_the_file_counts_without_a_restart(file: Path, monkeypatch: 
     assert (known.name_of(first), known.name_of(second)) == ("first", None)
 
 
-def test_the_file_is_not_looked_at_for_every_call(file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_file_is_not_read_for_every_call(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keys, "LOOK_AGAIN_S", 1000.0)
     secret, line = make_key("alice")
     file.write_text(line)
@@ -83,10 +82,10 @@ def test_the_file_is_not_looked_at_for_every_call(file: Path, monkeypatch: pytes
         ("\nalice sha256:12", "line 2"),
         ("alice md5:" + "0" * 64, "line 1"),
         ("a b sha256:" + "0" * 64, "line 1"),
-        (f"a sha256:{'0' * 64}\na sha256:{'1' * 64}", "'a' stands there twice"),
+        (f"a sha256:{'0' * 64}\na sha256:{'1' * 64}", "'a' occurs twice"),
     ],
 )
-def test_a_file_that_is_none_is_named_with_its_line(file: Path, text: str, named: str):
+def test_a_wrong_line_is_named(file: Path, text: str, named: str):
     file.write_text(text)
     with pytest.raises(KeyFileError) as caught:
         KeyFile(file)
@@ -94,16 +93,16 @@ def test_a_file_that_is_none_is_named_with_its_line(file: Path, text: str, named
     assert named in str(caught.value)
 
 
-def test_a_missing_file_and_an_impossible_name_are_named(tmp_path: Path):
+def test_a_missing_file_and_an_invalid_name_are_named(tmp_path: Path):
     with pytest.raises(KeyFileError, match=r"none\.txt cannot be read"):
         KeyFile(tmp_path / "none.txt")
     with pytest.raises(ValueError, match="'two words'"):
         make_key("two words")
 
 
-def test_addresses_of_this_machine_are_local_and_no_others():
+def test_only_addresses_of_this_machine_are_local():
     assert all(is_local(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
-    # 0.0.0.0 lets others in; the rest belongs to others, or is no address.
+    # 0.0.0.0 is open to all; the others belong to other machines or are no addresses.
     assert not any(is_local(host) for host in ("0.0.0.0", "::", "192.0.2.77", "198.51.100.1", "example.org", ""))
 
 
@@ -121,7 +120,7 @@ def test_addresses_of_this_machine_are_local_and_no_others():
         ("127.0.0.1.example.org:8000", False),
     ],
 )
-def test_without_keys_http_is_answered_under_names_of_this_machine_alone(host: str, is_own: bool):
+def test_without_keys_http_needs_a_host_name_of_this_machine(host: str, is_own: bool):
     assert is_own_name(host) == is_own
     access = Access(None, allow_anonymous=False)
     if is_own:
@@ -132,8 +131,8 @@ def test_without_keys_http_is_answered_under_names_of_this_machine_alone(host: s
     assert Access(None, allow_anonymous=True).check("192.0.2.77", None, host) is None
 
 
-def test_a_service_is_for_this_machine_alone_where_it_listens_on_loopback():
-    """An address of the machine in its network is the machine's too, and its neighbours reach it."""
+def test_only_loopback_is_closed_to_other_machines():
+    """Other machines reach the addresses that this machine has in a network."""
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
     own = [a.address for of in psutil.net_if_addrs().values() for a in of if a.family == socket.AF_INET]
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "", *own) if not host.startswith("127."))
@@ -144,14 +143,14 @@ def test_a_service_is_for_this_machine_alone_where_it_listens_on_loopback():
     [
         ("ipv4:127.0.0.1:5000", "127.0.0.1"),
         ("ipv6:[::1]:5000", "::1"),
-        ("ipv6:%5Bfe80::fc:1%254%5D:50832", "fe80::fc:1%4"),  # of a neighbour on the link
+        ("ipv6:%5Bfe80::fc:1%254%5D:50832", "fe80::fc:1%4"),  # link-local
         ("unix:/tmp/socket", None),
         ("unix:", None),
         ("ipv9:1.2.3.4:5", ""),
         ("", ""),
     ],
 )
-def test_a_peer_that_is_not_understood_is_not_of_this_machine(peer: str, address: str | None):
+def test_an_unknown_form_of_peer_is_not_local(peer: str, address: str | None):
     assert address_of(peer) == address
     access = Access(None, allow_anonymous=False)
     if address is None or address in ("127.0.0.1", "::1"):
@@ -161,7 +160,7 @@ def test_a_peer_that_is_not_understood_is_not_of_this_machine(peer: str, address
             access.check(address, None)
 
 
-def test_a_key_is_added_to_a_file_that_does_not_end_in_a_newline(file: Path):
+def test_a_key_can_follow_a_line_without_newline(file: Path):
     for end in ("", "   # since May"):
         first, line = make_key("alice")
         file.write_text(line + end)
@@ -173,16 +172,7 @@ def test_a_key_is_added_to_a_file_that_does_not_end_in_a_newline(file: Path):
 
 
 @pytest.mark.parametrize("space", ["", " ", "\t", "\r\n"])
-def test_whitespace_around_a_sent_key_does_not_count(file: Path, space: str):
+def test_whitespace_around_a_sent_key_is_ignored(file: Path, space: str):
     secret = add_key(file, "bob")
     access = Access(file, allow_anonymous=False)
     assert access.check("10.0.0.1", f"Bearer {space}{secret}{space}") == "bob"
-
-
-def test_clients_take_their_key_from_the_environment(monkeypatch: pytest.MonkeyPatch):
-    from tinylm.client import Client
-
-    monkeypatch.setitem(os.environ, "TINYLM_API_KEY", "from-environment")
-    with Client("localhost:1") as client, Client("localhost:1", api_key="given") as other:
-        assert ("authorization", "Bearer from-environment") in client._metadata
-        assert ("authorization", "Bearer given") in other._metadata

@@ -1,6 +1,6 @@
-"""The methods of `tinylm.v1.TinyLM` on a Serve deployment: a service's answers as protobuf messages and gRPC statuses.
+"""The methods of `tinylm.v1.TinyLM`: a service's answers as protobuf messages and gRPC statuses.
 
-An exception that left a method would reach the client as INTERNAL with a traceback; none does.
+Serve reports an exception that leaves a method as INTERNAL, with a traceback. Therefore no method raises one.
 """
 
 from __future__ import annotations
@@ -20,25 +20,22 @@ from tinylm.sampling import TokenLogprobs
 from tinylm.serving.calls import Call, Refused
 from tinylm.serving.grpc_service import Unparsable
 from tinylm.serving.ray import haproxy
-from tinylm.serving.service import Service, check_size
+from tinylm.serving.service import Delta, Service, check_size
 from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb
 
-_PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?(%[^\]]+)?)\]?:\d+")  # with the zone of a link-local one
+_PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?(%[^\]]+)?)\]?:\d+")  # "%" begins an IPv6 zone
 
 
 class GrpcMethods:
-    """For a deployment to inherit."""
+    """The methods of the service. A deployment inherits them."""
 
     service: Service
 
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
-        service = self.service
         with self.service.answering("Generate") as call:
             self._let_in(call, request, grpc_context)
-            timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
-            deltas = service.generate(request.prompt, params_from_request(request), timeout_s, call, whole=True)
-            async with aclosing(deltas):
+            async with aclosing(self._deltas(request, call, whole=True)) as deltas:
                 async for delta in deltas:
                     if (completion := delta.completion) is None:
                         continue
@@ -46,8 +43,8 @@ class GrpcMethods:
                         raise Refused.timeout(request.timeout_ms, len(completion.token_ids))
                     return pb.GenerateResponse(
                         text=completion.text,
-                        logprobs=_logprobs(completion.token_ids, completion.logprobs or [], service.tokenizer),
-                        **ending(completion, service.replica),
+                        logprobs=_logprobs(completion.token_ids, completion.logprobs or [], self.service.tokenizer),
+                        **ending(completion, self.service.replica),
                     )
         _refuse(call, grpc_context)
         return pb.GenerateResponse()
@@ -55,20 +52,17 @@ class GrpcMethods:
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        service = self.service
         with self.service.answering("GenerateStream") as call:
             self._let_in(call, request, grpc_context)
-            timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
-            deltas = service.generate(request.prompt, params_from_request(request), timeout_s, call)
-            async with aclosing(deltas):
+            async with aclosing(self._deltas(request, call, whole=False)) as deltas:
                 async for delta in deltas:
-                    end = {} if delta.completion is None else ending(delta.completion, service.replica)
-                    logprobs = _logprobs(delta.tokens, delta.logprobs, service.tokenizer)
+                    end = {} if delta.completion is None else ending(delta.completion, self.service.replica)
+                    logprobs = _logprobs(delta.tokens, delta.logprobs, self.service.tokenizer)
                     n_tokens = len(delta.tokens)
                     yield pb.GenerateStreamResponse(text=delta.text, tokens=n_tokens, logprobs=logprobs, **end)
         if call.error is not None:
             _refuse(call, grpc_context)
-            yield pb.GenerateStreamResponse()  # the Python proxy takes the status from a message alone
+            yield pb.GenerateStreamResponse()  # the Python proxy sends a status only with a message
 
     async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext) -> pb.TokenizeResponse:
         with self.service.answering("Tokenize") as call:
@@ -83,10 +77,9 @@ class GrpcMethods:
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, grpc_context: RayServegRPCContext
     ) -> pb.GetModelInfoResponse:
-        service = self.service
-        with self.service.answering("GetModelInfo") as call:
+        service, config = self.service, self.service.config
+        with service.answering("GetModelInfo") as call:
             self._let_in(call, request, grpc_context)
-            config = service.config
             return pb.GetModelInfoResponse(
                 name=service.name,
                 parameters=config.n_parameters,
@@ -105,17 +98,21 @@ class GrpcMethods:
         return pb.GetModelInfoResponse()
 
     def _let_in(self, call: Call, request: Message | Unparsable, context: RayServegRPCContext) -> None:
-        """Raises Refused for a caller who may not ask, ValueError for a request that is none."""
+        """Raise Refused for a caller without access, ValueError for an unparsable request."""
         authorization = dict(context.invocation_metadata()).get("authorization")
         call.key = self.service.access.check(
             address_of(context.peer() or ""), authorization if isinstance(authorization, str) else None
         )
         if isinstance(request, Unparsable):
-            raise ValueError(request.reason)
+            raise request
+
+    def _deltas(self, request: pb.GenerateRequest, call: Call, whole: bool) -> AsyncGenerator[Delta, None]:
+        timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
+        return self.service.generate(request.prompt, params_from_request(request), timeout_s, call, whole=whole)
 
 
 def address_of(peer: str) -> str | None:
-    """The IP address in gRPC's name for a peer; None for one of this machine without any, "" for one not understood.
+    """Return the IP address in gRPC's name of a peer, None for a Unix socket, "" for an unknown form.
 
     'ipv6:%5B::1%5D:50051' -> '::1'
     """
@@ -126,7 +123,7 @@ def address_of(peer: str) -> str | None:
 
 
 def _refuse(call: Call, context: RayServegRPCContext) -> None:
-    """Tell the client how its call ended; the message that goes with it is empty."""
+    """Report the status of a failed call to the client."""
     context.set_code(call.status)
     context.set_details(call.details)
     if isinstance(call.error, EngineFull):
@@ -141,5 +138,5 @@ def _logprobs(tokens: list[int], logprobs: list[TokenLogprobs], tokenizer: Token
             logprob=entry.logprob,
             top=[pb.TokenLogprob(token=t, text=tokenizer.decode([t]), logprob=p) for t, p in entry.top],
         )
-        for token, entry in zip(tokens, logprobs, strict=False)  # none unless asked for
+        for token, entry in zip(tokens, logprobs, strict=False)  # `logprobs` is empty if not requested
     ]

@@ -1,7 +1,4 @@
-"""Build the HTTP application from the routers of `completions`, `live` and `web`.
-
-Each of these modules has `routes(service) -> APIRouter`. Unknown paths get an error in OpenAI's form.
-"""
+"""Build the HTTP application from the routes of `completions`, `live` and `web`."""
 
 from __future__ import annotations
 
@@ -16,17 +13,17 @@ from tinylm.serving.service import Service
 
 
 def build_http_app(service: Service) -> FastAPI:
-    app = FastAPI(title="TinyLM", docs_url=None, redoc_url=None, openapi_url=None)  # their pages load from elsewhere
-    for face in (completions, live, web):
-        router = face.routes(service)
+    app = FastAPI(title="TinyLM", docs_url=None, redoc_url=None, openapi_url=None)  # those pages load foreign scripts
+    for module in (completions, live, web):
+        router = module.routes(service)
         for route in router.routes:
             if isinstance(route, Route) and route.methods and "GET" in route.methods:
-                route.methods.add("HEAD")  # uptime monitors send it; the server leaves the body out
+                route.methods.add("HEAD")  # for uptime monitors; the server omits the body
         app.include_router(router)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        """Answer an unknown path, or a method that the path does not have."""
+        """Answer an unknown path or method in the form of OpenAI's API."""
         message = f"{request.method} {request.url.path}: {error.detail}"
         return error_response(error.status_code, message, headers=error.headers)
 

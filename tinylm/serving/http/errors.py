@@ -1,4 +1,4 @@
-"""Errors in the form that OpenAI's API gives them, and the HTTP status that belongs to a call's own."""
+"""Errors in the form of OpenAI's API, and the HTTP status for each gRPC status."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinylm.serving.calls import Call
 from tinylm.serving.http.requests import TooLarge, is_field
 
 Code = grpc.StatusCode
-# HTTP status, and what OpenAI calls it: type, code.
+# HTTP status, and OpenAI's type and code of the error.
 STATUSES: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
     Code.INVALID_ARGUMENT: (400, "invalid_request_error", None),
     Code.UNAUTHENTICATED: (401, "invalid_request_error", "invalid_api_key"),
@@ -26,22 +26,22 @@ HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: 
 
 
 def error_of(call: Call) -> tuple[int, dict[str, Any]]:
-    """The HTTP status and the body for a call that was refused or failed."""
+    """Return the HTTP status and the body for a call that failed."""
     status, kind, code = STATUSES.get(call.status, STATUSES[Code.INTERNAL])
     if isinstance(call.error, TooLarge):
         status, code = 413, "request_too_large"
-    word = call.details.partition(" ")[0]  # errors of a field begin with its name
+    word = call.details.partition(" ")[0]  # the message about a field begins with its name
     param = word if status in (400, 404) and is_field(word) else None
     return status, {"error": {"message": call.details, "type": kind, "param": param, "code": code}}
 
 
 def refused(call: Call) -> JSONResponse:
-    """The answer to a call that was refused, or failed before its first text."""
+    """Return the response to a call that failed before its first text."""
     status, body = error_of(call)
     return JSONResponse(body, status, HEADERS.get(status))
 
 
 def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An error that no call stands behind."""
+    """Return an error response that belongs to no `Call`."""
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
     return JSONResponse(body, status, headers)

@@ -1,4 +1,4 @@
-"""Several asynchronous generators as one, whose items come as they are made."""
+"""Merge several asynchronous generators into one."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ _END = object()
 
 
 async def merged(generators: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """Items with the place of their generator. The first error ends all of them, and so does closing this one."""
-    if len(generators) == 1:  # no task of its own: the usual case is the fast one
+    """Yield each item when it is ready, with the number of its generator.
+
+    The first error ends all generators. Closing this generator also ends them.
+    """
+    if len(generators) == 1:  # the usual case needs no tasks, and is faster without
         async with aclosing(generators[0]) as only:
             async for item in only:
                 yield 0, item
         return
     queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
-    async def pump(place: int, generator: AsyncGenerator[T, None]) -> None:
+    async def pump(number: int, generator: AsyncGenerator[T, None]) -> None:
         try:
             async with aclosing(generator):
                 async for item in generator:
-                    queue.put_nowait((place, item))
+                    queue.put_nowait((number, item))
         except Exception as error:
-            queue.put_nowait((place, error))
+            queue.put_nowait((number, error))
         else:
-            queue.put_nowait((place, _END))
+            queue.put_nowait((number, _END))
 
-    tasks = [asyncio.create_task(pump(place, generator)) for place, generator in enumerate(generators)]
+    tasks = [asyncio.create_task(pump(number, generator)) for number, generator in enumerate(generators)]
     try:
         n_left = len(tasks)
         while n_left:
-            place, item = await queue.get()
+            number, item = await queue.get()
             if item is _END:
                 n_left -= 1
             elif isinstance(item, Exception):
                 raise item
             else:
-                yield place, item
+                yield number, item
     finally:
         for task in tasks:
             task.cancel()

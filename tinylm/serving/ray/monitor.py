@@ -1,9 +1,9 @@
-"""`make monitor`: Prometheus, and Grafana where it is installed, on the metrics of the service that runs here.
+"""`make monitor`: start Prometheus, and Grafana if it is installed, for the service on this machine.
 
     python -m tinylm.serving.ray.monitor
 
-Starts what configs/monitoring describes, on loopback and on the ports where Ray's dashboard looks for them, until it is
-interrupted. Neither program comes with TinyLM: docs/operate.md says how to install them.
+They run until Ctrl-C, with the files of configs/monitoring, on loopback and on the ports that Ray's dashboard expects.
+Neither program comes with TinyLM: docs/operate.md says how to install them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ INSTALL_PROMETHEUS = "`sudo apt-get install prometheus` on Debian and Ubuntu, `b
 
 def main(
     config: Annotated[
-        Path, typer.Option(help="Prometheus's configuration; alerts and Grafana's lie beside it.")
+        Path, typer.Option(help="Prometheus's configuration, beside the alerts and Grafana's files.")
     ] = CONFIG,
-    data: Annotated[Path, typer.Option(help="Where both keep what they have recorded.")] = Path("runs/monitoring"),
-    prometheus_port: Annotated[int, typer.Option(help="Elsewhere, Ray needs RAY_PROMETHEUS_HOST.")] = 9090,
-    grafana_port: Annotated[int, typer.Option(help="Elsewhere, Ray needs RAY_GRAFANA_HOST.")] = 3000,
+    data: Annotated[Path, typer.Option(help="Directory for the data of both.")] = Path("runs/monitoring"),
+    prometheus_port: Annotated[int, typer.Option(help="Another port needs RAY_PROMETHEUS_HOST for Ray.")] = 9090,
+    grafana_port: Annotated[int, typer.Option(help="Another port needs RAY_GRAFANA_HOST for Ray.")] = 3000,
 ) -> None:
     """Start Prometheus and Grafana for the service on this machine: python -m tinylm.serving.ray.monitor"""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts a background job with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     with tempfile.TemporaryDirectory(prefix="tinylm-monitor-") as directory:
         try:
@@ -46,14 +47,14 @@ def main(
             processes["Prometheus"] = start_prometheus(written, data, prometheus_port)
             print(f"Prometheus: http://localhost:{prometheus_port}/alerts", flush=True)
             if (grafana := grafana_command()) is None:
-                print("Grafana is not installed (docs/operate.md): Prometheus has graphs of its own", flush=True)
+                print("Grafana is not installed (see docs/operate.md): use the graphs of Prometheus", flush=True)
             else:
                 processes["Grafana"] = start_grafana(grafana, config.parent, data, prometheus_port, grafana_port)
                 print(f"Grafana:    http://localhost:{grafana_port}/d/tinylm", flush=True)
             while True:
                 for name, process in processes.items():
                     if process.poll() is not None:
-                        raise ValueError(f"{name} ended by itself: its reason is above")
+                        raise ValueError(f"{name} has ended: see its messages above")
                 time.sleep(0.5)
         except ValueError as error:
             sys.exit(f"Error: {error}")
@@ -67,12 +68,12 @@ def main(
 
 
 def ray_directory() -> Path:
-    """Where Ray keeps what belongs to its sessions."""
+    """Return the directory of Ray's sessions."""
     return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
 
 
 def write_config(config: Path, directory: Path) -> Path:
-    """Prometheus's configuration, with its files found from `directory` and Ray where this environment has it."""
+    """Write Prometheus's configuration to `directory`, with absolute paths and this environment's Ray directory."""
     if not config.is_file():
         raise ValueError(f"no Prometheus configuration at {config}: run this from TinyLM's own directory")
     values = yaml.safe_load(read_text(config))
@@ -86,7 +87,7 @@ def write_config(config: Path, directory: Path) -> Path:
 
 
 def start_prometheus(config: Path, data: Path, port: int) -> subprocess.Popen[bytes]:
-    """Prometheus on loopback; raises ValueError when it is not installed, or its port is taken."""
+    """Start Prometheus on loopback. Raise ValueError when it is not installed, or its port is in use."""
     binary = shutil.which("prometheus")
     if binary is None:
         raise ValueError(f"no `prometheus` on the PATH: install it with {INSTALL_PROMETHEUS}")
@@ -100,12 +101,12 @@ def start_prometheus(config: Path, data: Path, port: int) -> subprocess.Popen[by
             f"--web.listen-address=127.0.0.1:{port}",
             "--log.level=warn",
         ],
-        start_new_session=True,  # Ctrl-C is for this process, which hands it on once
+        start_new_session=True,  # Ctrl-C must reach only this process, which then stops Prometheus
     )
 
 
 def grafana_command() -> list[str] | None:
-    """Grafana's server as this machine has it, its home given where that lies beside the binary."""
+    """Return the command that starts Grafana's server, with its home directory, or None if it is not installed."""
     for name, arguments in (("grafana", ["server"]), ("grafana-server", [])):
         if binary := shutil.which(name):
             root = Path(binary).resolve().parent.parent
@@ -118,7 +119,7 @@ def grafana_command() -> list[str] | None:
 def start_grafana(
     command: list[str], configs: Path, data: Path, prometheus_port: int, port: int
 ) -> subprocess.Popen[bytes]:
-    """Grafana on loopback with TinyLM's dashboard and Ray's own, readable and embeddable without a login."""
+    """Start Grafana on loopback, with the dashboards of TinyLM and Ray. Reading and embedding need no login."""
     _check_port("--grafana-port", port, "perhaps a Grafana that runs as a service")
     settings = {
         "GF_SERVER_HTTP_ADDR": "127.0.0.1",

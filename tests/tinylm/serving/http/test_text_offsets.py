@@ -1,13 +1,13 @@
-"""text_offset of the completions API: the character at which each token begins, whatever its bytes are."""
+"""text_offset of the completions API: the character at which each token begins, for any bytes."""
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinylm.serving.http.completions import TextOffsets
+from tinylm.serving.http.choice import TextOffsets
 
 
 def character_of_each_byte(data: bytes) -> list[int]:
-    """The slow way: decode strictly, and count one character for each error."""
+    """Return the character of each byte: decode strictly, and count one character for each error."""
     characters: list[int] = []
     n = 0
     while data:

@@ -1,4 +1,4 @@
-"""The rules that `tinylm-haproxy` adds, in a real HAProxy before real gRPC servers that have only so much room."""
+"""The rules of `tinylm-haproxy`, in a real HAProxy in front of gRPC servers that hold a limited number of calls."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ from tinylm.serving.ray import haproxy
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, TinyLMStub, add_TinyLMServicer_to_server
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Ray brings HAProxy on Linux alone")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Ray brings HAProxy only on Linux")
 ROOM = 3
 GIVE_UP_S = 30
 WORDS = "three requests are running, the limit: 100 % full"
@@ -46,7 +46,7 @@ SERVER = "    server replica-{number} 127.0.0.1:{port} proto h2 check inter 50ms
 
 @dataclass
 class Replica(TinyLMServicer):
-    """Holds calls until they may go, and refuses those for which there is no room, as the engine does."""
+    """Holds up to ROOM calls until `may_go` is set, and refuses others as the engine does."""
 
     may_go: Event = field(default_factory=Event)
     lock: Lock = field(default_factory=Lock)
@@ -77,7 +77,7 @@ class Replica(TinyLMServicer):
 def behind_haproxy(
     replicas: list[Replica], directory: Path, cores: int = 1, slots: int = 0
 ) -> Iterator[tuple[TinyLMStub, list[grpc.Server]]]:
-    """Asks the replicas' servers through HAProxy, started as Ray starts it, on so many cores."""
+    """Start HAProxy as Ray does, on `cores` cores, and yield a stub on it and the servers behind it."""
     servers, lines = [], []
     for number, replica in enumerate(replicas):
         server = grpc.server(ThreadPoolExecutor(ROOM + 10))
@@ -98,7 +98,7 @@ def behind_haproxy(
         with grpc.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
             stub = TinyLMStub(channel)
             stub.Tokenize(pb.TokenizeRequest(), wait_for_ready=True, timeout=GIVE_UP_S)
-            assert psutil.Process(process.pid).name() == "haproxy"  # itself, with the process id that Ray knows
+            assert psutil.Process(process.pid).name() == "haproxy"  # with the process id that Ray knows
             yield stub, servers
     finally:
         for replica in replicas:
@@ -125,7 +125,7 @@ def ask(stub: TinyLMStub) -> grpc.Future:
 
 
 def refused(call: grpc.Future) -> bool:
-    """Whether it was, in the replica's words, whoever said them."""
+    """Return whether the call was refused with the replica's message, by the replica or by HAProxy."""
     error = call.exception()
     if error is None:
         return False
@@ -141,7 +141,7 @@ def wait_until(holds) -> None:
         time.sleep(0.005)
 
 
-def test_what_a_replica_refused_is_refused_before_it_for_a_while(replica: Replica, stub: TinyLMStub) -> None:
+def test_haproxy_refuses_for_a_while_after_a_replica_did(replica: Replica, stub: TinyLMStub) -> None:
     held = [ask(stub) for _ in range(ROOM)]
     wait_until(lambda: replica.n_held == ROOM)
     began = time.monotonic()
@@ -151,16 +151,16 @@ def test_what_a_replica_refused_is_refused_before_it_for_a_while(replica: Replic
     while time.monotonic() - began < 3 * haproxy.REMEMBERED_MS / 1000:
         assert refused(ask(stub))
         n_asked += 1
-    assert 2 <= replica.n_refused <= 4 < n_asked  # each time that it had forgotten, it asked
-    stub.Tokenize(pb.TokenizeRequest())  # what needs no room is let through
+    assert 2 <= replica.n_refused <= 4 < n_asked  # HAProxy asked the replica again after each interval
+    stub.Tokenize(pb.TokenizeRequest())  # it does not generate, so it is accepted
     replica.may_go.set()
     assert [call.result().text for call in held] == ["done"] * ROOM
-    assert ask(stub).result().text == "done"  # at once: there are fewer than were too many
+    assert ask(stub).result().text == "done"  # at once, because the number of calls has fallen
 
 
-def test_a_refusal_for_another_reason_says_nothing_about_room(replica: Replica, stub: TinyLMStub) -> None:
+def test_a_refusal_for_another_reason_has_no_effect(replica: Replica, stub: TinyLMStub) -> None:
     with pytest.raises(grpc.RpcError, match="another reason"):
-        stub.Tokenize(pb.TokenizeRequest(text="too long, say"))
+        stub.Tokenize(pb.TokenizeRequest(text="too long"))
     held = [ask(stub) for _ in range(ROOM)]
     wait_until(lambda: replica.n_held == ROOM)
     replica.may_go.set()
@@ -168,25 +168,25 @@ def test_a_refusal_for_another_reason_says_nothing_about_room(replica: Replica, 
 
 
 def held_with(calls: list[grpc.Future], replicas: list[Replica]) -> list[int]:
-    """How many of these calls each replica holds once all have arrived."""
+    """Return how many of these calls each replica holds when all have arrived."""
     wait_until(lambda: sum(replica.n_held for replica in replicas) == len(calls))
     return [replica.n_held for replica in replicas]
 
 
-def test_as_many_replicas_as_there_are_cores_are_filled_before_the_others_get_any(tmp_path: Path) -> None:
+def test_as_many_replicas_as_cores_are_filled_first(tmp_path: Path) -> None:
     cores, slots = min(2, len(os.sched_getaffinity(0))), ROOM - 1
     replicas = [Replica() for _ in range(cores + 2)]
     with behind_haproxy(replicas, tmp_path, cores, slots) as (stub, servers):
         for _ in range(4 * len(replicas)):
             stub.Tokenize(pb.TokenizeRequest())
-        assert all(replica.n_tokenized for replica in replicas)  # what doesn't generate is for all
+        assert all(replica.n_tokenized for replica in replicas)  # calls that do not generate go to all
         calls = []
         for _ in range(cores * slots):
             calls.append(ask(stub))
             *first, last, last_but_one = held_with(calls, replicas)
             assert (last, last_but_one) == (0, 0)
             assert max(first) - min(first) <= 1
-        calls.append(ask(stub))  # no slot is left in the first: the least busy
+        calls.append(ask(stub))  # the first replicas have no slot left, so the least busy one gets it
         assert sorted(held_with(calls, replicas)[cores:]) == [0, 1]
         calls.append(ask(stub))
         assert held_with(calls, replicas)[cores:] == [1, 1]
@@ -195,22 +195,22 @@ def test_as_many_replicas_as_there_are_cores_are_filled_before_the_others_get_an
         wait_until(lambda: not any(replica.n_held for replica in replicas))
         for server in servers[:cores]:
             server.stop(0).wait()
-        wait_until(lambda: ask(stub).exception() is None)  # by the others, once HAProxy has noticed
+        wait_until(lambda: ask(stub).exception() is None)  # by the others, when HAProxy has noticed
 
 
-def test_a_full_replica_does_not_keep_calls_from_idle_ones(tmp_path: Path) -> None:
-    """The first is full of what HAProxy does not count as its own (answers to calls over HTTP, say)."""
+def test_a_full_replica_keeps_no_calls_from_idle_ones(tmp_path: Path) -> None:
+    """The first replica is full of work that HAProxy does not count, such as several answers to one call over HTTP."""
     replicas = [Replica(n_held=ROOM), Replica(), Replica()]
     with behind_haproxy(replicas, tmp_path, cores=1, slots=ROOM) as (stub, _):
         for replica in replicas[1:]:
             replica.may_go.set()
-        assert refused(ask(stub))  # by the one that is filled first
+        assert refused(ask(stub))  # by the replica that is filled first
         answered = sum(ask(stub).exception() is None for _ in range(20))
-        assert answered >= 10  # by the others, whoever is asked next; none is refused before it
+        assert answered >= 10  # HAProxy itself refuses none
         assert replicas[0].n_refused == 21 - answered
 
 
-def test_with_a_core_for_each_replica_or_on_several_machines_all_are_used_alike(tmp_path: Path) -> None:
+def test_enough_cores_or_several_machines_use_all_replicas_alike() -> None:
     def config(*machines: str) -> str:
         servers = "\n".join(f"    server {number} {machine}:1" for number, machine in enumerate(machines))
         return CONFIG.format(port=1, servers=servers)
@@ -223,7 +223,7 @@ def test_with_a_core_for_each_replica_or_on_several_machines_all_are_used_alike(
     assert "use-server" not in haproxy.with_rules(fallback, slots=1, cores=2)
 
 
-def test_only_backends_of_applications_are_changed_and_http_s_refuse_nothing() -> None:
+def test_only_backends_of_applications_get_rules() -> None:
     before, after = CONFIG, haproxy.with_rules(CONFIG)
     assert after.split("backend grpc-tinylm\n")[0] == before.split("backend grpc-tinylm\n")[0]
     assert set(before.splitlines()) < set(after.splitlines())
@@ -238,7 +238,7 @@ def test_only_backends_of_applications_are_changed_and_http_s_refuse_nothing() -
 @pytest.mark.parametrize(
     ("host", "is_closed"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("", False)]
 )
-def test_metrics_and_statistics_are_on_loopback_where_the_service_is(host: str, is_closed: bool) -> None:
+def test_metrics_and_statistics_listen_where_the_service_does(host: str, is_closed: bool) -> None:
     service = f"frontend http_frontend\n    bind {host}:8000\n"
     config = (
         f"frontend prometheus\n    bind :9101\n    mode http\n{service}listen stats\n  bind *:8404\n  stats enable\n"

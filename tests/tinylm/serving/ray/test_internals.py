@@ -16,18 +16,12 @@ from ray.util.metrics import Counter
 
 from tinylm.serving.ray import internals
 
-CHANGED = "Ray {version} has changed what tinylm.serving.ray.internals.{function} uses: {what}"
-
 
 def changed(function: str, what: str) -> str:
-    return CHANGED.format(version=ray.__version__, function=function, what=what)
+    return f"Ray {ray.__version__} has changed what tinylm.serving.ray.internals.{function} uses: {what}"
 
 
-def source_of(module: object) -> str:
-    return inspect.getsource(module)  # type: ignore[arg-type]
-
-
-def test_installed_ray_is_the_release_that_was_read() -> None:
+def test_the_installed_ray_is_the_release_that_was_read() -> None:
     assert ray.__version__.startswith(internals.READ_IN), (
         f"Ray {ray.__version__} is installed. The functions of tinylm.serving.ray.internals were read in Ray "
         f"{internals.READ_IN}: read each of them again, then change READ_IN"
@@ -35,8 +29,8 @@ def test_installed_ray_is_the_release_that_was_read() -> None:
 
 
 def test_replicas_still_have_a_shutting_down_flag() -> None:
-    assert "self._shutting_down = True" in source_of(replica), changed("is_draining", "_shutting_down")
-    assert "self._replica_impl" in source_of(replica), changed("is_draining", "_replica_impl")
+    assert "self._shutting_down = True" in inspect.getsource(replica), changed("is_draining", "_shutting_down")
+    assert "self._replica_impl" in inspect.getsource(replica), changed("is_draining", "_replica_impl")
     assert "self.actors = {}" in inspect.getsource(Worker), changed("is_draining", "global_worker.actors")
 
 
@@ -61,7 +55,7 @@ def test_python_proxy_still_makes_its_own_handlers() -> None:
 
 @pytest.mark.parametrize("kind", ["unary_unary", "unary_stream"])
 def test_wrappers_reach_the_handlers_that_serve_makes(kind: str) -> None:
-    """With Serve's real server class: a generated servicer registers its method, and the wrapper runs."""
+    """Serve's real server class makes a handler for a generated servicer, and the wrapper gets it."""
     import grpc
     from ray.serve._private.proxy_request_response import gRPCStreamingType
 

@@ -1,0 +1,99 @@
+"""Which bodies the completions API accepts, and what it says of the others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import grpc
+import pytest
+from starlette.requests import Request
+
+from tinylm.serving.calls import Call
+from tinylm.serving.http.errors import error_of
+from tinylm.serving.http.requests import MAX_BODY_BYTES, TooLarge, is_field, read_body, read_request
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": "1"}, "temperature is '1': input should be a valid number"),
+        ({"n": 17}, "n is 17: .* 16"),
+        ({"prompt": ["a"] * 9, "n": 2}, "prompt has 9 prompts .* 16"),
+        ({"prompt": []}, "prompt has 0 prompts"),
+        ({"prompt": [5] * 70_000, "n": 16}, "prompt has 70000 .* 65536"),
+        ({"prompt": ["My secret", 1]}, "prompt is of type list: input should be a valid"),
+        ({"stop": {"secret": 1}}, "stop is of type dict"),
+        ({"stop": ["a", None]}, "stop is of type list"),
+        ({"logprobs": 1, "echo": True}, "logprobs .* echo"),
+        ({"best_of": 2}, "best_of is not supported"),
+        ({"suffix": "."}, "suffix is not supported"),
+        ({"logit_bias": {"1": 1}}, "logit_bias is not supported"),
+        ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
+        ({"stream_options": {"include_usage": True}}, "stream_options needs stream"),
+    ],
+)
+def test_an_error_begins_with_the_field(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        read_request(json.dumps(fields).encode())
+    assert is_field(str(caught.value).partition(" ")[0])
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body", [b'{"prompt": "\xff"}', b"[" * 100_000, b'"prompt"', b'{"\\ud800": 1}', b'{"a": 1}'])
+def test_other_bodies_are_refused(body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"not JSON|not a JSON object|not a field"):
+        read_request(body)
+
+
+def test_values_without_effect_are_accepted() -> None:
+    neutral = {
+        **{"best_of": 1, "suffix": None, "logit_bias": {"1": None}, "presence_penalty": 0.0, "frequency_penalty": 0},
+        **{"user": "me", "stop": None, "seed": None, "logprobs": None, "stream": None},
+    }
+    assert read_request(json.dumps(neutral).encode()).prompts == [""]
+
+
+@pytest.mark.parametrize("options", [{"include_usage": None}, {}, None])
+def test_null_counts_as_absent_inside_an_object(options: dict | None) -> None:
+    request = read_request(json.dumps({"stream": True, "stream_options": options}).encode())
+    assert request.stream_options is None or not request.stream_options.include_usage
+
+
+def test_seeds_of_several_answers_differ_and_stay_within_the_limit() -> None:
+    request = read_request(json.dumps({"n": 3, "seed": 2**63 - 1}).encode())
+    assert [request.params(index).seed for index in range(3)] == [2**63 - 1, 0, 1]
+
+
+def body_of(content_type: str, *chunks: bytes, declared: int | None = None) -> bytes:
+    """Return what `read_body` returns for a request with this body."""
+    headers = [(b"content-type", content_type.encode())]
+    if declared is not None:
+        headers.append((b"content-length", str(declared).encode()))
+    messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    messages.append({"type": "http.request", "body": b"", "more_body": False})
+
+    async def receive() -> dict:
+        return messages.pop(0)
+
+    return asyncio.run(read_body(Request({"type": "http", "headers": headers}, receive)))
+
+
+def test_a_body_of_json_is_read() -> None:
+    assert body_of("application/json; charset=utf-8", b"{", b"}", declared=2) == b"{}"
+
+
+def test_a_body_of_another_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="'text/plain': it must be application/json"):
+        body_of("text/plain", b"{}")
+
+
+def test_a_body_that_is_too_large_is_refused() -> None:
+    with pytest.raises(TooLarge, match=str(MAX_BODY_BYTES)):
+        body_of("application/json", b" " * (MAX_BODY_BYTES + 1))
+    with pytest.raises(TooLarge, match=str(MAX_BODY_BYTES)):
+        body_of("application/json", declared=MAX_BODY_BYTES + 1)
+    call = Call("POST /v1/completions", status=grpc.StatusCode.INVALID_ARGUMENT, error=TooLarge("too large"))
+    status, body = error_of(call)
+    assert (status, body["error"]["code"]) == (413, "request_too_large")
