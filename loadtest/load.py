@@ -1,16 +1,15 @@
-"""The settings of one run: what it asks, and how hard. They are checked here; `workload` makes requests of them."""
+"""The settings of one run, and their checks. `workload` turns them into requests."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from tinylm.client import checked_api_key
 
-Arrivals = Literal["poisson", "constant"]
 OPEN_LOOP_CONNECTIONS = 16
 
 
@@ -61,7 +60,7 @@ class Load:
     max_tokens: Mix
     concurrency: int | None = None  # clients; each sends its next request when it has its answer
     rate_per_s: float | None = None  # requests sent a second, without waiting for answers
-    arrivals: Arrivals = "poisson"
+    arrivals: str = "poisson"  # or "constant"
     stream: bool = False
     duration_s: float = 60.0  # measured, after the warm-up; `requests` replaces it
     requests: int | None = None  # stop after this number of measured requests
@@ -80,6 +79,8 @@ class Load:
         object.__setattr__(self, "api_key", checked_api_key("api_key", self.api_key))
         if (self.concurrency is None) == (self.rate_per_s is None):
             raise ValueError("a load has either a concurrency (closed loop) or a rate (open loop)")
+        if self.arrivals not in ("poisson", "constant"):
+            raise ValueError(f"arrivals is {self.arrivals!r}: it must be poisson or constant")
         for name, least in (
             ("concurrency", 1),
             ("duration_s", 0.1),

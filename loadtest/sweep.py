@@ -73,21 +73,22 @@ def _one(
 
     schedule(load.comes_first)  # this process too: it must look at the CPU of the server at the right moments
     try:
-        outcome = pool.run(load, n_processes, on_begin, view.tick, lambda: meter.look(begin, end))
+        done = pool.run(load, n_processes, on_begin, view.tick, lambda: meter.look(begin, end))
         server = meter.finish()
     finally:
         schedule(realtime=False)
+    busiest = round(max(process.cpu_cores for process in done), 3)
     return {
         "load": load.as_dict(),
-        **summarize(load, outcome.records, limits),
+        **summarize(load, [record for process in done for record in process.records], limits),
         "client": {
-            "processes": len(outcome.cores),
-            "cores": round(sum(outcome.cores), 3),
-            "busiest_process": max(outcome.cores),
-            "scheduling": outcome.scheduling,
-            "longest_waiting": max(outcome.waited),
+            "processes": len(done),
+            "cores": round(sum(process.cpu_cores for process in done), 3),
+            "busiest_process": busiest,
+            "scheduling": done[0].scheduling,
+            "longest_waiting": round(max(process.waited for process in done), 3),
             # With the protocol "engine", the engine keeps the process busy.
-            "too_busy": max(outcome.cores) > BUSY and load.protocol != "engine",
+            "too_busy": busiest > BUSY and load.protocol != "engine",
         },
         "server": server,
     }

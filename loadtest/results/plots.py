@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hdrh.histogram import HdrHistogram
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
-from loadtest.results import histogram
+from loadtest.results.histogram import recorded
+from loadtest.results.result_file import figure_of
 from loadtest.results.table import load_name
-from tinylm.files import PNG, check_file, check_own, is_own_png
+from tinylm.files import check_file, check_own, is_own_png
 
 Result = Mapping[str, Any]
 Run = Mapping[str, Any]
@@ -25,12 +27,9 @@ DPI = 110
 TITLES = {"latency": "end-to-end latency", "ttft": "time to first token", "itl": "inter-token latency"}
 
 
-def check_picture(path: Path, is_shown: bool = False) -> None:
-    """Raise OSError if `path` cannot be written, or if something is there that is not a picture of a result.
-
-    is_shown: a report beside it shows a picture of this name. The pictures of older reports do not name their maker.
-    """
-    check_own(path, lambda content: is_own_png(content) or (is_shown and content.startswith(PNG)))
+def check_picture(path: Path) -> None:
+    """Raise OSError if `path` cannot be written, or if something is there that is not a picture of TinyLM."""
+    check_own(path, is_own_png)
     check_file(path)
 
 
@@ -44,7 +43,7 @@ def histograms(result: Result, name: str) -> Figure | None:
     figure = Figure((3.4 * columns, 2.3 * rows + 0.4), layout="constrained")
     figure.suptitle(_literal(f"{result['label']}: {TITLES[name]}"), fontsize=11)
     for axes, (load, merged) in zip(figure.subplots(rows, columns, squeeze=False).flat, loads.items(), strict=False):
-        values, counts = histogram.recorded(merged)
+        values, counts = recorded(merged)
         bins = np.geomspace(values.min() * 0.98, values.max() * 1.02, 40)
         axes.hist(values, bins, weights=counts, color="tab:blue")
         axes.set_xscale("log")
@@ -67,11 +66,14 @@ def percentiles(result: Result, name: str) -> Figure | None:
         return None
     figure, axes = _axes(f"{result['label']}: {TITLES[name]} by percentile")
     for load, merged in loads.items():
-        shares, values = histogram.curve(merged)
-        axes.plot(1 / (1 - shares), values, label=load)
+        steps = [
+            (step.percentile_level_iterated_to, step.value_iterated_to) for step in merged.get_percentile_iterator(20)
+        ]
+        levels, values = np.array(steps[:-1]).T  # the last level is 100 %
+        axes.plot(100 / (100 - levels), values / 1000, label=load)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * (1 - 1 / x):.6g}" if x > 0 else ""))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{100 * (1 - 1 / x):.6g}" if x > 0 else "")
     _plain_numbers(axes.yaxis)
     axes.set(xlabel="percentile", ylabel="ms")
     axes.legend(fontsize=8)
@@ -91,10 +93,10 @@ def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
         (right, "p99 end-to-end latency, ms", ("latency_ms", "p99")),
     ):
         for label, points in drawn:
-            _line_of_repeats(axes, {load: _values(runs, path) for load, runs in points.items()}, label)
+            _line_of_repeats(axes, {n: [figure_of(run, *path) for run in runs] for n, runs in points.items()}, label)
         axes.set(xlabel="requests/s offered" if is_open else "clients", title=title)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     right.set_yscale("log")
     _plain_numbers(right.yaxis)
@@ -132,9 +134,9 @@ def _merged(result: Result, name: str) -> dict[str, Any]:
         if text := run["histograms"].get(name):
             load = load_name(run) + (", stream" if run["load"]["stream"] else "")
             if load in loads:
-                loads[load].add(histogram.decode(text))
+                loads[load].add(HdrHistogram.decode(text))
             else:
-                loads[load] = histogram.decode(text)
+                loads[load] = HdrHistogram.decode(text)
     return loads
 
 
@@ -144,16 +146,6 @@ def _by_load(result: Result, stream: bool) -> dict[float, list[Run]]:
         if run["load"]["stream"] == stream and run["latency_ms"]:
             points[run["load"]["concurrency"] or run["load"]["rate_per_s"]].append(run)
     return points
-
-
-def _values(runs: Sequence[Run], path: Sequence[str]) -> list[float]:
-    values = []
-    for run in runs:
-        value: Any = run
-        for key in path:
-            value = value[key]
-        values.append(float(value))
-    return values
 
 
 def _line_of_repeats(axes: Axes, points: Mapping[float, Sequence[float]], label: str) -> None:
@@ -181,5 +173,5 @@ def _literal(text: str) -> str:
 def _plain_numbers(axis: Axis) -> None:
     """Label a logarithmic axis with 1, 2, 5, 10, ..."""
     axis.set_major_locator(LogLocator(10, (1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())

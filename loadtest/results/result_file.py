@@ -17,7 +17,7 @@ from tinylm.machine import describe
 
 FORMAT_PREFIX = "tinylm-loadtest-"
 FORMAT = FORMAT_PREFIX + "2"
-SECRET_OPTIONS = ("--api-key",)
+SECRET_OPTION = "--api-key"
 FIRST_COLUMNS = ("server", "protocol", "stream", "concurrency", "rate_per_s", "arrivals", "max_tokens")  # of the CSV
 
 
@@ -48,12 +48,14 @@ def assemble(
 
 def own_command(arguments: list[str]) -> str:
     """Return the command line without its secrets."""
-    shown, hide = [], False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        shown.append("***" if hide else f"{name}=***" if name in SECRET_OPTIONS and equals else argument)
-        hide = argument in SECRET_OPTIONS
-    return shlex.join(["python", "-m", "loadtest", *shown])
+    shown = ["python", "-m", "loadtest"]
+    for i, argument in enumerate(arguments):
+        if i and arguments[i - 1] == SECRET_OPTION:
+            argument = "***"
+        elif argument.startswith(f"{SECRET_OPTION}="):
+            argument = f"{SECRET_OPTION}=***"
+        shown.append(argument)
+    return shlex.join(shown)
 
 
 def check_output(path: Path, inputs: Mapping[str, Path | None] | None = None, with_csv: bool = True) -> None:
@@ -132,10 +134,17 @@ def point(run: Mapping[str, Any]) -> str:
     return f"{kind}, {how}, {load['max_tokens']} tokens{prompts}"
 
 
+def figure_of(run: Mapping[str, Any], *keys: str) -> Any:
+    """Return a figure of a run, such as ("latency_ms", "p50"), or None if the run does not have it."""
+    value: Any = run
+    for key in keys:
+        value = (value or {}).get(key)
+    return value
+
+
 def row(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run as one flat row of the CSV."""
-    load = run["load"]
-    flat: dict[str, Any] = {name: load[name] for name in FIRST_COLUMNS}
+    flat: dict[str, Any] = {name: run["load"][name] for name in FIRST_COLUMNS}
     flat |= {"repeat": run["repeat"], "errors": run["requests"] - run["statuses"].get("OK", 0)}
     for name, value in run.items():
         if name in ("load", "histograms", "statuses", "replicas", "repeat"):

@@ -47,7 +47,7 @@ def summarize(load: Load, records: Records, limits: dict[str, float] | None = No
         result["unfinished"] = _unfinished(load, records)
     if limits:
         result["goodput"] = _goodput(calls, limits, window_s)
-    result["histograms"] = {name: histogram.encode(h) for name, h in histograms.items() if h.get_total_count()}
+    result["histograms"] = {name: h.encode().decode() for name, h in histograms.items() if h.get_total_count()}
     return result
 
 

@@ -109,7 +109,6 @@ TABLE: dict[str, str | Walk] = {
     r"python -m loadtest compare .*": Walk(
         Until.END, filled={"before.json": "load.json", "after.json": "load.json"}, on_service=True
     ),
-    r"python -m loadtest (overload|overhead) .*": Walk(Until.AT_WORK, BUSY, beside=(SERVE,)),
     r"make serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),
     # Other ways to serve.
     r"tinylm serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),

@@ -63,10 +63,9 @@ def test_run_is_the_command_that_may_be_left_out() -> None:
     [
         (["run", "--concurrency", "x"], "--concurrency is 'x'"),
         (["run", "--concurrency", "1", "--rate", "1"], "exclude"),
-        (["run", "--rate", "1", "--arrivals", "even"], "--arrivals is 'even'"),
+        (["run", "--rate", "1", "--arrivals", "even"], "arrivals is 'even'"),
         (["run", "--repeat", "0"], "--repeat is 0"),
         (["selftest", "--duration", "nan"], "--duration is nan"),
-        (["overload", "--factor", "0.5"], "--factor is '0.5'"),
         (["compare", "README.md", "README.md"], "README.md is not JSON"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

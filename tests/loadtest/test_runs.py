@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hdrh.histogram import HdrHistogram
 
 from loadtest.generator.workload import arrivals
 from loadtest.load import Load, Mix
@@ -43,7 +44,7 @@ def test_a_stall_shows_from_the_intended_time_only() -> None:
     assert run["requests"] == run["statuses"]["OK"] == 300
     waits = {}
     for name in ("latency", "latency_from_send"):
-        durations_ms, counts = histogram.recorded(histogram.decode(run["histograms"][name]))
+        durations_ms, counts = histogram.recorded(HdrHistogram.decode(run["histograms"][name]))
         waits[name] = counts[durations_ms >= 500].sum()
     assert waits["latency"] >= 40
     assert waits["latency_from_send"] <= 5
@@ -61,8 +62,8 @@ def test_tokens_of_messages_are_counted_or_marked_unknown() -> None:
     for run in (unknown, counted):
         assert run["tokens_an_answer"] == 8
         assert run["gap_ms"]["p50"] >= 8  # four tokens of 2 ms
-        assert histogram.decode(run["histograms"]["gap"]).get_total_count() == 10
-    assert histogram.decode(counted["histograms"]["itl"]).get_total_count() == 10 * 4  # after the first messages
+        assert HdrHistogram.decode(run["histograms"]["gap"]).get_total_count() == 10
+    assert HdrHistogram.decode(counted["histograms"]["itl"]).get_total_count() == 10 * 4  # after the first messages
 
 
 @pytest.mark.parametrize("settings", [{"concurrency": 5, "requests": 50}, {"rate_per_s": 60.0, "duration_s": 1.0}])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loadtest.generator.call_record import CallRecord
-from loadtest.generator.loops import Ledger, Loops
+from loadtest.generator.loops import Loops
 from loadtest.generator.workload import Request
 from loadtest.load import Load, Mix
 
@@ -34,7 +34,7 @@ class BrokenCaller:
 )
 def test_an_error_of_the_load_test_ends_the_run(run: Callable[[Loops], Awaitable[None]]) -> None:
     """It is not a failed call, so no status would report it."""
-    loops = Loops(Load("localhost:1", Mix.parse("4", "n"), 1, duration_s=1), BrokenCaller(), Ledger(), 0, 1)
+    loops = Loops(Load("localhost:1", Mix.parse("4", "n"), 1, duration_s=1), BrokenCaller(), 0, 1)
 
     async def main() -> None:
         await run(loops)

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from loadtest.load import Load, Mix
-from loadtest.results.table import ms
+from loadtest.results.table import make_table, ms
 from loadtest.stub_server import running
 from loadtest.sweep import Sweep, carry_out
 from tinylm.machine import describe
@@ -92,30 +90,36 @@ def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="a stub that answers at once", title_justify="left")
-    for number, column in enumerate(
-        ("", "clients", "requests/s", "messages/s", "p50 ms", "p99 ms", "processes", "client cores", "stub cores")
-    ):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    """Print the rates as a table, the highest ones, and the checks."""
+    columns = ("", "clients", "requests/s", "messages/s", "p50 ms", "p99 ms", "processes", "client cores", "stub cores")
+    table = make_table("a stub that answers at once", *columns)
+    highest = []
     for kind, runs in result["rates"].items():
         for run in runs:
-            messages = f"{_messages_per_s(run):,.0f}" if kind == "stream" else "-"
-            latency = [ms(run["latency_ms"], name) for name in ("p50", "p99")]
-            cores = [f"{run['client']['cores']:.2f}", f"{run['server']['cores'] or 0:.2f}"]
-            figures = [str(run["load"]["concurrency"]), f"{run['requests_per_s']:,.0f}", messages, *latency]
-            table.add_row(kind, *figures, str(run["client"]["processes"]), *cores)
-    console.print(table)
-    for kind, runs in result["rates"].items():
+            table.add_row(
+                kind,
+                str(run["load"]["concurrency"]),
+                f"{run['requests_per_s']:,.0f}",
+                _messages_per_s(run),
+                ms(run["latency_ms"], "p50"),
+                ms(run["latency_ms"], "p99"),
+                str(run["client"]["processes"]),
+                f"{run['client']['cores']:.2f}",
+                f"{run['server']['cores'] or 0:.2f}",
+            )
         best = max(runs, key=lambda run: run["requests_per_s"])
-        figure = f"{best['requests_per_s']:,.0f} requests/s"
-        if kind == "stream":
-            figure += f", {_messages_per_s(best):,.0f} messages/s"
-        console.print(f"highest rate, {kind}: {figure} with {best['load']['concurrency']} clients")
+        figures = f"{best['requests_per_s']:,.0f} requests/s, {_messages_per_s(best)} messages/s"
+        highest.append(f"highest rate, {kind}: {figures} with {best['load']['concurrency']} clients")
+    console.print(table)
+    for line in highest:
+        console.print(line)
     for check in result["checks"]:
         verdict, style = ("passed", "green") if check["passed"] else ("failed", "red")
-        told = f"{check['name']}: {verdict}; expected {check['expected_ms']} ms, found {check['found_ms']}"
-        console.print(told, style=style)
+        text = f"{check['name']}: {verdict}; expected {check['expected_ms']} ms, found {check['found_ms']}"
+        console.print(text, style=style)
 
 
-def _messages_per_s(run: Mapping[str, Any]) -> float:
-    return float(run["tokens_per_s"] / run["messages"]["tokens_a_message"])
+def _messages_per_s(run: Mapping[str, Any]) -> str:
+    """Return the messages per second of a run: one for each answer that is not a stream."""
+    per_message = run["messages"]["tokens_a_message"] if "messages" in run else run["tokens_an_answer"]
+    return f"{run['tokens_per_s'] / per_message:,.0f}"
