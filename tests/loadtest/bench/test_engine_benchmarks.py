@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loadtest.bench import parts
-from loadtest.bench.peers.model import float32_tensors, reference_logits, save_random_model
+from loadtest.bench.peers.model import reference_logits, save_random_model
 from tinylm import ModelConfig
 from tinylm.machine import describe
 
@@ -44,16 +44,12 @@ def test_peers_are_checked_and_measured(tmp_path: Path) -> None:
     assert (tmp_path / "peers.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(("module", "peer"), [("onnx_runtime", "OnnxRuntime"), ("pytorch", "PyTorch")])
-def test_float32_peers_compute_the_reference_logits(tmp_path: Path, module: str, peer: str) -> None:
-    import importlib
+def test_onnx_runtime_computes_the_reference_logits(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from loadtest.bench.peers.onnx_runtime import OnnxRuntime
 
-    pytest.importorskip({"onnx_runtime": "onnxruntime", "pytorch": "torch"}[module])
     config = ModelConfig(hidden_size=64, n_layers=2, n_heads=2, mlp_size=128, context=64)
     save_random_model(tmp_path / "m", config)
     ids = np.random.default_rng(0).integers(config.boundary_id + 1, config.vocab_size, (2, 12))
-    made = getattr(importlib.import_module(f"loadtest.bench.peers.{module}"), peer)(tmp_path / "m", 2)
-    logits = made.logits(ids[:, :8], ids[:, 8:])
-    loaded, tensors = float32_tensors(tmp_path / "m")
-    wanted = [reference_logits(loaded, tensors, row, "gelu") for row in ids]
-    np.testing.assert_allclose(logits, wanted, atol=1e-3)
+    logits = OnnxRuntime(tmp_path / "m", 2).logits(ids[:, :8], ids[:, 8:])
+    np.testing.assert_allclose(logits, reference_logits(tmp_path / "m", ids, "gelu"), atol=1e-3)
