@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loadtest.sweep import Sweep
 
 app = typer.Typer(
-    help="Load on a running service, measured from outside like any user. `run` may be left out: "
+    help="Load test of a running service. `run` is the default command: "
     "python -m loadtest --concurrency 4. docs/speed.md defines the figures.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -66,7 +66,7 @@ def run(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask the service and measure: one run for each concurrency or rate."""
+    """Send requests to a service and measure the answers: one run for each concurrency or rate."""
     with command_errors():
         from loadtest.load import Mix
         from loadtest.results import result_file
@@ -93,7 +93,7 @@ def run(
         }
         sweep = _sweep(settings, concurrency, rate, repeat, processes, goodput)
         result = _measure(sweep, label or (output.stem if output else server), replicas, quiet or as_json)
-        _hand_over(result, result_file.write, _show_runs, output, as_json, quiet)
+        _deliver(result, result_file.write, _show_runs, output, as_json, quiet)
         if not any(one["statuses"].get("OK") for one in result["runs"]):
             raise ValueError(f"no answer from {server}: {result['runs'][0]['statuses'] or 'the run was too short'}")
 
@@ -136,10 +136,10 @@ def _measure(sweep: Sweep, label: str, replicas: int | None, quiet: bool) -> dic
     """Make the runs. Return the content of the result file."""
     from loadtest.measured_server import facts
     from loadtest.results.result_file import assemble
-    from loadtest.sweep import carry_out
+    from loadtest.sweep import run_sweep
 
     service = facts(sweep.loads[0])
-    return assemble(carry_out(sweep, quiet), label, service, replicas)
+    return assemble(run_sweep(sweep, quiet), label, service, replicas)
 
 
 def _show_runs(result: Mapping[str, Any], console: PlainConsole) -> None:
@@ -166,7 +166,7 @@ def compare(
     after: Annotated[Path, typer.Argument(metavar="B.json")],
     as_json: Json = False,
 ) -> None:
-    """Say what changed from A to B, and whether by more than repeated runs differ."""
+    """Compare two results: show which figures changed, and which by more than repeated runs differ."""
     with command_errors():
         from loadtest.results import compare as comparison
         from loadtest.results import result_file
@@ -189,12 +189,12 @@ def selftest(duration: Duration = 3, output: Output = None, as_json: Json = Fals
             result_file.check_output(output, with_csv=False)
         options.require_at_least(0.5, duration=duration)
         result = {"command": result_file.own_command(sys.argv[1:]), **scenario.measure(duration, quiet or as_json)}
-        _hand_over(result, result_file.write_json, scenario.show, output, as_json, quiet)
+        _deliver(result, result_file.write_json, scenario.show, output, as_json, quiet)
         if wrong := [check["name"] for check in result["checks"] if not check["passed"]]:
             raise RuntimeError(f"do not trust the load generator on this machine now: {', '.join(wrong)}")
 
 
-def _hand_over(
+def _deliver(
     result: Mapping[str, Any],
     write: Callable[[Path, Mapping[str, Any]], None],
     show: Callable[[Mapping[str, Any], PlainConsole], None],
@@ -202,7 +202,7 @@ def _hand_over(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write a result to `--output`. Print it as JSON or as a table, unless `--quiet` forbids it."""
+    """Write a result to `--output`, if it is given. Print it as JSON or, without `--quiet`, as a table."""
     if output:
         write(output, result)
     if as_json:

@@ -58,13 +58,13 @@ class Load:
 
     server: str  # HOST:PORT (gRPC), http://HOST:PORT (OpenAI's completions), engine:DIRECTORY (no server)
     max_tokens: Mix
-    concurrency: int | None = None  # clients; each sends its next request when it has its answer
+    concurrency: int | None = None  # clients; each sends its next request after its last answer
     rate_per_s: float | None = None  # requests sent a second, without waiting for answers
     arrivals: str = "poisson"  # or "constant"
     stream: bool = False
     duration_s: float = 60.0  # measured, after the warm-up; `requests` replaces it
     requests: int | None = None  # stop after this number of measured requests
-    warmup_s: float = 5.0  # in no figure
+    warmup_s: float = 5.0  # before the measured time
     prompts: tuple[str, ...] = ()  # empty: built-in prompts
     prompt_words: Mix | None = None  # lengths of built-in prompts; None: four short ones
     connections: int | None = None  # None: one a client, or OPEN_LOOP_CONNECTIONS
@@ -110,7 +110,7 @@ class Load:
 
     @property
     def comes_first(self) -> bool:
-        """Return whether to schedule the load generator first: not if it contains the engine that it measures."""
+        """Return whether to schedule the load generator before other processes. Never if it contains the engine."""
         return self.priority and self.protocol != "engine"
 
     @property

@@ -1,4 +1,4 @@
-"""The measured server: what it says of itself, its processes on this machine, and the CPU time that they use."""
+"""The measured server: its own description, its processes on this machine, and the CPU time that they use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RAY_DAEMONS = ("raylet", "gcs_server")
 def facts(load: Load) -> dict[str, Any] | None:
     """Return the fields of GetModelInfo, or None if the server does not have that method.
 
-    Raises ValueError if nothing answers at the address, so that no sweep begins in vain.
+    Raises ValueError if no service answers at the address.
     """
     if load.protocol != "grpc":
         return None
@@ -118,15 +118,10 @@ def _is_local(host: str) -> bool:
 def _listening(port: int) -> list[psutil.Process]:
     """Return the processes that listen on the port, as far as this user may look at them."""
     listening = []
-    for connection in psutil.net_connections("tcp"):
-        if (
-            connection.status == psutil.CONN_LISTEN
-            and connection.laddr
-            and connection.laddr.port == port
-            and connection.pid
-        ):
+    for each in psutil.net_connections("tcp"):
+        if each.status == psutil.CONN_LISTEN and each.laddr and each.laddr.port == port and each.pid:
             with suppress(psutil.NoSuchProcess):  # it ended
-                listening.append(psutil.Process(connection.pid))
+                listening.append(psutil.Process(each.pid))
     return listening
 
 

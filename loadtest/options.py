@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
@@ -109,6 +109,18 @@ def decimals(option: str, text: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} is {text!r}: it must be numbers separated by commas") from None
+
+
+def names_that_begin(option: str, prefixes: str | None, names: Iterable[str]) -> list[str]:
+    """Return the names that begin with one of the prefixes of `a,b`, or all names for None.
+
+    Raises ValueError that names the option if no name begins with one of them.
+    """
+    names, chosen = list(names), tuple(prefixes.split(",")) if prefixes else ("",)
+    for prefix in chosen:
+        if not any(name.startswith(prefix) for name in names):
+            raise ValueError(f"{option} names {prefix!r}: it must be the beginning of one of {', '.join(names)}")
+    return [name for name in names if name.startswith(chosen)]
 
 
 def require_at_least(least: float, **options: float | None) -> None:

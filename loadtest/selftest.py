@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from loadtest.load import Load, Mix
-from loadtest.results.table import make_table, ms
+from loadtest.results import table
 from loadtest.stub_server import running
-from loadtest.sweep import Sweep, carry_out
+from loadtest.sweep import Sweep, run_sweep
 from tinylm.machine import describe
 
 CLIENTS = (1, 8, 32, 128)
@@ -37,14 +37,14 @@ def _rates(duration_s: float, stream: bool, quiet: bool) -> list[dict[str, Any]]
     """Return runs against a stub that answers at once."""
     with running("--tokens-a-message", str(TOKENS_A_MESSAGE)) as server:
         loads = [Load(server, TOKENS, n, stream=stream, duration_s=duration_s, warmup_s=0.5) for n in CLIENTS]
-        return carry_out(Sweep(tuple(loads)), quiet)
+        return run_sweep(Sweep(tuple(loads)), quiet)
 
 
 def _known_delays(duration_s: float, quiet: bool) -> dict[str, Any]:
     """Check with delays of three sizes that each percentile is the size that its share says, or little more."""
     with running("--delay-ms", str(DELAYS_MS)) as server:
         load = Load(server, ONE_TOKEN, rate_per_s=100, duration_s=max(duration_s, 5), warmup_s=0.5)
-        (run,) = carry_out(Sweep((load,)), quiet)
+        (run,) = run_sweep(Sweep((load,)), quiet)
     found = {name: run["latency_ms"][name] for name in ("p50", "p90", "p99")}
     expected = dict(zip(found, DELAYS_MS.values, strict=True))
     passed = all(delay <= found[name] < delay + OVERHEAD_MS for name, delay in expected.items())
@@ -60,16 +60,9 @@ def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
     """
     duration_s = max(duration_s, 4)
     with running("--freeze-after-s", "2", "--freeze-s", str(FREEZE_S)) as server:
-        load = Load(
-            server,
-            ONE_TOKEN,
-            rate_per_s=100,
-            arrivals="constant",
-            duration_s=duration_s,
-            warmup_s=0,
-            max_in_flight=1,
-        )
-        (run,) = carry_out(Sweep((load,)), quiet)
+        steady = {"rate_per_s": 100, "arrivals": "constant", "duration_s": duration_s, "warmup_s": 0}
+        load = Load(server, ONE_TOKEN, **steady, max_in_flight=1)
+        (run,) = run_sweep(Sweep((load,)), quiet)
     # A request intended within the stall waits for half of it on average.
     expected = FREEZE_S / duration_s * FREEZE_S / 2 * 1000
     found, naive = run["latency_ms"], run["latency_from_send_ms"]
@@ -90,36 +83,13 @@ def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
-    """Print the rates as a table, the highest ones, and the checks."""
-    columns = ("", "clients", "requests/s", "messages/s", "p50 ms", "p99 ms", "processes", "client cores", "stub cores")
-    table = make_table("a stub that answers at once", *columns)
-    highest = []
+    """Print the rates, the highest ones, and the checks."""
     for kind, runs in result["rates"].items():
-        for run in runs:
-            table.add_row(
-                kind,
-                str(run["load"]["concurrency"]),
-                f"{run['requests_per_s']:,.0f}",
-                _messages_per_s(run),
-                ms(run["latency_ms"], "p50"),
-                ms(run["latency_ms"], "p99"),
-                str(run["client"]["processes"]),
-                f"{run['client']['cores']:.2f}",
-                f"{run['server']['cores'] or 0:.2f}",
-            )
+        table.show(runs, console)
         best = max(runs, key=lambda run: run["requests_per_s"])
-        figures = f"{best['requests_per_s']:,.0f} requests/s, {_messages_per_s(best)} messages/s"
-        highest.append(f"highest rate, {kind}: {figures} with {best['load']['concurrency']} clients")
-    console.print(table)
-    for line in highest:
-        console.print(line)
+        rate = f"{best['requests_per_s']:,.0f} requests/s with {best['load']['concurrency']} clients"
+        console.print(f"highest rate, {kind}: {rate}")
     for check in result["checks"]:
         verdict, style = ("passed", "green") if check["passed"] else ("failed", "red")
         text = f"{check['name']}: {verdict}; expected {check['expected_ms']} ms, found {check['found_ms']}"
         console.print(text, style=style)
-
-
-def _messages_per_s(run: Mapping[str, Any]) -> str:
-    """Return the messages per second of a run: one for each answer that is not a stream."""
-    per_message = run["messages"]["tokens_a_message"] if "messages" in run else run["tokens_an_answer"]
-    return f"{run['tokens_per_s'] / per_message:,.0f}"

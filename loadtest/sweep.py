@@ -1,4 +1,4 @@
-"""Make a list of runs, one after the other, and measure the CPU that each costs."""
+"""Make runs one after the other, and measure the CPU time that each costs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sweep:
         return self.repeats * sum(load.warmup_s + load.duration_s + 0.5 for load in self.loads)
 
 
-def carry_out(sweep: Sweep, quiet: bool = False) -> list[dict[str, Any]]:
+def run_sweep(sweep: Sweep, quiet: bool = False) -> list[dict[str, Any]]:
     """Make all runs, and return them as they stand in a result file."""
     runs = []
     with ProcessPool() as pool, LiveView(len(sweep.loads) * sweep.repeats, quiet) as view:

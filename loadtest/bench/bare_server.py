@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import signal
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
@@ -20,13 +19,14 @@ from typing import Annotated
 import grpc
 import typer
 
+from loadtest.stub_server import serve
 from tinylm.engine import Engine, EngineFull
 from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine
 from tinylm.engine.completion import Completion, CompletionBuilder
 from tinylm.llm import load
 from tinylm.terminal.output import one_line_errors
 from tinylm.v1 import tinylm_pb2 as pb
-from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server
+from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer
 from tinylm.wire import ending, params_from_request
 
 
@@ -82,18 +82,9 @@ class BareServicer(TinyLMServicer):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
 
 
-async def serve(model: Path, port: int) -> None:
+async def serve_model(model: Path, port: int) -> None:
     """Serve on the loopback address until SIGTERM or SIGINT."""
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 1)])
-    add_TinyLMServicer_to_server(BareServicer(model), server)
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
-    await server.start()
-    print(f"ready on 127.0.0.1:{bound}", flush=True)
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    await ended.wait()
-    await server.stop(1)
+    await serve(BareServicer(model), port, share_port=True)
 
 
 def main(
@@ -102,7 +93,7 @@ def main(
 ) -> None:
     """Serve the engine behind grpc.aio and nothing else."""
     with one_line_errors(ValueError):
-        asyncio.run(serve(model, port))
+        asyncio.run(serve_model(model, port))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ import typer
 from loadtest.bench import services
 from loadtest.load import Load, Mix
 from loadtest.measured_server import facts
-from loadtest.options import Duration, Quiet, Warmup, command_errors, integers, require_at_least
+from loadtest.options import Duration, Quiet, Warmup, command_errors, integers, names_that_begin, require_at_least
 from loadtest.results import plots, result_file
 from loadtest.results.table import make_table
-from loadtest.sweep import Sweep, carry_out
+from loadtest.sweep import Sweep, run_sweep
 from tinylm.files import as_png, write_file
 from tinylm.terminal.output import PlainConsole
 
@@ -60,7 +60,6 @@ class Part:
     label: str
     start: Callable[[], AbstractContextManager[str]]  # yields the address of a running service
     replicas: int | None = None
-    series: str = ""  # parts of one series differ only in their number of replicas
     few: bool = False  # only the highest numbers of clients
     processes: int | None = None  # of the load generator
     packages: tuple[str, ...] = ()  # modules that it needs
@@ -82,7 +81,7 @@ class Part:
 
 def _ray_serve(name: str, config: Path, mode: str, replicas: int, few: bool = False) -> Part:
     label = f"Ray Serve, {mode}, {replicas} replica{'s' * (replicas > 1)}"
-    return Part(name, label, partial(services.ray_serve, config, replicas), replicas, mode, few)
+    return Part(name, label, partial(services.ray_serve, config, replicas), replicas, few)
 
 
 LLAMA_PACKAGES = ("llama_cpp", "gguf", "starlette_context", "sse_starlette", "pydantic_settings")
@@ -96,15 +95,6 @@ PARTS = (
     Part(f"bare-{REPLICAS}", f"grpc.aio, {REPLICAS} processes", partial(services.bare, REPLICAS)),
     Part("llama", "llama-cpp-python's server", partial(services.llama, CORES), packages=LLAMA_PACKAGES),
 )
-
-
-def choose(only: str | None) -> list[Part]:
-    """Return the parts whose names begin with one of those given. Raises ValueError if no name begins with one."""
-    prefixes = only.split(",") if only else [""]
-    for prefix in prefixes:
-        if not any(part.name.startswith(prefix) for part in PARTS):
-            raise ValueError(f"--only names {prefix!r}: the parts are {', '.join(part.name for part in PARTS)}")
-    return [part for part in PARTS if part.name.startswith(tuple(prefixes))]
 
 
 def show_plan(parts: Sequence[Part], settings: Settings, again: bool) -> None:
@@ -154,10 +144,10 @@ def _measure_part(part: Part, settings: Settings, modes: Sequence[bool], quiet: 
         for stream in modes:
             sweep = part.sweep(settings, address, stream)
             service = facts(sweep.loads[0])
-            runs = carry_out(sweep, quiet)
+            runs = run_sweep(sweep, quiet)
             if not all(run["statuses"].get("OK") for run in runs):
                 raise RuntimeError(f"a run had no answer: {[run['statuses'] for run in runs]}")
-            found = result_file.assemble(runs, part.label, service, part.replicas, part.series or part.label)
+            found = result_file.assemble(runs, part.label, service, part.replicas)
             result_file.write(part.path(settings, stream), found)
             console.print(f"  {MODES[stream]}: {len(runs)} runs")
 
@@ -204,7 +194,8 @@ def main(
     with command_errors():
         require_at_least(1, repeat=repeat)
         settings = Settings(out, duration, warmup, repeat, tuple(integers("--concurrency", concurrency)))
-        chosen = choose(only)
+        names = names_that_begin("--only", only, [part.name for part in PARTS])
+        chosen = [part for part in PARTS if part.name in names]
         show_plan(chosen, settings, again)
         if not list_only:
             measure(chosen, settings, again, quiet)

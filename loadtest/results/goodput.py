@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-METRICS = {"ttft": "time to first token", "tpot": "time per output token after the first", "e2e": "end to end"}
+METRICS = ("ttft", "tpot", "e2e")  # time to first token, time per further token, end to end
 
 
 def parse(text: str) -> dict[str, float]:

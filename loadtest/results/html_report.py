@@ -79,7 +79,6 @@ def _draw(figures: Iterator[tuple[str, Figure | None]], directory: Path, picture
 def _overview(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Figure | None]]:
     for stream, kind in ((False, "unary"), (True, "stream")):
         yield f"load-{kind}", plots.against_load(results, stream)
-        yield f"replicas-{kind}", plots.against_replicas(results, stream)
 
 
 def _pictures(result: Mapping[str, Any]) -> Iterator[tuple[str, Figure | None]]:
@@ -94,6 +93,7 @@ def _section(result: Mapping[str, Any]) -> dict[str, Any]:
     machine = result["machine"]
     facts = [result["date"], machine["processor"], f"{machine['cores']} cores", f"revision {result['revision']}"]
     facts += [f"{name} {version}" for name, version in result["versions"].items()]
+    facts.append(f"{result['replicas']} replicas")
     if service := result.get("service"):
         facts.append(f"model {service['name']}, {service['arithmetic']}" if service["arithmetic"] else service["name"])
     console = Console(file=io.StringIO(), record=True, width=120, markup=False, highlight=False, emoji=False)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from hdrh.histogram import HdrHistogram
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -64,7 +63,10 @@ def percentiles(result: Result, name: str) -> Figure | None:
     loads = _merged(result, name)
     if not loads:
         return None
-    figure, axes = _axes(f"{result['label']}: {TITLES[name]} by percentile")
+    figure = Figure((WIDTH_IN, HEIGHT_IN), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(_literal(f"{result['label']}: {TITLES[name]} by percentile"), fontsize=10)
+    axes.grid(alpha=0.3)
     for load, merged in loads.items():
         steps = [
             (step.percentile_level_iterated_to, step.value_iterated_to) for step in merged.get_percentile_iterator(20)
@@ -93,7 +95,11 @@ def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
         (right, "p99 end-to-end latency, ms", ("latency_ms", "p99")),
     ):
         for label, points in drawn:
-            _line_of_repeats(axes, {n: [figure_of(run, *path) for run in runs] for n, runs in points.items()}, label)
+            values = [[figure_of(run, *path) for run in points[n]] for n in sorted(points)]
+            middle = np.array([np.median(repeats) for repeats in values])
+            below = middle - [min(repeats) for repeats in values]
+            above = [max(repeats) for repeats in values] - middle
+            axes.errorbar(sorted(points), middle, [below, above], marker="o", capsize=2, label=_literal(label))
         axes.set(xlabel="requests/s offered" if is_open else "clients", title=title)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -104,26 +110,6 @@ def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
     left.legend(fontsize=8)
     kind = "streams" if stream else "unary"
     figure.suptitle(f"{kind}; medians, bars from the least to the greatest of repeated runs", fontsize=10)
-    return figure
-
-
-def against_replicas(results: Sequence[Result], stream: bool) -> Figure | None:
-    """Draw tokens a second against the number of replicas: a line a series and load that has several numbers."""
-    lines: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        for run in result["runs"]:
-            if run["load"]["stream"] == stream and result["replicas"]:
-                name = ", ".join(filter(None, (result["series"], load_name(run))))
-                lines[name][result["replicas"]].append(run["tokens_per_s"])
-    several = {name: points for name, points in lines.items() if len(points) > 1}
-    if not several:
-        return None
-    figure, axes = _axes(f"output tokens/s against replicas, {'streams' if stream else 'unary'}")
-    for name, points in several.items():
-        _line_of_repeats(axes, points, name)
-    axes.set(xlabel="replicas", ylabel="tokens/s", xticks=sorted({n for points in several.values() for n in points}))
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
     return figure
 
 
@@ -146,23 +132,6 @@ def _by_load(result: Result, stream: bool) -> dict[float, list[Run]]:
         if run["load"]["stream"] == stream and run["latency_ms"]:
             points[run["load"]["concurrency"] or run["load"]["rate_per_s"]].append(run)
     return points
-
-
-def _line_of_repeats(axes: Axes, points: Mapping[float, Sequence[float]], label: str) -> None:
-    """Draw a line through the medians of each x, with a bar from the least to the greatest value."""
-    x = sorted(points)
-    middle = np.array([np.median(points[at]) for at in x])
-    below = middle - [min(points[at]) for at in x]
-    above = [max(points[at]) for at in x] - middle
-    axes.errorbar(x, middle, [below, above], marker="o", capsize=2, label=_literal(label))
-
-
-def _axes(title: str) -> tuple[Figure, Axes]:
-    figure = Figure((WIDTH_IN, HEIGHT_IN), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(_literal(title), fontsize=10)
-    axes.grid(alpha=0.3)
-    return figure, axes
 
 
 def _literal(text: str) -> str:

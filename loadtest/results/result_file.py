@@ -1,4 +1,4 @@
-"""Result files: JSON with everything, and CSV with one row a run. A file is a sweep against one service."""
+"""Result files: JSON with everything, and CSV with one row per run. A file holds one sweep of one service."""
 
 from __future__ import annotations
 
@@ -22,22 +22,16 @@ FIRST_COLUMNS = ("server", "protocol", "stream", "concurrency", "rate_per_s", "a
 
 
 def assemble(
-    runs: list[dict[str, Any]],
-    label: str,
-    service: dict[str, Any] | None,
-    replicas: int | None = None,
-    series: str = "",
+    runs: list[dict[str, Any]], label: str, service: dict[str, Any] | None, replicas: int | None = None
 ) -> dict[str, Any]:
     """Return the content of a result file.
 
-    service: what it says of itself. replicas: how many it has; None stands for those that answered. series: results of
-    one series with different numbers of replicas share a line of a picture.
+    service: its answer to GetModelInfo. replicas: their number; None: count those that answered.
     """
     seen = max((len(run["replicas"]) for run in runs), default=0)
     return {
         "format": FORMAT,
         "label": label,
-        "series": series,
         "command": own_command(sys.argv[1:]),
         **describe(),
         "service": service,
@@ -126,7 +120,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def point(run: Mapping[str, Any]) -> str:
-    """Return the load of a run without what differs between services. `compare` compares runs with the same text."""
+    """Return a text that is the same for runs with the same load. `compare` compares those runs."""
     load = run["load"]
     how = load_name(run) + (f" {load['arrivals']}" if load["rate_per_s"] else "")
     kind = "stream" if load["stream"] else "unary"
@@ -143,7 +137,7 @@ def figure_of(run: Mapping[str, Any], *keys: str) -> Any:
 
 
 def row(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run as one flat row of the CSV."""
+    """Return a run as a row of the CSV."""
     flat: dict[str, Any] = {name: run["load"][name] for name in FIRST_COLUMNS}
     flat |= {"repeat": run["repeat"], "errors": run["requests"] - run["statuses"].get("OK", 0)}
     for name, value in run.items():

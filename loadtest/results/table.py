@@ -1,4 +1,4 @@
-"""Runs as tables for people, and what weakens their figures."""
+"""Print runs as tables, with notes on what makes their figures unreliable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Mapping[str, Any]
 
 
 def show(runs: Sequence[Run], console: Console) -> None:
-    """Print one row a run, a second table for streams, and then what weakens the figures."""
+    """Print a table with one row per run, a second table for streams, and the notes."""
     console.print(_runs_table(runs))
     if streams := [run for run in runs if run["load"]["stream"]]:
         names = [f"{name} {figure}" for name, figures in STREAM_FIGURES for figure in figures]
@@ -73,7 +73,7 @@ def ms(figures: Mapping[str, float] | None, name: str) -> str:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """Return what weakens the figures of these runs, one sentence each."""
+    """Return what makes the figures of these runs unreliable, one sentence each."""
     return [*_notes_on_calls(runs), *_notes_on_client(runs), *_notes_on_server(runs)]
 
 
@@ -90,7 +90,7 @@ def _notes_on_calls(runs: Sequence[Run]) -> Iterator[str]:
         if unfinished and unfinished["longest_ms"] > 2 * run["latency_ms"].get("max", 0):
             yield (
                 f"{load_name(run)}: {unfinished['requests']} requests were open at the end; one took "
-                f"{unfinished['longest_ms']:.0f} ms, longer than any that counts"
+                f"{unfinished['longest_ms']:.0f} ms, longer than every counted request"
             )
     if any(not run["messages"]["tokens_of_each_known"] for run in runs if "messages" in run):
         yield "messages carried several tokens: itl is spread evenly over them"
@@ -102,7 +102,7 @@ def _notes_on_client(runs: Sequence[Run]) -> Iterator[str]:
     if waited := [share for run in runs if (share := run["client"]["longest_waiting"]) > WAITING]:
         yield (
             f"in {len(waited)} runs the load generator waited for a core for up to {max(waited):.0%} of the time: "
-            "latencies contain that"
+            "latencies include that time"
         )
     sends = [run["sends"] for run in runs if "sends" in run]
     if late := sum(send["late"] for send in sends):

@@ -11,13 +11,13 @@ from loadtest.generator.workload import arrivals
 from loadtest.load import Load, Mix
 from loadtest.results import histogram
 from loadtest.stub_server import DRAWS, running
-from loadtest.sweep import Sweep, carry_out
+from loadtest.sweep import Sweep, run_sweep
 
 EIGHT = Mix((8,), (1.0,))
 
 
 def one_run(load: Load, n_processes: int | None = None) -> dict[str, Any]:
-    (run,) = carry_out(Sweep((load,), n_processes=n_processes), quiet=True)
+    (run,) = run_sweep(Sweep((load,), n_processes=n_processes), quiet=True)
     return run
 
 

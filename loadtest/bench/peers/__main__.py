@@ -25,7 +25,7 @@ from rich.table import Table
 from loadtest.bench.peers.comparison import OURS, PEERS, Comparison, rates_of
 from loadtest.bench.peers.model import save_random_model
 from loadtest.bench.peers.runner import PREFILL_TOKENS, Case
-from loadtest.options import integers, require_at_least
+from loadtest.options import integers, names_that_begin, require_at_least
 from loadtest.results.plots import check_picture
 from tinylm.config import ModelConfig
 from tinylm.files import as_png, check_file, write_file
@@ -57,7 +57,7 @@ def main(
         chosen_core = cores[-1] if core is None else core
         if chosen_core not in cores:
             raise ValueError(f"--core is {core}: it must be one of {cores}")
-        names = _names(only)
+        names = names_that_begin("--only", only, PEERS)
         plot = _checked_plot(out, plot)
         result = {
             "command": "python -m loadtest.bench.peers " + " ".join(sys.argv[1:]),
@@ -75,15 +75,6 @@ def main(
             typer.echo(text)
         else:
             PlainConsole().print(make_table(result))
-
-
-def _names(only: str | None) -> list[str]:
-    """Return the peers whose names begin with one of those given. Raises ValueError if no name begins with one."""
-    prefixes = tuple(only.split(",")) if only else ("",)
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in PEERS):
-            raise ValueError(f"--only names {prefix!r}: the peers are {', '.join(PEERS)}")
-    return [name for name in PEERS if name.startswith(prefixes)]
 
 
 def _checked_plot(out: Path | None, plot: Path | None) -> Path | None:

@@ -120,6 +120,8 @@ class Bench:
             for i in left:
                 best[i] = max(best[i], self._time(peers[i], case, TRIAL_CPU_S).tokens_per_cpu_s)
             left = [i for i in left if best[i] > HOPELESS * max(best)]
+            if len(left) == 1:
+                break
         fastest = int(np.argmax(best))
         self._chosen[case] = peers.pop(fastest)
         for peer in peers:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from loadtest.bench import parts
+from loadtest.bench.peers.__main__ import main
 from loadtest.bench.peers.model import reference_logits, save_random_model
 from tinylm import ModelConfig
 from tinylm.machine import describe
@@ -22,25 +24,20 @@ def test_parts_of_a_step_add_up_to_the_whole() -> None:
     assert microseconds["matmuls"] > 0
 
 
-def test_peers_are_checked_and_measured(tmp_path: Path) -> None:
-    """TinyLM alone, since installing the others takes twenty minutes."""
-    import typer
-
-    from loadtest.bench.peers.__main__ import main
-
+def test_a_peer_is_checked_and_measured(tmp_path: Path) -> None:
+    """TinyLM alone: installing the others takes twenty minutes."""
     app = typer.Typer()
     app.command()(main)
     out = tmp_path / "peers.json"
-    options = ["--only", "tinylm", "--rounds", "1", "--batches", "2", "--out", str(out)]
+    options = ["--only", "tinylm-float", "--rounds", "1", "--batches", "2", "--out", str(out)]
     done = CliRunner().invoke(app, options)
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
     assert describe().keys() <= result.keys()
-    assert set(result["peers"]) == {"tinylm", "tinylm-float32", "tinylm-numpy"}
-    for peer in result["peers"].values():
-        assert set(peer["cases"]) == {"decode 2", "prefill 192"}
-        assert all(case["tokens_per_cpu_s"] > 0 for case in peer["cases"].values())
-    assert result["peers"]["tinylm-float32"]["check"]["greatest_error"] < 1e-3
+    (peer,) = result["peers"].values()
+    assert set(peer["cases"]) == {"decode 2", "prefill 192"}
+    assert all(case["tokens_per_cpu_s"] > 0 for case in peer["cases"].values())
+    assert peer["check"]["least_correlation"] > 0.99999
     assert (tmp_path / "peers.png").stat().st_size > 1000
 
 

@@ -83,12 +83,9 @@ def test_failures_have_durations_by_status() -> None:
     assert run["latency_ms"]["p50"] == near(100)
 
 
-def test_replica_spread_is_busiest_over_mean() -> None:
-    named = [call(0, 0, 0.1, replica=name) for name in "aaab"]
-    run = summarize(CLOSED, named)
-    assert (run["replicas"], run["replica_spread"]) == ({"a": 3, "b": 1}, 1.5)
-    unnamed = summarize(CLOSED, [call(0, 0, 0.1, replica="")])
-    assert (unnamed["replicas"], unnamed["replica_spread"]) == ({}, None)
+def test_answers_are_counted_by_replica() -> None:
+    calls = [call(0, 0, 0.1, replica=name) for name in ("a", "a", "b", "")]
+    assert summarize(CLOSED, calls)["replicas"] == {"a": 2, "b": 1}
 
 
 def test_run_without_calls_has_empty_figures() -> None:
