@@ -1,4 +1,4 @@
-"""The command line of the load generator. A command imports what it needs when it runs, so that --help is quick."""
+"""The command line of the load generator. Commands import lazily, so that --help is quick."""
 
 from __future__ import annotations
 

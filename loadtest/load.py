@@ -59,7 +59,7 @@ class Load:
     server: str  # HOST:PORT (gRPC), http://HOST:PORT (OpenAI's completions), engine:DIRECTORY (no server)
     max_tokens: Mix
     concurrency: int | None = None  # clients; each sends its next request after its last answer
-    rate_per_s: float | None = None  # requests sent a second, without waiting for answers
+    rate_per_s: float | None = None  # requests sent per second, without waiting for answers
     arrivals: str = "poisson"  # or "constant"
     stream: bool = False
     duration_s: float = 60.0  # measured, after the warm-up; `requests` replaces it
@@ -67,7 +67,7 @@ class Load:
     warmup_s: float = 5.0  # before the measured time
     prompts: tuple[str, ...] = ()  # empty: built-in prompts
     prompt_words: Mix | None = None  # lengths of built-in prompts; None: four short ones
-    connections: int | None = None  # None: one a client, or OPEN_LOOP_CONNECTIONS
+    connections: int | None = None  # None: one per client, or OPEN_LOOP_CONNECTIONS
     timeout_s: float = 60.0  # a call that takes longer counts as DEADLINE_EXCEEDED
     max_in_flight: int = 4096  # open loop: requests beyond this number wait, and their waiting counts
     seed: int = 0

@@ -28,7 +28,7 @@ Server = Annotated[
 Concurrency = Annotated[
     Optional[str], typer.Option(metavar="N,N,...", help="Closed loop: number of clients. Default 4.")
 ]
-Rate = Annotated[Optional[str], typer.Option(metavar="R,R,...", help="Open loop: requests a second, without waiting.")]
+Rate = Annotated[Optional[str], typer.Option(metavar="R,R,...", help="Open loop: requests per second.")]
 Arrivals = Annotated[str, typer.Option(help="Open loop: poisson or constant.")]
 Stream = Annotated[bool, typer.Option("--stream", help="Call GenerateStream instead of Generate.")]
 Duration = Annotated[float, typer.Option(help="Measured seconds of each run.")]
@@ -54,7 +54,7 @@ Processes = Annotated[
     Optional[int], typer.Option(help="Processes of the load generator. Default: 1, and more if one is too busy.")
 ]
 Connections = Annotated[
-    Optional[int], typer.Option(help="Connections to the service. Default: one a client, 16 in an open loop.")
+    Optional[int], typer.Option(help="Connections to the service. Default: one per client, 16 in an open loop.")
 ]
 MaxInFlight = Annotated[
     int, typer.Option(help="Open loop: requests beyond this number wait, and their waiting counts.")
@@ -78,7 +78,7 @@ Replicas = Annotated[
 Output = Annotated[
     Optional[Path],
     typer.Option(
-        "--output", "-o", metavar="FILE.json", help="Write the result as JSON, and that of runs as CSV beside it."
+        "--output", "-o", metavar="FILE.json", help="Write the result as JSON, and the runs as CSV beside it."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]

@@ -22,7 +22,7 @@ TOKENS = Mix((64,), (1.0,))
 ONE_TOKEN = Mix((1,), (1.0,))
 TOKENS_A_MESSAGE = 8  # of a stream: a busy TinyLM puts at most this number into a message
 DELAYS_MS = Mix((10, 40, 160), (0.7, 0.25, 0.05))
-OVERHEAD_MS = 25.0  # client, stub and a busy machine may add at most this to a known delay
+OVERHEAD_MS = 25.0  # the most that client, stub and a busy machine may add to a known delay
 FREEZE_S = 1.0
 
 
@@ -34,14 +34,14 @@ def measure(duration_s: float, quiet: bool) -> dict[str, Any]:
 
 
 def _rates(duration_s: float, stream: bool, quiet: bool) -> list[dict[str, Any]]:
-    """Return runs against a stub that answers at once."""
+    """Return runs against a stub that answers without delay."""
     with running("--tokens-a-message", str(TOKENS_A_MESSAGE)) as server:
         loads = [Load(server, TOKENS, n, stream=stream, duration_s=duration_s, warmup_s=0.5) for n in CLIENTS]
         return run_sweep(Sweep(tuple(loads)), quiet)
 
 
 def _known_delays(duration_s: float, quiet: bool) -> dict[str, Any]:
-    """Check with delays of three sizes that each percentile is the size that its share says, or little more."""
+    """Check with three known delays that each percentile is the delay that its share gives, or slightly more."""
     with running("--delay-ms", str(DELAYS_MS)) as server:
         load = Load(server, ONE_TOKEN, rate_per_s=100, duration_s=max(duration_s, 5), warmup_s=0.5)
         (run,) = run_sweep(Sweep((load,)), quiet)
@@ -52,10 +52,10 @@ def _known_delays(duration_s: float, quiet: bool) -> dict[str, Any]:
 
 
 def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
-    """Check that a stall shows from the intended time and hides from the sending time.
+    """Check that latencies from the intended time show a stall, and that latencies from the sending time hide it.
 
-    The service stops for a second. Only one request may be open, so the others wait to be sent. From their intended
-    time, about a quarter of them shows the stall. From their sending time, one does: the coordinated omission of naive
+    The service stops for a second. Only one request may be open, so the others wait. About a quarter of the latencies
+    from the intended time show the stall. From the sending time only one does: the coordinated omission of naive
     clients.
     """
     duration_s = max(duration_s, 4)

@@ -127,7 +127,7 @@ def main(
     delay_ms: Annotated[str, typer.Option(metavar="MS[:SHARE],...", help="Delays before the first token.")] = "0",
     token_ms: Annotated[float, typer.Option(help="Time for each further token.")] = 0,
     tokens_a_message: Annotated[int, typer.Option(help="Tokens in each message of a stream.")] = 1,
-    untold: Annotated[bool, typer.Option("--untold", help="Messages do not say how many tokens they carry.")] = False,
+    untold: Annotated[bool, typer.Option("--untold", help="Leave the number of tokens out of the messages.")] = False,
     freeze_after_s: Annotated[float, typer.Option(help="Seconds from the first call to the freeze.")] = 1,
     freeze_s: Annotated[float, typer.Option(help="Seconds for which the server stops.")] = 0,
     api_key: Annotated[Optional[str], typer.Option(help="Refuse calls without this key.")] = None,

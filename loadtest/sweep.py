@@ -51,7 +51,7 @@ def run_sweep(sweep: Sweep, quiet: bool = False) -> list[dict[str, Any]]:
 
 
 def _attempts(first: int, may_grow: bool) -> Iterator[int]:
-    """Yield numbers of processes to try: twice as many each time, but at most one a core."""
+    """Yield numbers of processes to try: twice as many each time, but at most one per core."""
     n = first
     yield n
     while may_grow and 2 * n <= (os.cpu_count() or 1):

@@ -1,4 +1,4 @@
-"""The engine behind `grpc.aio` and nothing else. Ray Serve adds the difference to this. Not for production.
+"""The engine behind a plain `grpc.aio` server, to measure what Ray Serve adds. Not for production.
 
     python -m loadtest.bench.bare_server --port 9200
 
@@ -91,7 +91,7 @@ def main(
     port: Annotated[int, typer.Option(help="0 takes a free port, which the output names.")] = 0,
     model: Annotated[Path, typer.Option(metavar="DIR", help="The model directory.")] = Path("models/stories-8m"),
 ) -> None:
-    """Serve the engine behind grpc.aio and nothing else."""
+    """Serve the engine behind a plain grpc.aio server."""
     with one_line_errors(ValueError):
         asyncio.run(serve_model(model, port))
 

@@ -1,4 +1,4 @@
-"""Start the services to measure, on ports of their own, and stop only what was started. Each yields an address."""
+"""Start the services to measure on free ports, yield their addresses, and stop them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # neve
 
 @contextmanager
 def ray_serve(config: Path, replicas: int) -> Iterator[str]:
-    """Run `tinylm serve` in a Ray session of its own, with other ports and number of replicas than in the config."""
+    """Run `tinylm serve` in a new Ray session, with free ports and this number of replicas."""
     with tempfile.TemporaryDirectory(prefix="lt-", dir="/tmp", ignore_cleanup_errors=True) as directory:
         path, port, _ = with_own_ports(config, Path(directory), replicas)
         command = ["-m", "tinylm.cli", "serve", "--config", str(path), "--wait-s", str(START_LIMIT_S)]
@@ -48,7 +48,7 @@ def bare(processes: int) -> Iterator[str]:
 
 @contextmanager
 def engine() -> Iterator[str]:
-    """Run no server: the engine is in the processes of the load generator."""
+    """Run no server: the processes of the load generator contain the engine."""
     yield f"engine:{MODEL}"
 
 
@@ -113,9 +113,9 @@ def with_own_ports(config: Path, directory: Path, replicas: int | None = None) -
 def _process(
     command: Sequence[str], log: Path, environment: dict[str, str], is_ready: Callable[[str], bool]
 ) -> Iterator[None]:
-    """Run Python with these arguments from when it is ready to the end of the block.
+    """Run Python with these arguments until the end of the block, which begins when the process is ready.
 
-    Raises RuntimeError with the end of its output if it is never ready.
+    Raises RuntimeError with the end of its output if it does not become ready in time.
     """
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -123,14 +123,16 @@ def _process(
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **environment},
-            start_new_session=True,  # Ctrl-C reaches this process only, which interrupts the other below
+            start_new_session=True,  # so that Ctrl-C reaches only this process, which interrupts the new one below
         )
         try:
             deadline = time.monotonic() + START_LIMIT_S
             while not is_ready(log.read_text(errors="replace")):
                 if process.poll() is not None or time.monotonic() > deadline:
                     end = log.read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"python {' '.join(command[:3])} was never ready; the end of its output:\n{end}")
+                    raise RuntimeError(
+                        f"python {' '.join(command[:3])} did not become ready; the end of its output:\n{end}"
+                    )
                 time.sleep(0.2)
             yield
         finally:

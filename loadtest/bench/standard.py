@@ -43,7 +43,7 @@ console = PlainConsole(stderr=True)
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how hard to measure. The same for every part."""
+    """The settings of all parts."""
 
     out: Path
     duration_s: float
@@ -98,7 +98,7 @@ PARTS = (
 
 
 def show_plan(parts: Sequence[Part], settings: Settings, again: bool) -> None:
-    """Print what there is to measure, and about how long it takes."""
+    """Print which results are missing, and about how long it takes to measure them."""
     table = make_table(f"the standard set, into {settings.out}", "part", "what", "still to do", justify="left")
     total_s = 0.0
     for part in parts:
@@ -114,7 +114,7 @@ def show_plan(parts: Sequence[Part], settings: Settings, again: bool) -> None:
 
 
 def measure(parts: Sequence[Part], settings: Settings, again: bool, quiet: bool) -> None:
-    """Measure what is not done yet, then draw the picture. Raises RuntimeError at the end if a part failed."""
+    """Measure the missing results, then draw the picture. Raises RuntimeError at the end if a part failed."""
     planned = {part: to_do(part, settings, again) for part in parts if not part.missing_package()}
     for part, modes in planned.items():
         for stream in modes:
@@ -180,13 +180,13 @@ def main(
     out: Annotated[Path, typer.Option(metavar="DIR", help="For the results. Existing results are kept.")] = Path(
         "docs/results/standard"
     ),
-    only: Annotated[Optional[str], typer.Option(metavar="PART,...", help="Parts whose names begin so.")] = None,
+    only: Annotated[Optional[str], typer.Option(metavar="PART,...", help="Beginnings of names of parts.")] = None,
     duration: Duration = 15,
     warmup: Warmup = 3,
     repeat: Annotated[int, typer.Option(help="Rounds of each part.")] = 3,
     concurrency: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of clients.")] = "1,2,4,8,16,32",
     again: Annotated[bool, typer.Option("--again", help="Measure existing results again.")] = False,
-    list_only: Annotated[bool, typer.Option("--list", help="Print what is to do and how long it takes.")] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="Print which results are missing.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure the standard set. It starts each service itself: both proxies, replicas, the bare engine, llama.cpp."""

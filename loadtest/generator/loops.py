@@ -1,4 +1,4 @@
-"""The two loops: clients that wait for their answers, and a schedule that waits for nothing."""
+"""The closed loop, in which clients wait for their answers, and the open loop, which sends by a schedule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loadtest.generator.caller import Caller
 from loadtest.generator.workload import Workload
 from loadtest.load import Load
 
-ERROR_PAUSE_S = 0.05  # after a failed call of a client, so that it does not ask a refusing service in a busy loop
+ERROR_PAUSE_S = 0.05  # after a failed call of a client, so that a refusing service does not cause a busy loop
 
 
 class Loops:
@@ -54,25 +54,28 @@ class Loops:
     async def open(self, times: np.ndarray) -> None:
         """Send each request at its time, in seconds of `time.monotonic()`, and wait for the last answer.
 
-        A request is sent late if this process has too much to do or if `max_in_flight` calls are open. Its latency
-        counts from the intended time. Raises what a caller raises, as the closed loop does.
+        A request is late if this process is too busy or if `max_in_flight` calls are open. Its latency counts from the
+        intended time. Raises the error of a caller, like the closed loop.
         """
         room = asyncio.Semaphore(self._load.max_in_flight)
-        tasks: list[asyncio.Task[None]] = []
+        errors: list[Exception] = []  # of the load test itself: a failed call has a status instead
 
         async def send(turn: int, at: float) -> None:
-            async with room:
-                await self._call(turn, at, time.monotonic(), turn)
+            try:
+                async with room:
+                    if not errors:
+                        await self._call(turn, at, time.monotonic(), turn)
+            except Exception as error:
+                errors.append(error)
 
-        def start(number: int, at: float) -> None:
-            tasks.append(asyncio.create_task(send(self._first + number * self._step, at)))
+        async with asyncio.TaskGroup() as calls:
 
-        await _at_times(times, start)
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+            def start(number: int, at: float) -> None:
+                calls.create_task(send(self._first + number * self._step, at))
+
+            await _at_times(times, start)
+        if errors:
+            raise errors[0]
 
     async def _call(self, turn: int, intended_at: float, sent_at: float, connection: int) -> CallRecord:
         """Make the call of that turn now, at `sent_at`."""

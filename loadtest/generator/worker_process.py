@@ -1,4 +1,4 @@
-"""A process that makes calls: it takes jobs from a pipe, reports progress, and returns the records of its calls.
+"""A process that makes calls. It takes jobs from a pipe, reports progress, and returns the records of its calls.
 
 The messages are: Job -> Ready (connected) -> the begin of the measured time -> Tick, Tick, ... -> Done or Failed.
 """
@@ -6,6 +6,7 @@ The messages are: Job -> Ready (connected) -> the begin of the measured time -> 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import signal
 import time
@@ -18,6 +19,7 @@ from loadtest.generator.call_record import CallRecord
 from loadtest.generator.caller import connect
 from loadtest.generator.loops import Loops
 from loadtest.generator.priority import Scheduling, schedule, waited_s
+from loadtest.generator.workload import arrivals
 from loadtest.load import Load
 
 TICK_S = 0.25
@@ -25,14 +27,19 @@ TICK_S = 0.25
 
 @dataclass(frozen=True)
 class Job:
-    """The share of a run that one process makes."""
+    """The share of a run that one process makes: the requests index, index + n_jobs, index + 2 * n_jobs, ..."""
 
-    load: Load  # with the connections of this process only
-    first_turn: int  # its requests are first_turn, first_turn + turn_step, ...
-    turn_step: int
-    n_clients: int  # closed loop
-    requests: int | None  # closed loop: this process's share of load.requests
-    times_s: np.ndarray | None  # open loop: when to send each request, from the start of the measured time
+    load: Load  # of the whole run
+    index: int
+    n_jobs: int
+
+    def share(self, total: int) -> int:
+        """Return the share of a number that this process gets. The first processes get one more if there is a rest."""
+        return total // self.n_jobs + (self.index < total % self.n_jobs)
+
+    def times_s(self) -> np.ndarray:
+        """Return when to send the requests of an open loop, in seconds from the start of the measured time."""
+        return arrivals(self.load)[self.index :: self.n_jobs]
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,15 @@ def main(pipe: Connection) -> None:
 
 
 async def _run(job: Job, pipe: Connection) -> Done:
-    load = job.load
+    load = dataclasses.replace(
+        job.load,
+        connections=max(job.share(job.load.n_connections), 1),
+        max_in_flight=max(job.share(job.load.max_in_flight), 1),
+    )
+    times_s = None if load.rate_per_s is None else job.times_s()
     scheduling = schedule(load.comes_first)  # before connections start threads
     caller = await connect(load)
-    loops = Loops(load, caller, job.first_turn, job.turn_step)
+    loops = Loops(load, caller, job.index, job.n_jobs)
     gc.collect()
     gc.freeze()  # so that collections during the measurement do not look at what exists already
     pipe.send(Ready())
@@ -92,10 +104,11 @@ async def _run(job: Job, pipe: Connection) -> Done:
     clocks = _Clocks(begin, None if load.requests else begin + load.duration_s)
     progress = asyncio.create_task(_report_progress(pipe, loops.ended))
     try:
-        if job.times_s is not None:
-            await loops.open(begin + job.times_s)
+        if times_s is not None:
+            await loops.open(begin + times_s)
         else:
-            await loops.closed(job.n_clients, begin, job.requests)
+            requests = None if load.requests is None else job.share(load.requests)
+            await loops.closed(job.share(load.concurrency or 0), begin, requests)
         cpu_cores, waited = clocks.used()
     finally:
         progress.cancel()

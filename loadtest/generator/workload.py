@@ -1,6 +1,6 @@
-"""Decide before a run which prompt, length and seed each request has, and when an open loop sends it.
+"""Choose the prompt, length and seed of each request, and the times at which an open loop sends them.
 
-The seed alone decides, so that every run with the same seed is the same.
+They depend only on the settings of the load, so runs with the same seed are the same.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SHORT_PROMPTS = (
     "There was once an old bear who lived in the woods. Every morning",
     '"Where are you going?" asked the fox.',
 )
-PLAN = 4096  # requests after which lengths and long prompts repeat, with other seeds
-# Long prompts are these words in random order: almost no two begin alike, so no cached prefix helps.
+PLAN = 4096  # after this number of requests, lengths and long prompts repeat with other seeds
+# Long prompts are these words in random order: almost no two have a common prefix, so no cached prefix helps.
 TEXT = """
     "It "Please A Every Her In Nobody On Sam The They Tom a all already and apples. back baker bark. basket beach
     bear before began behind big birds boat bread burning but by came cat dark dinner," do down early eating

@@ -1,6 +1,6 @@
-"""Compare two results: what changed, and whether by more than repeated runs of one service differ.
+"""Compare two results: which figures changed, and which by more than repeated runs of one service differ.
 
-Each run is one observation, whatever the number of its requests, because the requests of a run share its conditions.
+Each run is one observation, because all requests of a run share its conditions.
 For each load that both results have, Welch's t-test compares the mean logarithms of a figure. It gives a 95 %
 confidence interval of the ratio. Holm's method corrects the p-values for the number of comparisons.
 """

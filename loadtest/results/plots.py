@@ -33,7 +33,7 @@ def check_picture(path: Path) -> None:
 
 
 def histograms(result: Result, name: str) -> Figure | None:
-    """Draw how often each duration occurred: a panel a load, repeats added up."""
+    """Draw how often each duration occurred, with a panel for each load. Repeats are added up."""
     loads = _merged(result, name)
     if not loads:
         return None
@@ -59,7 +59,7 @@ def histograms(result: Result, name: str) -> Figure | None:
 
 
 def percentiles(result: Result, name: str) -> Figure | None:
-    """Draw the duration by percentile, up to the last request: a line a load."""
+    """Draw the duration by percentile, with a line for each load."""
     loads = _merged(result, name)
     if not loads:
         return None
@@ -83,7 +83,7 @@ def percentiles(result: Result, name: str) -> Figure | None:
 
 
 def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
-    """Draw tokens a second and p99 latency against the number of clients (or the rate): a line a result."""
+    """Draw tokens/s and p99 latency against the number of clients or the rate, with a line for each result."""
     drawn = [(result["label"], points) for result in results if (points := _by_load(result, stream))]
     if not drawn:
         return None
@@ -114,7 +114,7 @@ def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
 
 
 def _merged(result: Result, name: str) -> dict[str, Any]:
-    """Return a histogram a load, of all its repeats."""
+    """Return a histogram for each load, of all its repeats."""
     loads: dict[str, Any] = {}
     for run in result["runs"]:
         if text := run["histograms"].get(name):
@@ -135,7 +135,7 @@ def _by_load(result: Result, stream: bool) -> dict[float, list[Run]]:
 
 
 def _literal(text: str) -> str:
-    """Return the text as Matplotlib must get it, so that it reads no formula between dollar signs."""
+    """Escape dollar signs, so that Matplotlib does not read a formula between them."""
     return text.replace("$", r"\$")
 
 

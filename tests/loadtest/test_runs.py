@@ -21,8 +21,8 @@ def one_run(load: Load, n_processes: int | None = None) -> dict[str, Any]:
     return run
 
 
-def test_percentiles_are_those_of_the_known_delays() -> None:
-    """Sorted, each latency is at least the delay of the same rank. The two delays are too far apart to be noise."""
+def test_percentiles_show_known_delays() -> None:
+    """Each percentile is at least the delay of the same rank. Noise cannot bridge the two delays."""
     mix = "10:0.8,500:0.2"
     with running("--delay-ms", mix) as server:
         run = one_run(Load(server, EIGHT, concurrency=20, requests=100, warmup_s=0))
@@ -33,10 +33,10 @@ def test_percentiles_are_those_of_the_known_delays() -> None:
     assert run["latency_ms"]["p50"] < 500
 
 
-def test_a_stall_shows_from_the_intended_time_only() -> None:
+def test_only_latency_from_the_intended_time_shows_a_stall() -> None:
     """Coordinated omission: only one request may be open, and the server stops for a third of the run.
 
-    About half of the requests intended meanwhile wait for more than half of the stall. From its sending time, one does.
+    About half of the requests intended during the stall wait for more than half of it. Only one is sent before it.
     """
     with running("--freeze-after-s", "0.5", "--freeze-s", "1") as server:
         load = Load(server, EIGHT, rate_per_s=100, arrivals="constant", duration_s=3, warmup_s=0, max_in_flight=1)
@@ -51,7 +51,7 @@ def test_a_stall_shows_from_the_intended_time_only() -> None:
     assert run["sends"]["late"] >= 40
 
 
-def test_tokens_of_messages_are_counted_or_marked_unknown() -> None:
+def test_tokens_of_messages_are_counted_or_unknown() -> None:
     def run_against(*arguments: str) -> dict[str, Any]:
         with running("--tokens-a-message", "4", "--token-ms", "2", *arguments) as server:
             return one_run(Load(server, EIGHT, concurrency=2, stream=True, requests=10, warmup_s=0))

@@ -40,7 +40,8 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds of measurements.")] = 5,
     batches: Annotated[str, typer.Option(metavar="N,N,...", help="Sequences that decode at once.")] = BATCHES,
     only: Annotated[
-        Optional[str], typer.Option(metavar="NAME,...", help=f"Peers whose names begin so, of {', '.join(PEERS)}.")
+        Optional[str],
+        typer.Option(metavar="NAME,...", help=f"Beginnings of names of {', '.join(PEERS)}."),
     ] = None,
     core: Annotated[Optional[int], typer.Option(help="The core to use. Default: the last.")] = None,
     out: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="Write the result of all rounds.")] = None,
@@ -127,7 +128,7 @@ def make_table(result: Mapping[str, Any]) -> Table:
 
 
 def save_plot(path: Path, result: Mapping[str, Any], batches: Sequence[int]) -> None:
-    """Draw decoding against batch size, a line a peer, and the time of a prefill, a bar a peer."""
+    """Draw decoding against batch size, and the time of a prefill, for each peer."""
     rates = rates_of(result["peers"])
     figure = Figure((13, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])

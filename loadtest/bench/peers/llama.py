@@ -1,4 +1,4 @@
-"""llama.cpp by the low-level interface of llama-cpp-python: one `llama_decode` for all sequences, its own samplers.
+"""llama.cpp through the low-level interface of llama-cpp-python: one `llama_decode` for all sequences, own samplers.
 
 Its weights are Q8_0 or Q4_0 throughout, the embedding included. Its activation relu(x)^2 is cheaper than GELU, which
 favours it. The vocabulary has no texts, since the comparison exchanges token ids only.
@@ -49,7 +49,7 @@ def _model(directory: Path, kind: str, repack: bool) -> Any:
 
 
 class _Batch:
-    """llama.cpp's batch of tokens, on arrays that Python fills at once."""
+    """llama.cpp's batch of tokens, on NumPy arrays."""
 
     def __init__(self) -> None:
         self.ids, self.positions, self.sequences, self._counts = (np.zeros(BATCH_TOKENS, np.int32) for _ in range(4))

@@ -162,7 +162,7 @@ class OnnxRuntime:
         per_channel: bool = False,
         kv: str = "float32",
     ) -> None:
-        """weights: the type of quantized ones, None for float32. per_channel: one scale a row. kv: float32 or int8."""
+        """weights: their quantized type, or None for float32. per_channel: one scale per row. kv: float32 or int8."""
         self._session = _session(directory, weights, per_channel, kv)
         config, _ = float32_tensors(directory)
         self._rng = np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """The work that every engine gets, and the measurement of its CPU time.
 
-Each engine runs in a process of its own, on one core. So engines share neither thread pools nor memory, and a missing
+Each engine runs in its own process, on one core. So engines share neither thread pools nor memory, and a missing
 package or a crash costs only one peer. `create` and `call` run in that process.
 """
 
@@ -31,7 +31,7 @@ Settings = dict[str, Any]  # JSON values by name
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kind of work, for a number of sequences at once."""
+    """One kind of work, for a number of parallel sequences."""
 
     kind: Literal["prefill", "decode"]
     batch: int
@@ -108,7 +108,7 @@ class Bench:
         return found
 
     def tune(self, case: Case) -> Settings:
-        """Return the fastest settings of a case. `measure` uses them from then on.
+        """Return the fastest settings of a case, and keep them for `measure`.
 
         Try all settings in rounds, so that a slow moment of the machine does not affect only one of them.
         """

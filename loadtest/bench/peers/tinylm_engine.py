@@ -34,7 +34,7 @@ class TinyLM:
         return [{"kernels": "numba", "precision": "int8"}]
 
     def start(self, prompts: np.ndarray) -> None:
-        """Read all prompts in one or two steps, so that no request is ahead by more than a token."""
+        """Read all prompts in one or two steps, so that no request is more than a token ahead."""
         for request in self._requests:
             self._engine.cancel(request)
         self._requests = [self._submit(prompt) for prompt in prompts.tolist()]

@@ -1,4 +1,4 @@
-"""The benchmarks of the engine run, and their figures add up. No test judges speed."""
+"""The benchmarks of the engine. No test judges speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loops that make calls."""
+"""The closed loop and the open loop."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class BrokenCaller:
     ],
     ids=["open", "closed"],
 )
-def test_an_error_of_the_load_test_ends_the_run(run: Callable[[Loops], Awaitable[None]]) -> None:
-    """It is not a failed call, so no status would report it."""
+def test_an_error_of_a_caller_ends_the_run(run: Callable[[Loops], Awaitable[None]]) -> None:
+    """No status of a call would report it."""
     loops = Loops(Load("localhost:1", Mix.parse("4", "n"), 1, duration_s=1), BrokenCaller(), 0, 1)
 
     async def main() -> None:

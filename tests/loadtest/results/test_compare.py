@@ -1,4 +1,4 @@
-"""Comparisons of results: differences and noise."""
+"""The verdicts of comparisons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Histograms keep percentiles, and add up."""
+"""The figures of histograms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of a run, on calls whose figures are known."""
+"""The figures of a run, computed from a few known calls."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_closed_loop_counts_calls_that_ended_in_time() -> None:
     assert run["unfinished"] == {"requests": 2, "longest_ms": near(3000)}
 
 
-def test_closed_loop_by_number_counts_calls_sent_after_warm_up() -> None:
+def test_closed_loop_with_a_number_counts_calls_after_warm_up() -> None:
     load = Load("localhost:1", ONE, concurrency=1, requests=2)
     run = summarize(load, [call(-0.5, -0.5, 0.5), call(1, 1, 2), call(2, 2, 4)])
     assert (run["requests"], run["window_s"]) == (2, 4)
