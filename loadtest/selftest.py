@@ -60,8 +60,15 @@ def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
     """
     duration_s = max(duration_s, 4)
     with running("--freeze-after-s", "2", "--freeze-s", str(FREEZE_S)) as server:
-        steady = {"rate_per_s": 100, "arrivals": "constant", "duration_s": duration_s, "warmup_s": 0}
-        load = Load(server, ONE_TOKEN, **steady, max_in_flight=1)
+        load = Load(
+            server,
+            ONE_TOKEN,
+            rate_per_s=100,
+            arrivals="constant",
+            duration_s=duration_s,
+            warmup_s=0,
+            max_in_flight=1,
+        )
         (run,) = run_sweep(Sweep((load,)), quiet)
     # A request intended within the stall waits for half of it on average.
     expected = FREEZE_S / duration_s * FREEZE_S / 2 * 1000
