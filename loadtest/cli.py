@@ -182,14 +182,14 @@ def compare(
 def selftest(duration: Duration = 3, output: Output = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Measure the load generator on a stub service: its highest rates, and whether it finds known delays."""
     with command_errors():
-        from loadtest import selftest as scenario
+        from loadtest import selftest as checks
         from loadtest.results import result_file
 
         if output:
             result_file.check_output(output, with_csv=False)
         options.require_at_least(0.5, duration=duration)
-        result = {"command": result_file.own_command(sys.argv[1:]), **scenario.measure(duration, quiet or as_json)}
-        _deliver(result, result_file.write_json, scenario.show, output, as_json, quiet)
+        result = {"command": result_file.own_command(sys.argv[1:]), **checks.measure(duration, quiet or as_json)}
+        _deliver(result, result_file.write_json, checks.show, output, as_json, quiet)
         if wrong := [check["name"] for check in result["checks"] if not check["passed"]]:
             raise RuntimeError(f"do not trust the load generator on this machine now: {', '.join(wrong)}")
 
