@@ -1,4 +1,4 @@
-"""Load on a running service: `python -m loadtest --help`."""
+"""The load test: `python -m loadtest --help`."""
 
 from loadtest.cli import main
 

@@ -1,4 +1,4 @@
-"""The command line of the load generator. A command imports what it needs when it runs, so that --help is quick."""
+"""The command line of the load generator. Commands import lazily, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loadtest import options
-from loadtest.options import ApiKey, Duration, Json, MaxTokens, Output, Processes, Quiet, Server, Warmup, command_errors
+from loadtest.options import Duration, Json, Output, Quiet, command_errors
 from tinylm.terminal.output import PlainConsole
 
 if TYPE_CHECKING:
-    from loadtest.load import Load
+    from loadtest.sweep import Sweep
 
 app = typer.Typer(
-    help="Load on a running service, measured from outside like any user. `run` may be left out: "
+    help="Load test of a running service. `run` is the default command: "
     "python -m loadtest --concurrency 4. docs/speed.md defines the figures.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -28,10 +28,10 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run `python -m loadtest ...`. Arguments that begin with no subcommand belong to `run`."""
+    """Run `python -m loadtest ...`. Arguments that do not begin with a subcommand belong to `run`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the processes that it started, as Ctrl-C does
     arguments = sys.argv[1:]
-    names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
     if not arguments or arguments[0] not in {*names, "-h", "--help"}:
         arguments = ["run", *arguments]
     app(arguments, prog_name="python -m loadtest")
@@ -39,75 +39,38 @@ def main() -> None:
 
 @app.command()
 def run(
-    server: Annotated[
-        str,
-        typer.Option(
-            "--server",
-            "-s",
-            metavar="ADDRESS",
-            help="HOST:PORT of a service, http://HOST:PORT of one with OpenAI's completions, "
-            "engine:MODEL_DIRECTORY for the engine without a service.",
-        ),
-    ] = "localhost:9000",
-    concurrency: Annotated[
-        Optional[str], typer.Option(metavar="N,N,...", help="Closed loop: number of clients. Default 4.")
-    ] = None,
-    rate: Annotated[
-        Optional[str], typer.Option(metavar="R,R,...", help="Open loop: requests a second, without waiting.")
-    ] = None,
-    arrivals: Annotated[str, typer.Option(help="Open loop: poisson or constant.")] = "poisson",
-    stream: Annotated[bool, typer.Option("--stream", help="Call GenerateStream instead of Generate.")] = False,
+    server: options.Server = "localhost:9000",
+    concurrency: options.Concurrency = None,
+    rate: options.Rate = None,
+    arrivals: options.Arrivals = "poisson",
+    stream: options.Stream = False,
     duration: Duration = 60,
-    requests: Annotated[Optional[int], typer.Option(help="End each run after this number of requests.")] = None,
-    warmup: Warmup = 5,
-    max_tokens: Annotated[
-        str,
-        typer.Option("--max-tokens", "-n", metavar="N[:SHARE],...", help="Tokens of each answer, as in 16:0.5,64:0.5."),
-    ] = "64",
-    prompts: Annotated[
-        Optional[Path], typer.Option(metavar="FILE", help='One a line: text, or {"prompt": ...} in a .jsonl.')
-    ] = None,
-    prompt_words: Annotated[
-        Optional[str],
-        typer.Option(metavar="N[:SHARE],...", help="Lengths of random built-in prompts. Default: 4 short prompts."),
-    ] = None,
-    repeat: Annotated[int, typer.Option(help="Repeat all runs this number of times, for `compare`.")] = 1,
-    goodput: Annotated[
-        Optional[str],
-        typer.Option(metavar="LIMITS", help="Count requests within limits in ms: ttft<50,tpot<5,e2e<500."),
-    ] = None,
-    processes: Processes = None,
-    connections: Annotated[
-        Optional[int], typer.Option(help="Connections to the service. Default: one a client, 16 in an open loop.")
-    ] = None,
-    max_in_flight: Annotated[
-        int, typer.Option(help="Open loop: requests beyond this number wait, and their waiting counts.")
-    ] = 4096,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a call is DEADLINE_EXCEEDED.")] = 60,
-    seed: Annotated[int, typer.Option(help="Seed of arrivals, mixes and answers.")] = 0,
-    priority: Annotated[
-        bool, typer.Option(help="Schedule the load generator before other processes, where that is permitted.")
-    ] = True,
-    api_key: ApiKey = None,
-    ca: Annotated[Optional[Path], typer.Option(metavar="FILE", help="PEM certificates to trust. Uses TLS.")] = None,
-    label: Annotated[Optional[str], typer.Option(help="Name of this result in reports.")] = None,
-    replicas: Annotated[
-        Optional[int], typer.Option(help="Replicas of the service, for reports. Default: those that answer.")
-    ] = None,
+    requests: options.Requests = None,
+    warmup: options.Warmup = 5,
+    max_tokens: options.MaxTokens = "64",
+    prompts: options.Prompts = None,
+    prompt_words: options.PromptWords = None,
+    repeat: options.Repeat = 1,
+    goodput: options.Goodput = None,
+    processes: options.Processes = None,
+    connections: options.Connections = None,
+    max_in_flight: options.MaxInFlight = 4096,
+    timeout: options.Timeout = 60,
+    seed: options.Seed = 0,
+    priority: options.Priority = True,
+    api_key: options.ApiKey = None,
+    ca: options.Certificates = None,
+    label: options.Label = None,
+    replicas: options.Replicas = None,
     output: Output = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask the service and measure: one run for each concurrency or rate."""
+    """Send requests to a service and measure the answers: one run for each concurrency or rate."""
     with command_errors():
         from loadtest.load import Mix
-        from loadtest.measured_server import facts
-        from loadtest.results import goodput as limits
-        from loadtest.results import result_file, table
-        from loadtest.sweep import Sweep, carry_out
+        from loadtest.results import result_file
 
-        if arrivals not in ("poisson", "constant"):
-            raise ValueError(f"--arrivals is {arrivals!r}: it must be poisson or constant")
         if output:
             result_file.check_output(output, {"--prompts": prompts, "--ca": ca})
         options.require_at_least(1, repeat=repeat, processes=processes, replicas=replicas)
@@ -128,14 +91,11 @@ def run(
             "ca": ca.read_bytes() if ca else None,
             **_prompts(prompts, prompt_words),
         }
-        loads = _loads(settings, concurrency, rate)
-        sweep = Sweep(loads, repeat, processes, limits.parse(goodput) if goodput else None)
-        service = facts(loads[0])
-        runs = carry_out(sweep, quiet or as_json)
-        name = label or (output.stem if output else server)
-        _hand_over(result_file.assemble(runs, name, service, replicas), table.show_result, output, as_json, quiet)
-        if not any(one["statuses"].get("OK") for one in runs):
-            raise ValueError(f"no answer from {server}: {runs[0]['statuses'] or 'the run was too short'}")
+        sweep = _sweep(settings, concurrency, rate, repeat, processes, goodput)
+        result = _measure(sweep, label or (output.stem if output else server), replicas, quiet or as_json)
+        _deliver(result, result_file.write, _show_runs, output, as_json, quiet)
+        if not any(one["statuses"].get("OK") for one in result["runs"]):
+            raise ValueError(f"no answer from {server}: {result['runs'][0]['statuses'] or 'the run was too short'}")
 
 
 def _prompts(prompts: Path | None, prompt_words: str | None) -> dict[str, Any]:
@@ -149,16 +109,43 @@ def _prompts(prompts: Path | None, prompt_words: str | None) -> dict[str, Any]:
     return {"prompts": read_prompts(prompts) if prompts else (), "prompt_words": words}
 
 
-def _loads(settings: Mapping[str, Any], concurrency: str | None, rate: str | None) -> tuple[Load, ...]:
-    """Return a load for each concurrency or rate."""
+def _sweep(
+    settings: Mapping[str, Any],
+    concurrency: str | None,
+    rate: str | None,
+    repeat: int,
+    processes: int | None,
+    goodput: str | None,
+) -> Sweep:
+    """Return a sweep with one load for each concurrency or rate."""
     from loadtest.load import Load
+    from loadtest.results.goodput import parse
+    from loadtest.sweep import Sweep
 
     if concurrency and rate:
         raise ValueError("--concurrency and --rate exclude each other: a loop is closed or open")
     if rate:
-        return tuple(Load(**settings, rate_per_s=number) for number in options.decimals("--rate", rate))
-    numbers = options.integers("--concurrency", concurrency or "4")
-    return tuple(Load(**settings, concurrency=number) for number in numbers)
+        loads = [Load(**settings, rate_per_s=number) for number in options.decimals("--rate", rate)]
+    else:
+        numbers = options.integers("--concurrency", concurrency or "4")
+        loads = [Load(**settings, concurrency=number) for number in numbers]
+    return Sweep(tuple(loads), repeat, processes, parse(goodput) if goodput else None)
+
+
+def _measure(sweep: Sweep, label: str, replicas: int | None, quiet: bool) -> dict[str, Any]:
+    """Make the runs. Return the content of the result file."""
+    from loadtest.measured_server import facts
+    from loadtest.results.result_file import assemble
+    from loadtest.sweep import run_sweep
+
+    service = facts(sweep.loads[0])
+    return assemble(run_sweep(sweep, quiet), label, service, replicas)
+
+
+def _show_runs(result: Mapping[str, Any], console: PlainConsole) -> None:
+    from loadtest.results import table
+
+    table.show(result["runs"], console)
 
 
 @app.command()
@@ -179,7 +166,7 @@ def compare(
     after: Annotated[Path, typer.Argument(metavar="B.json")],
     as_json: Json = False,
 ) -> None:
-    """Say what changed from A to B, and whether by more than repeated runs differ."""
+    """Compare two results: show which figures changed, and which by more than repeated runs differ."""
     with command_errors():
         from loadtest.results import compare as comparison
         from loadtest.results import result_file
@@ -192,120 +179,33 @@ def compare(
 
 
 @app.command()
-def selftest(
-    duration: Duration = 3,
-    output: Output = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+def selftest(duration: Duration = 3, output: Output = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Measure the load generator on a stub service: its highest rates, and whether it finds known delays."""
     with command_errors():
+        from loadtest import selftest as checks
         from loadtest.results import result_file
-        from loadtest.scenarios import selftest as scenario
 
         if output:
             result_file.check_output(output, with_csv=False)
         options.require_at_least(0.5, duration=duration)
-        command = result_file.own_command(sys.argv[1:])
-        result = {"command": command, **scenario.measure(duration, quiet or as_json)}
-        options.hand_over(result, result_file.write_json, scenario.show, output, as_json, quiet)
+        result = {"command": result_file.own_command(sys.argv[1:]), **checks.measure(duration, quiet or as_json)}
+        _deliver(result, result_file.write_json, checks.show, output, as_json, quiet)
         if wrong := [check["name"] for check in result["checks"] if not check["passed"]]:
             raise RuntimeError(f"do not trust the load generator on this machine now: {', '.join(wrong)}")
 
 
-@app.command()
-def overload(
-    server: Server = "localhost:9000",
-    clients: Annotated[int, typer.Option(help="As many as fill the slots and queues of all replicas.")] = 320,
-    factor: Annotated[
-        str, typer.Option(metavar="F,F,...", help="Ask at these multiples of the rate that the clients reached.")
-    ] = "1.1,1.25,1.5,2",
-    max_tokens: MaxTokens = 64,
-    duration: Duration = 15,
-    warmup: Warmup = 3,
-    repeat: Annotated[int, typer.Option(help="Rounds.")] = 3,
-    processes: Processes = None,
-    api_key: ApiKey = None,
-    output: Output = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Ask for more than a service can do: how much it still answers, and how soon it refuses the rest."""
-    with command_errors():
-        from loadtest.load import Load, Mix
-        from loadtest.scenarios import overload as scenario
-
-        factors = options.decimals("--factor", factor)
-        if not all(1 < number < float("inf") for number in factors):
-            raise ValueError(f"--factor is {factor!r}: every number must be above 1 and finite")
-        options.require_at_least(1, repeat=repeat, processes=processes)
-        tokens = Mix((max_tokens,), (1.0,))
-        full = Load(server, tokens, clients, duration_s=duration, warmup_s=warmup, api_key=api_key)
-
-        def measure() -> dict[str, Any]:
-            return scenario.measure(full, factors, repeat, processes, quiet or as_json)
-
-        _run_scenario("overload", full, measure, scenario.show, output, as_json, quiet)
-
-
-@app.command()
-def overhead(
-    server: Server = "localhost:9000",
-    model: Annotated[Path, typer.Option(help="The directory of the model that the service has.")] = Path(
-        "models/stories-8m"
-    ),
-    max_tokens: MaxTokens = 64,
-    duration: Duration = 1.5,
-    warmup: Warmup = 0.5,
-    repeat: Annotated[int, typer.Option(help="Rounds: engine, service unary, service streamed.")] = 20,
-    api_key: ApiKey = None,
-    output: Output = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure what a service adds to its engine for a single client. Rounds alternate between both."""
-    with command_errors():
-        from loadtest.load import Load, Mix
-        from loadtest.scenarios import overhead as scenario
-
-        options.require_at_least(1, repeat=repeat)
-        tokens = Mix((max_tokens,), (1.0,))
-        single = Load(server, tokens, 1, duration_s=duration, warmup_s=warmup, api_key=api_key)
-
-        def measure() -> dict[str, Any]:
-            return scenario.measure(single, model, repeat, quiet or as_json)
-
-        _run_scenario("overhead", single, measure, scenario.show, output, as_json, quiet)
-
-
-def _run_scenario(
-    label: str,
-    load: Load,
-    measure: Callable[[], dict[str, Any]],
-    show: Callable[[Mapping[str, Any], PlainConsole], None],
-    output: Path | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Check the output and the service, measure, and hand over a result with the runs of the scenario."""
-    from loadtest.measured_server import facts
-    from loadtest.results import result_file
-
-    if output:
-        result_file.check_output(output)
-    service = facts(load)
-    measured = measure()
-    result = {**measured, **result_file.assemble(measured["runs"], label, service)}
-    _hand_over(result, show, output, as_json, quiet)
-
-
-def _hand_over(
+def _deliver(
     result: Mapping[str, Any],
+    write: Callable[[Path, Mapping[str, Any]], None],
     show: Callable[[Mapping[str, Any], PlainConsole], None],
     output: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from loadtest.results import result_file
-
-    options.hand_over(result, result_file.write, show, output, as_json, quiet)
+    """Write a result to `--output`, if it is given. Print it as JSON or, without `--quiet`, as a table."""
+    if output:
+        write(output, result)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    elif not quiet:
+        show(result, PlainConsole())

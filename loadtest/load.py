@@ -1,16 +1,15 @@
-"""The settings of one run: what it asks, and how hard. They are checked here; `workload` makes requests of them."""
+"""The settings of one run, and their checks. `workload` turns them into requests."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from tinylm.client import checked_api_key
 
-Arrivals = Literal["poisson", "constant"]
 OPEN_LOOP_CONNECTIONS = 16
 
 
@@ -59,16 +58,16 @@ class Load:
 
     server: str  # HOST:PORT (gRPC), http://HOST:PORT (OpenAI's completions), engine:DIRECTORY (no server)
     max_tokens: Mix
-    concurrency: int | None = None  # clients; each sends its next request when it has its answer
-    rate_per_s: float | None = None  # requests sent a second, without waiting for answers
-    arrivals: Arrivals = "poisson"
+    concurrency: int | None = None  # clients; each sends its next request after its last answer
+    rate_per_s: float | None = None  # requests sent per second, without waiting for answers
+    arrivals: str = "poisson"  # or "constant"
     stream: bool = False
     duration_s: float = 60.0  # measured, after the warm-up; `requests` replaces it
     requests: int | None = None  # stop after this number of measured requests
-    warmup_s: float = 5.0  # in no figure
+    warmup_s: float = 5.0  # before the measured time
     prompts: tuple[str, ...] = ()  # empty: built-in prompts
     prompt_words: Mix | None = None  # lengths of built-in prompts; None: four short ones
-    connections: int | None = None  # None: one a client, or OPEN_LOOP_CONNECTIONS
+    connections: int | None = None  # None: one per client, or OPEN_LOOP_CONNECTIONS
     timeout_s: float = 60.0  # a call that takes longer counts as DEADLINE_EXCEEDED
     max_in_flight: int = 4096  # open loop: requests beyond this number wait, and their waiting counts
     seed: int = 0
@@ -80,6 +79,8 @@ class Load:
         object.__setattr__(self, "api_key", checked_api_key("api_key", self.api_key))
         if (self.concurrency is None) == (self.rate_per_s is None):
             raise ValueError("a load has either a concurrency (closed loop) or a rate (open loop)")
+        if self.arrivals not in ("poisson", "constant"):
+            raise ValueError(f"arrivals is {self.arrivals!r}: it must be poisson or constant")
         for name, least in (
             ("concurrency", 1),
             ("duration_s", 0.1),
@@ -109,7 +110,7 @@ class Load:
 
     @property
     def comes_first(self) -> bool:
-        """Return whether to schedule the load generator first: not if it contains the engine that it measures."""
+        """Return whether to schedule the load generator before other processes. Never if it contains the engine."""
         return self.priority and self.protocol != "engine"
 
     @property

@@ -1,4 +1,4 @@
-"""The measured server: what it says of itself, its processes on this machine, and the CPU time that they use."""
+"""The measured server: its own description, its processes on this machine, and the CPU time that they use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import socket
 import time
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,7 +25,7 @@ RAY_DAEMONS = ("raylet", "gcs_server")
 def facts(load: Load) -> dict[str, Any] | None:
     """Return the fields of GetModelInfo, or None if the server does not have that method.
 
-    Raises ValueError if nothing answers at the address, so that no sweep begins in vain.
+    Raises ValueError if no service answers at the address.
     """
     if load.protocol != "grpc":
         return None
@@ -46,30 +45,12 @@ def facts(load: Load) -> dict[str, Any] | None:
     return {field.name: getattr(info, field.name) for field in info.DESCRIPTOR.fields}
 
 
-@dataclass(frozen=True)
-class ServerProcesses:
-    """The processes behind an address. `unknown` says why there are none."""
-
-    processes: list[psutil.Process] = field(default_factory=list)
-    unknown: str | None = None
-
-    def cpu_s(self) -> dict[tuple[int, str], float]:
-        """Return the CPU seconds of each process so far by (pid, role): replicas, proxy, server, or ray (the rest)."""
-        used: dict[tuple[int, str], float] = {}
-        for process in self.processes:
-            with suppress(psutil.Error):  # the process ended, and its time is lost
-                times = process.cpu_times()
-                used[process.pid, _role(process)] = times.user + times.system
-        return used
-
-
 class CpuMeter:
     """The cores that the processes of a server use within the measured time."""
 
     def __init__(self, server: str) -> None:
-        self._server = find(server)
-        self._first: tuple[float, dict[tuple[int, str], float]] | None = None
-        self._last: tuple[float, dict[tuple[int, str], float]] | None = None
+        self._processes, self._unknown = find(server)
+        self._seen: list[tuple[float, dict[tuple[int, str], float]]] = []  # at the begin, at the end
 
     def look(self, begin: float, end: float) -> None:
         """Look at the clocks at the begin and the end of the measured time, in seconds of `time.monotonic()`.
@@ -77,18 +58,16 @@ class CpuMeter:
         Call this often. If `end` is infinite, the measured time ends with `finish`.
         """
         now = time.monotonic()
-        if now < begin or self._server.unknown:
-            return
-        if self._first is None and now < end:
-            self._first = now, self._server.cpu_s()
-        elif self._first and self._last is None and now >= end:
-            self._last = now, self._server.cpu_s()
+        if (not self._seen and begin <= now < end) or (len(self._seen) == 1 and now >= end):
+            self._seen.append((now, self._cpu_s()))
 
     def finish(self) -> dict[str, Any]:
         """Return the cores, in total and by role, or None and the reason why they are unknown."""
-        if self._server.unknown or self._first is None:
-            return {"cores": None, "unknown": self._server.unknown or "the run was over before it was looked at"}
-        (begin, before), (end, after) = self._first, self._last or (time.monotonic(), self._server.cpu_s())
+        if self._unknown or not self._seen:
+            return {"cores": None, "unknown": self._unknown or "the run was over before it was looked at"}
+        if len(self._seen) == 1:
+            self._seen.append((time.monotonic(), self._cpu_s()))
+        (begin, before), (end, after) = self._seen
         roles: dict[str, float] = defaultdict(float)
         for key, used in after.items():
             if key in before:
@@ -96,23 +75,35 @@ class CpuMeter:
         by_role = {role: round(cores, 3) for role, cores in sorted(roles.items())}
         return {"cores": round(sum(by_role.values()), 3), "by_role": by_role}
 
+    def _cpu_s(self) -> dict[tuple[int, str], float]:
+        """Return the CPU seconds of each process so far by (pid, role): replicas, proxy, server, or ray (the rest)."""
+        used: dict[tuple[int, str], float] = {}
+        for process in self._processes:
+            with suppress(psutil.Error):  # the process ended, and its time is lost
+                times = process.cpu_times()
+                used[process.pid, _role(process)] = times.user + times.system
+        return used
 
-def find(server: str) -> ServerProcesses:
-    """Return the processes that listen on the address with their children, and of Ray the whole session."""
+
+def find(server: str) -> tuple[list[psutil.Process], str | None]:
+    """Return the processes that listen on the address with their children, and of Ray the whole session.
+
+    The second value says why the list is empty.
+    """
     if server.startswith("engine:"):
-        return ServerProcesses(unknown="the engine runs in the load generator's own processes")
+        return [], "the engine runs in the load generator's own processes"
     split = urlsplit(server if "//" in server else f"//{server}")
     host, port = split.hostname or "", split.port or 0
     if not _is_local(host):
-        return ServerProcesses(unknown=f"{host} is another machine")
+        return [], f"{host} is another machine"
     listening = _listening(port)
     if not listening:  # Ray's proxy replaces itself when it learns of replicas, and does not listen for a moment
         time.sleep(REPLACED_S)
         listening = _listening(port)
     if not listening:
-        return ServerProcesses(unknown=f"no process that this user may look at listens on port {port}")
+        return [], f"no process that this user may look at listens on port {port}"
     found = {member.pid: member for process in listening for member in _family(process)}
-    return ServerProcesses(list(found.values()))
+    return list(found.values()), None
 
 
 def _is_local(host: str) -> bool:
@@ -125,15 +116,13 @@ def _is_local(host: str) -> bool:
 
 
 def _listening(port: int) -> list[psutil.Process]:
-    return [process for process in psutil.process_iter() if _listens(process, port)]
-
-
-def _listens(process: psutil.Process, port: int) -> bool:
-    try:
-        connections = process.net_connections(kind="tcp")
-    except (psutil.Error, OSError):
-        return False
-    return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
+    """Return the processes that listen on the port, as far as this user may look at them."""
+    listening = []
+    for each in psutil.net_connections("tcp"):
+        if each.status == psutil.CONN_LISTEN and each.laddr and each.laddr.port == port and each.pid:
+            with suppress(psutil.NoSuchProcess):  # it ended
+                listening.append(psutil.Process(each.pid))
+    return listening
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:

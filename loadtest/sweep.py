@@ -1,4 +1,4 @@
-"""Make a list of runs, one after the other, and measure the CPU that each costs."""
+"""Make runs one after the other, and measure the CPU time that each costs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Sweep:
         return self.repeats * sum(load.warmup_s + load.duration_s + 0.5 for load in self.loads)
 
 
-def carry_out(sweep: Sweep, quiet: bool = False) -> list[dict[str, Any]]:
+def run_sweep(sweep: Sweep, quiet: bool = False) -> list[dict[str, Any]]:
     """Make all runs, and return them as they stand in a result file."""
     runs = []
     with ProcessPool() as pool, LiveView(len(sweep.loads) * sweep.repeats, quiet) as view:
@@ -51,7 +51,7 @@ def carry_out(sweep: Sweep, quiet: bool = False) -> list[dict[str, Any]]:
 
 
 def _attempts(first: int, may_grow: bool) -> Iterator[int]:
-    """Yield numbers of processes to try: twice as many each time, but at most one a core."""
+    """Yield numbers of processes to try: twice as many each time, but at most one per core."""
     n = first
     yield n
     while may_grow and 2 * n <= (os.cpu_count() or 1):
@@ -73,21 +73,22 @@ def _one(
 
     schedule(load.comes_first)  # this process too: it must look at the CPU of the server at the right moments
     try:
-        outcome = pool.run(load, n_processes, on_begin, view.tick, lambda: meter.look(begin, end))
+        done = pool.run(load, n_processes, on_begin, view.tick, lambda: meter.look(begin, end))
         server = meter.finish()
     finally:
         schedule(realtime=False)
+    busiest = round(max(process.cpu_cores for process in done), 3)
     return {
         "load": load.as_dict(),
-        **summarize(load, outcome.records, limits),
+        **summarize(load, [record for process in done for record in process.records], limits),
         "client": {
-            "processes": len(outcome.cores),
-            "cores": round(sum(outcome.cores), 3),
-            "busiest_process": max(outcome.cores),
-            "scheduling": outcome.scheduling,
-            "longest_waiting": max(outcome.waited),
+            "processes": len(done),
+            "cores": round(sum(process.cpu_cores for process in done), 3),
+            "busiest_process": busiest,
+            "scheduling": done[0].scheduling,
+            "longest_waiting": round(max(process.waited for process in done), 3),
             # With the protocol "engine", the engine keeps the process busy.
-            "too_busy": max(outcome.cores) > BUSY and load.protocol != "engine",
+            "too_busy": busiest > BUSY and load.protocol != "engine",
         },
         "server": server,
     }

@@ -1,1 +1,1 @@
-"""Measure this project: its services, its engine beside other engines, and the pages that show the results."""
+"""Measure this project and other engines, and fill the tables of the pages with the results."""

@@ -1,4 +1,4 @@
-"""The engine behind `grpc.aio` and nothing else. Ray Serve adds the difference to this. Not for production.
+"""The engine behind a plain `grpc.aio` server, to measure what Ray Serve adds. Not for production.
 
     python -m loadtest.bench.bare_server --port 9200
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import signal
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Annotated
 import grpc
 import typer
 
+from loadtest.stub_server import serve
 from tinylm.client.wire import ending, params_from_request
 from tinylm.engine import Engine, EngineFull
 from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine
@@ -27,7 +27,7 @@ from tinylm.engine.completion import Completion, CompletionBuilder
 from tinylm.llm import load
 from tinylm.terminal.output import one_line_errors
 from tinylm.v1 import tinylm_pb2 as pb
-from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server
+from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer
 
 
 class BareServicer(TinyLMServicer):
@@ -82,27 +82,18 @@ class BareServicer(TinyLMServicer):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
 
 
-async def serve(model: Path, port: int) -> None:
+async def serve_model(model: Path, port: int) -> None:
     """Serve on the loopback address until SIGTERM or SIGINT."""
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 1)])
-    add_TinyLMServicer_to_server(BareServicer(model), server)
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
-    await server.start()
-    print(f"ready on 127.0.0.1:{bound}", flush=True)
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    await ended.wait()
-    await server.stop(1)
+    await serve(BareServicer(model), port, share_port=True)
 
 
 def main(
     port: Annotated[int, typer.Option(help="0 takes a free port, which the output names.")] = 0,
     model: Annotated[Path, typer.Option(metavar="DIR", help="The model directory.")] = Path("models/stories-8m"),
 ) -> None:
-    """Serve the engine behind grpc.aio and nothing else."""
+    """Serve the engine behind a plain grpc.aio server."""
     with one_line_errors(ValueError):
-        asyncio.run(serve(model, port))
+        asyncio.run(serve_model(model, port))
 
 
 if __name__ == "__main__":

@@ -13,18 +13,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NamedTuple, Optional
 
 import numpy as np
 import typer
-from numba import njit
 from rich.table import Table
 
 from loadtest.options import integers
 from tinylm.engine import Engine
+from tinylm.kernels.batch import Batch
 from tinylm.kernels.numba import ops, simd
 from tinylm.kernels.numba.emitter import LANES
-from tinylm.kernels.numba.layout import aligned_zeros
+from tinylm.kernels.numba.jit import compiled
+from tinylm.kernels.numba.layout import Int8Cache, Scratch, Shape, Weights, aligned_zeros
 from tinylm.kernels.numba.sampling import choose_tokens
 from tinylm.llm import load
 from tinylm.model import Model, ModelRunner
@@ -39,20 +40,34 @@ REPEATS = 20  # of a part within one call, so that the call itself costs nothing
 ROUNDS = 15
 
 
-@njit
-def _matmuls(n, shape, weights, cache, scratch, batch, room):
+class Step(NamedTuple):
+    """What a compiled part works on."""
+
+    n: int  # sequences
+    shape: Shape
+    weights: Weights
+    cache: Int8Cache
+    scratch: Scratch
+    batch: Batch
+    room: np.ndarray  # for the output of GELU: repeated in place, its values would reach 0
+
+
+@compiled
+def _matmuls(step: Step) -> None:
+    n, shape, weights, scratch = step.n, step.shape, step.weights, step.scratch
+    hidden, mlp, normed, wide = shape.hidden, shape.mlp, scratch.normed, scratch.wide
     at = row = 0
     for _ in range(shape.layers):
-        hidden, mlp, normed, wide = shape.hidden, shape.mlp, scratch.normed, scratch.wide
         at, row = ops.multiply(n, hidden, weights, at, row, 3 * hidden, wide, False, scratch)
         at, row = ops.multiply(n, hidden, weights, at, row, hidden, normed, False, scratch)
         at, row = ops.multiply(n, hidden, weights, at, row, mlp, wide, False, scratch)
         at, row = ops.multiply(n, mlp, weights, at, row, hidden, normed, False, scratch)
-    ops.multiply(n, shape.hidden, weights, at, row, shape.vocab, batch.logits, False, scratch)
+    ops.multiply(n, hidden, weights, at, row, shape.vocab, step.batch.logits, False, scratch)
 
 
-@njit
-def _rounding(n, shape, weights, cache, scratch, batch, room):
+@compiled
+def _rounding(step: Step) -> None:
+    n, shape, scratch = step.n, step.shape, step.scratch
     for _ in range(shape.layers):
         for _ in range(3):
             ops.round_rows(scratch.normed, n, shape.hidden, scratch)
@@ -60,34 +75,35 @@ def _rounding(n, shape, weights, cache, scratch, batch, room):
     ops.round_rows(scratch.normed, n, shape.hidden, scratch)
 
 
-@njit
-def _attention(n, shape, weights, cache, scratch, batch, room):
-    slots, positions = batch.slots, batch.positions
+@compiled
+def _attention(step: Step) -> None:
+    n, shape, cache, scratch, batch = step.n, step.shape, step.cache, step.scratch, step.batch
     for layer in range(shape.layers):
-        slots_at = layer * cache.slots
-        ops.attend_int8(scratch.wide, n, slots, positions, shape, cache, slots_at, scratch, scratch.normed)
+        at = layer * cache.slots
+        ops.attend_int8(scratch.wide, n, batch.slots, batch.positions, shape, cache, at, scratch, scratch.normed)
 
 
-@njit
-def _storing(n, shape, weights, cache, scratch, batch, room):
+@compiled
+def _storing(step: Step) -> None:
+    n, shape, weights, cache, batch, wide = step.n, step.shape, step.weights, step.cache, step.batch, step.scratch.wide
     for layer in range(shape.layers):
-        ops.rotate(scratch.wide, n, batch.positions, shape, weights.cos, weights.sin)
-        ops.store_int8(scratch.wide, n, batch.slots, batch.positions, shape, cache, layer * cache.slots)
+        ops.rotate(wide, n, batch.positions, shape, weights.cos, weights.sin)
+        ops.store_int8(wide, n, batch.slots, batch.positions, shape, cache, layer * cache.slots)
 
 
-@njit
-def _activations(n, shape, weights, cache, scratch, batch, room):  # room: repeated in place, GELU would reach 0
-    norms, eps = weights.norms, shape.eps
+@compiled
+def _activations(step: Step) -> None:
+    n, shape, scratch, norms = step.n, step.shape, step.scratch, step.weights.norms
     for which in range(2 * shape.layers + 1):
-        ops.rms_norm(scratch.hidden, scratch.order, n, norms, which, shape.hidden, eps, scratch.normed)
+        ops.rms_norm(scratch.hidden, scratch.order, n, norms, which, shape.hidden, shape.eps, scratch.normed)
     for _ in range(shape.layers):
         for t in range(n):
-            simd.gelu(scratch.wide, t * scratch.wide.shape[1], shape.mlp // LANES, room)
+            simd.gelu(scratch.wide, t * scratch.wide.shape[1], shape.mlp // LANES, step.room)
 
 
-@njit
-def _sampling(n, shape, weights, cache, scratch, batch, room):
-    choose_tokens(batch, n, scratch)
+@compiled
+def _sampling(step: Step) -> None:
+    choose_tokens(step.batch, step.n, step.scratch)
 
 
 PARTS = {
@@ -100,11 +116,11 @@ PARTS = {
 }
 
 
-def _repeated(part: Any) -> Any:
-    @njit(nogil=True)
-    def repeated(n, repeats, shape, weights, cache, scratch, batch, room):
-        for _ in range(repeats):
-            part(n, shape, weights, cache, scratch, batch, room)
+def _repeated(part: Callable[[Step], None]) -> Callable[[Step], None]:
+    @compiled
+    def repeated(step: Step) -> None:
+        for _ in range(REPEATS):
+            part(step)
 
     return repeated
 
@@ -115,18 +131,6 @@ def _seconds(function: Callable[..., object], *arguments: Any) -> float:
     return time.thread_time() - begin
 
 
-def _filled(model: Model, n: int, ids: list[int], seed: int) -> Engine | None:
-    """Return an engine that decodes n sequences of about LENGTH tokens, or None if one of them ended before."""
-    engine = Engine(model, n_slots=n)
-    for i in range(n):  # each begins with another token, so that they share no prefix
-        engine.submit([2 + i, *ids[1:]], SamplingParams(max_tokens=200, seed=seed + i))
-    while engine.n_running == n or engine.n_waiting:
-        engine.step()
-        if engine.n_running == n and min(len(s.tokens) for s in engine._unfinished) >= LENGTH - len(ids):
-            return engine
-    return None
-
-
 def _full_engine(n: int) -> tuple[Model, Engine, float]:
     """Return a model, an engine that decodes n sequences of it, and the seconds of a whole step.
 
@@ -134,14 +138,18 @@ def _full_engine(n: int) -> tuple[Model, Engine, float]:
     """
     tokenizer, model = load(MODEL, "numba", "int8")
     text = "Once upon a time there was a little fox who lived in the woods. " * 5
-    ids = tokenizer.encode_document(text)[: LENGTH - 4]
+    ids = tokenizer.encode_document(text)[:LENGTH]
     for seed in range(0, 10_000, n):
-        engine = _filled(model, n, ids, seed)
-        if engine is not None:
-            whole = median(_seconds(engine.step) for _ in range(8))
-            if engine.n_running == n:
-                return model, engine, whole
-    raise RuntimeError(f"{n} sequences never lasted for {LENGTH} tokens")
+        engine = Engine(model, n_slots=n)
+        # Each sequence begins with another token, so that they share no prefix.
+        params = [SamplingParams(max_tokens=100, seed=seed + i) for i in range(n)]
+        requests = [engine.submit([2 + i, *ids[1:]], params[i]) for i in range(n)]
+        while not all(request.tokens for request in requests):
+            engine.step()
+        whole = median(_seconds(engine.step) for _ in range(8))
+        if engine.n_running == n:
+            return model, engine, whole
+    raise RuntimeError(f"{n} sequences never lasted for a few steps")
 
 
 def measure(n: int) -> dict[str, float]:
@@ -160,18 +168,19 @@ def measure(n: int) -> dict[str, float]:
 
 def _measure_parts(model: Model, runner: ModelRunner, n: int) -> dict[str, float]:
     """Return the microseconds of each part. The inputs of every round are the same."""
-    scratch, rng = runner._scratch, np.random.default_rng(0)
-    arrays = (model.weights.shape, model.weights, runner._cache, scratch, runner.batch)
+    scratch, logits = runner._scratch, runner.batch.logits
     room = aligned_zeros(scratch.wide.shape, np.float32)
-    functions = {name: _repeated(part) for name, part in PARTS.items()}
+    step = Step(n, model.weights.shape, model.weights, runner._cache, scratch, runner.batch, room)
+    rng = np.random.default_rng(0)
     inputs = [(array, rng.standard_normal(array.shape)) for array in (scratch.normed, scratch.wide, scratch.hidden)]
-    inputs.append((runner.batch.logits, runner.batch.logits.copy()))
+    inputs.append((logits, logits.copy()))
+    functions = {name: _repeated(part) for name, part in PARTS.items()}
     times: dict[str, list[float]] = {name: [] for name in PARTS}
     for i in range(ROUNDS + 1):
         for name, function in functions.items():
             for array, values in inputs:
                 array[...] = values
-            seconds = _seconds(function, n, REPEATS, *arrays, room) / REPEATS
+            seconds = _seconds(function, step) / REPEATS
             if i:  # the first round compiles
                 times[name].append(seconds)
     return {name: 1e6 * median(values) for name, values in times.items()}

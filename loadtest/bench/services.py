@@ -1,4 +1,4 @@
-"""Start the services to measure, on ports of their own, and stop only what was started. Each yields an address."""
+"""Start the services to measure on free ports, yield their addresses, and stop them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,17 +19,16 @@ import yaml
 MODEL = Path("models/stories-8m")
 START_LIMIT_S = 180
 STOP_LIMIT_S = 60
-_LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy of the environment
 
 
 @contextmanager
 def ray_serve(config: Path, replicas: int) -> Iterator[str]:
-    """Run `tinylm serve` in a Ray session of its own, with other ports and number of replicas than in the config."""
+    """Run `tinylm serve` in a new Ray session, with free ports and this number of replicas."""
     with tempfile.TemporaryDirectory(prefix="lt-", dir="/tmp", ignore_cleanup_errors=True) as directory:
         path, port, _ = with_own_ports(config, Path(directory), replicas)
         command = ["-m", "tinylm.cli", "serve", "--config", str(path), "--wait-s", str(START_LIMIT_S)]
         environment = {"RAY_TMPDIR": directory, "PYTHONUNBUFFERED": "1"}
-        with _process(command, Path(directory) / "log", environment, lambda log: "TinyLM is ready" in log):
+        with _process(command, Path(directory) / "log", "TinyLM is ready", environment):
             yield f"localhost:{port}"
 
 
@@ -42,13 +40,13 @@ def bare(processes: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="lt-") as directory, ExitStack() as stack:
         for i in range(processes):
             log = Path(directory) / f"log-{i}"
-            stack.enter_context(_process(command, log, {}, lambda log: "ready on" in log))
+            stack.enter_context(_process(command, log, "ready on"))
         yield f"localhost:{port}"
 
 
 @contextmanager
 def engine() -> Iterator[str]:
-    """Run no server: the engine is in the processes of the load generator."""
+    """Run no server: the processes of the load generator contain the engine."""
     yield f"engine:{MODEL}"
 
 
@@ -60,7 +58,6 @@ def llama(threads: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="lt-") as directory:
         path = write_random_model(Path(directory), MODEL)
         port = free_ports(1)[0]
-        url = f"http://127.0.0.1:{port}"
         settings = {
             "model": path, "host": "127.0.0.1", "port": port, "n_ctx": 256, "n_threads": threads,
             "n_threads_batch": threads, "logits_all": "false", "flash_attn": "true", "verbose": "false",
@@ -68,8 +65,8 @@ def llama(threads: int) -> Iterator[str]:
         }  # fmt: skip
         options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         command = ["-m", "llama_cpp.server", *options]
-        with _process(command, Path(directory) / "log", {}, lambda log: _answers(f"{url}/v1/models")):
-            yield url
+        with _process(command, Path(directory) / "log", "Uvicorn running on"):
+            yield f"http://127.0.0.1:{port}"
 
 
 def free_ports(count: int) -> list[int]:
@@ -110,12 +107,10 @@ def with_own_ports(config: Path, directory: Path, replicas: int | None = None) -
 
 
 @contextmanager
-def _process(
-    command: Sequence[str], log: Path, environment: dict[str, str], is_ready: Callable[[str], bool]
-) -> Iterator[None]:
-    """Run Python with these arguments from when it is ready to the end of the block.
+def _process(command: Sequence[str], log: Path, ready: str, environment: Mapping[str, str] = {}) -> Iterator[None]:
+    """Run Python with these arguments until the end of the block, which begins when its output contains `ready`.
 
-    Raises RuntimeError with the end of its output if it is never ready.
+    Raises RuntimeError with the end of its output if it does not become ready in time.
     """
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -123,14 +118,16 @@ def _process(
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **environment},
-            start_new_session=True,  # Ctrl-C reaches this process only, which interrupts the other below
+            start_new_session=True,  # so that Ctrl-C reaches only this process, which interrupts the new one below
         )
         try:
             deadline = time.monotonic() + START_LIMIT_S
-            while not is_ready(log.read_text(errors="replace")):
+            while ready not in log.read_text(errors="replace"):
                 if process.poll() is not None or time.monotonic() > deadline:
                     end = log.read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"python {' '.join(command[:3])} was never ready; the end of its output:\n{end}")
+                    raise RuntimeError(
+                        f"python {' '.join(command[:3])} did not become ready; the end of its output:\n{end}"
+                    )
                 time.sleep(0.2)
             yield
         finally:
@@ -140,11 +137,3 @@ def _process(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with _LOOPBACK.open(url, timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False

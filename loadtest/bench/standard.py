@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,15 +19,14 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich import box
-from rich.table import Table
 
 from loadtest.bench import services
 from loadtest.load import Load, Mix
 from loadtest.measured_server import facts
-from loadtest.options import Duration, Quiet, Warmup, command_errors, integers, require_at_least
+from loadtest.options import Duration, Quiet, Warmup, command_errors, integers, names_that_begin, require_at_least
 from loadtest.results import plots, result_file
-from loadtest.sweep import Sweep, carry_out
+from loadtest.results.table import make_table
+from loadtest.sweep import Sweep, run_sweep
 from tinylm.system.files import as_png, write_file
 from tinylm.terminal.output import PlainConsole
 
@@ -45,7 +43,7 @@ console = PlainConsole(stderr=True)
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how hard to measure. The same for every part."""
+    """The settings of all parts."""
 
     out: Path
     duration_s: float
@@ -62,7 +60,6 @@ class Part:
     label: str
     start: Callable[[], AbstractContextManager[str]]  # yields the address of a running service
     replicas: int | None = None
-    series: str = ""  # parts of one series differ only in their number of replicas
     few: bool = False  # only the highest numbers of clients
     processes: int | None = None  # of the load generator
     packages: tuple[str, ...] = ()  # modules that it needs
@@ -78,18 +75,13 @@ class Part:
     def path(self, settings: Settings, stream: bool) -> Path:
         return settings.out / f"{self.name}-{MODES[stream]}.json"
 
-    def seconds(self, settings: Settings, modes: Sequence[bool]) -> float:
-        """Return about how long it takes to measure these modes."""
-        return START_S * bool(modes) + sum(self.sweep(settings, "", stream).seconds for stream in modes)
-
-    @property
-    def missing(self) -> list[str]:
-        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+    def missing_package(self) -> str | None:
+        return next((name for name in self.packages if importlib.util.find_spec(name) is None), None)
 
 
 def _ray_serve(name: str, config: Path, mode: str, replicas: int, few: bool = False) -> Part:
     label = f"Ray Serve, {mode}, {replicas} replica{'s' * (replicas > 1)}"
-    return Part(name, label, partial(services.ray_serve, config, replicas), replicas, mode, few)
+    return Part(name, label, partial(services.ray_serve, config, replicas), replicas, few)
 
 
 LLAMA_PACKAGES = ("llama_cpp", "gguf", "starlette_context", "sse_starlette", "pydantic_settings")
@@ -105,70 +97,59 @@ PARTS = (
 )
 
 
-def choose(only: str | None) -> list[Part]:
-    """Return the parts whose names begin with one of those given. Raises ValueError if no name begins with one."""
-    prefixes = only.split(",") if only else [""]
-    for prefix in prefixes:
-        if not any(part.name.startswith(prefix) for part in PARTS):
-            raise ValueError(f"--only names {prefix!r}: the parts are {', '.join(part.name for part in PARTS)}")
-    return [part for part in PARTS if part.name.startswith(tuple(prefixes))]
-
-
 def show_plan(parts: Sequence[Part], settings: Settings, again: bool) -> None:
-    """Print what there is to measure, and about how long it takes."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"the standard set, into {settings.out}", title_justify="left")
-    for column in ("part", "what", "still to do", "about"):
-        table.add_column(column)
-    total = 0.0
+    """Print which results are missing, and about how long it takes to measure them."""
+    table = make_table(f"the standard set, into {settings.out}", "part", "what", "still to do", justify="left")
+    total_s = 0.0
     for part in parts:
         modes = to_do(part, settings, again)
-        seconds = 0.0 if part.missing else part.seconds(settings, modes)
-        total += seconds
-        state = f"no package {part.missing[0]}" if part.missing else ", ".join(MODES[s] for s in modes) or "nothing"
-        table.add_row(part.name, part.label, state, f"{seconds / 60:.0f} min" if modes else "")
+        if package := part.missing_package():
+            state = f"no package {package}"
+        else:
+            state = ", ".join(MODES[stream] for stream in modes) or "nothing"
+            total_s += START_S * bool(modes) + sum(part.sweep(settings, "", stream).seconds for stream in modes)
+        table.add_row(part.name, part.label, state)
     console.print(table)
-    console.print(f"about {total / 60:.0f} minutes in total; you can interrupt it: the same command resumes")
+    console.print(f"about {total_s / 60:.0f} minutes in total; you can interrupt it: the same command resumes")
 
 
 def measure(parts: Sequence[Part], settings: Settings, again: bool, quiet: bool) -> None:
-    """Measure what is not done yet, then draw the picture. Raises RuntimeError at the end if a part failed."""
-    planned = [(part, to_do(part, settings, again)) for part in parts if not part.missing]
-    planned = [(part, modes) for part, modes in planned if modes]
-    for part, modes in planned:
+    """Measure the missing results, then draw the picture. Raises RuntimeError at the end if a part failed."""
+    planned = {part: to_do(part, settings, again) for part in parts if not part.missing_package()}
+    for part, modes in planned.items():
         for stream in modes:
             result_file.check_own_result(part.path(settings, stream))
     plots.check_picture(settings.out / PICTURE)
     busy = os.getloadavg()[0]
-    if planned and busy > 0.3 * CORES:
+    if any(planned.values()) and busy > 0.3 * CORES:
         console.print(f"note: the machine is busy (load {busy:.1f}): wait until it is idle", style="yellow")
     failed = []
-    for number, (part, modes) in enumerate(planned):
-        left = sum(other.seconds(settings, theirs) for other, theirs in planned[number:])
-        console.print(f"{part.name} ({number + 1} of {len(planned)}), about {left / 60:.0f} min left")
-        try:
-            with part.start() as address:
-                for stream in modes:
-                    _measure_mode(part, settings, address, stream, quiet)
-        except (RuntimeError, ValueError, OSError) as error:
-            console.print(f"{part.name} failed: {error}", style="red")
-            failed.append(part.name)
+    for part, modes in planned.items():
+        if modes:
+            try:
+                _measure_part(part, settings, modes, quiet)
+            except (RuntimeError, ValueError, OSError) as error:
+                console.print(f"{part.name} failed: {error}", style="red")
+                failed.append(part.name)
     files = [part.path(settings, stream) for part in PARTS for stream in MODES]
     draw([result_file.read(path) for path in files if path.exists()], settings.out / PICTURE)
     if failed:
         raise RuntimeError(f"{len(failed)} parts failed: {', '.join(failed)}; the same command tries them again")
 
 
-def _measure_mode(part: Part, settings: Settings, address: str, stream: bool, quiet: bool) -> None:
-    """Measure one mode of a running service, and write its result."""
-    began = time.monotonic()
-    sweep = part.sweep(settings, address, stream)
-    service = facts(sweep.loads[0])
-    runs = carry_out(sweep, quiet)
-    if not all(run["statuses"].get("OK") for run in runs):
-        raise RuntimeError(f"a run had no answer: {[run['statuses'] for run in runs]}")
-    found = result_file.assemble(runs, part.label, service, part.replicas, part.series or part.label)
-    result_file.write(part.path(settings, stream), found)
-    console.print(f"  {MODES[stream]}: {len(runs)} runs in {(time.monotonic() - began) / 60:.1f} min")
+def _measure_part(part: Part, settings: Settings, modes: Sequence[bool], quiet: bool) -> None:
+    """Start a service, measure it in these modes, and write a result for each."""
+    console.print(part.name)
+    with part.start() as address:
+        for stream in modes:
+            sweep = part.sweep(settings, address, stream)
+            service = facts(sweep.loads[0])
+            runs = run_sweep(sweep, quiet)
+            if not all(run["statuses"].get("OK") for run in runs):
+                raise RuntimeError(f"a run had no answer: {[run['statuses'] for run in runs]}")
+            found = result_file.assemble(runs, part.label, service, part.replicas)
+            result_file.write(part.path(settings, stream), found)
+            console.print(f"  {MODES[stream]}: {len(runs)} runs")
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -199,13 +180,13 @@ def main(
     out: Annotated[Path, typer.Option(metavar="DIR", help="For the results. Existing results are kept.")] = Path(
         "docs/results/standard"
     ),
-    only: Annotated[Optional[str], typer.Option(metavar="PART,...", help="Parts whose names begin so.")] = None,
+    only: Annotated[Optional[str], typer.Option(metavar="PART,...", help="Beginnings of names of parts.")] = None,
     duration: Duration = 15,
     warmup: Warmup = 3,
     repeat: Annotated[int, typer.Option(help="Rounds of each part.")] = 3,
     concurrency: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of clients.")] = "1,2,4,8,16,32",
     again: Annotated[bool, typer.Option("--again", help="Measure existing results again.")] = False,
-    list_only: Annotated[bool, typer.Option("--list", help="Print what is to do and how long it takes.")] = False,
+    list_only: Annotated[bool, typer.Option("--list", help="Print which results are missing.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure the standard set. It starts each service itself: both proxies, replicas, the bare engine, llama.cpp."""
@@ -213,7 +194,8 @@ def main(
     with command_errors():
         require_at_least(1, repeat=repeat)
         settings = Settings(out, duration, warmup, repeat, tuple(integers("--concurrency", concurrency)))
-        chosen = choose(only)
+        names = names_that_begin("--only", only, [part.name for part in PARTS])
+        chosen = [part for part in PARTS if part.name in names]
         show_plan(chosen, settings, again)
         if not list_only:
             measure(chosen, settings, again, quiet)

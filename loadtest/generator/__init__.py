@@ -1,1 +1,1 @@
-"""Make the calls of a run: which requests, by which protocol, in which loop, in which processes."""
+"""Make the calls of a run: workload, protocols, loops and processes."""

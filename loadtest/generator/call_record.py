@@ -1,4 +1,4 @@
-"""What a client saw of one call."""
+"""The record of one call, as the client saw it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(slots=True)
 class CallRecord:
-    """One call. Times are seconds of `time.monotonic()`; those of a finished run count from its measured time."""
+    """One call. Times are seconds of `time.monotonic()`. In a finished run they count from its measured time."""
 
     turn: int  # the number of the request in the run
     wanted: int  # tokens asked for
@@ -20,8 +20,8 @@ class CallRecord:
     tokens: int = 0  # of the answer
     prompt_tokens: int = 0
     replica: str = ""
-    text_at: list[float] = field(default_factory=list)  # of a stream: when each message with text came
-    text_tokens: list[int] | None = None  # how many tokens each of these carried; None if the messages do not tell
+    text_at: list[float] = field(default_factory=list)  # streams: when each message with text arrived
+    text_tokens: list[int] | None = None  # the tokens of each of these messages; None if the server does not say
 
     @property
     def latency_s(self) -> float:
@@ -39,9 +39,9 @@ class CallRecord:
         )
 
     def tokens_of_messages(self) -> np.ndarray:
-        """Return (messages,): how many tokens each message with text carried.
+        """Return (messages,): the tokens of each message with text.
 
-        If the messages do not tell, the tokens of the answer are spread evenly: 7 tokens in 3 messages are 2, 3 and 2.
+        If the server does not say, spread the tokens of the answer evenly: 7 tokens in 3 messages are 2, 3 and 2.
         """
         if self.text_tokens is not None:
             return np.array(self.text_tokens, np.int64)

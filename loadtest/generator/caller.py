@@ -1,4 +1,4 @@
-"""What the loops need of a protocol. Each protocol is a module beside this one."""
+"""The interface of a protocol. Each protocol is a module beside this one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class Caller(Protocol):
     """Connections to the measured server. Create it inside the event loop that uses it."""
 
     async def ask(self, request: Request, record: CallRecord, connection: int) -> None:
-        """Make one call on the connection of that number, and fill in all of `record` but sent_at and ended_at.
+        """Make one call on the connection with this number. Fill in all of `record` except sent_at and ended_at.
 
-        A failed call gets its status. It raises nothing and is not retried.
+        A failed call gets its status in `record`: this method neither raises nor retries.
         """
 
     async def close(self) -> None: ...
 
 
 async def connect(load: Load) -> Caller:
-    """Return a caller for the protocol of `load.server`. A protocol is imported only when it is used."""
+    """Return a caller for the protocol of `load.server`. Import only the module of that protocol."""
     if load.protocol == "openai":
         from loadtest.generator.openai_caller import OpenAICaller
 

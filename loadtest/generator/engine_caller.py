@@ -1,6 +1,6 @@
-"""Calls to an engine in the process of the load generator: what the same cores do without a service.
+"""Calls to an engine in the process of the load generator, to measure the same cores without a service.
 
-The server `engine:models/stories-8m` stands for it. Several `--processes` are several engines.
+`--server engine:models/stories-8m` selects it. Each of several `--processes` has its own engine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls to a TinyLM service over plain gRPC: no retries, no interceptors, and no shared connections."""
+"""Calls to a TinyLM service over plain gRPC, without retries, interceptors and shared connections."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class GrpcCaller:
     async def _stream(self, stub: TinyLMStub, message: pb.GenerateRequest, record: CallRecord) -> None:
         finished = False
         counts: list[int] = []
-        withheld = 0  # tokens that came without text; their text comes with a later message
+        withheld = 0  # tokens without text yet: their text comes with a later message
         async for delta in stub.GenerateStream(message, metadata=self._metadata, timeout=self._load.timeout_s):
             withheld += delta.tokens
             if delta.text:
@@ -56,7 +56,7 @@ class GrpcCaller:
             if delta.finish_reason != pb.FINISH_REASON_UNSPECIFIED:
                 _read_ending(delta, record)
                 finished = True
-        if any(counts):  # otherwise the service does not tell
+        if any(counts):  # otherwise the service does not count them
             record.text_tokens = counts
         if not finished:
             record.status = "CUT_OFF"  # the stream ended with status OK before the answer was finished
@@ -67,7 +67,7 @@ class GrpcCaller:
 
 
 def _channel(load: Load) -> grpc.aio.Channel:
-    options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
+    options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # do not share connections
     if load.ca is None:
         return grpc.aio.insecure_channel(load.server, options)
     return grpc.aio.secure_channel(load.server, grpc.ssl_channel_credentials(load.ca), options)

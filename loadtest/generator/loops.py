@@ -1,4 +1,4 @@
-"""The two loops: clients that wait for their answers, and a schedule that waits for nothing."""
+"""The closed loop, in which clients wait for their answers, and the open loop, which sends by a schedule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,15 +15,7 @@ from loadtest.generator.caller import Caller
 from loadtest.generator.workload import Workload
 from loadtest.load import Load
 
-ERROR_PAUSE_S = 0.05  # after a failed call of a client, so that it does not ask a refusing service in a busy loop
-
-
-@dataclass
-class Ledger:
-    """The calls of a run so far."""
-
-    ended: list[CallRecord] = field(default_factory=list)
-    in_flight: int = 0
+ERROR_PAUSE_S = 0.05  # after a failed call of a client, so that a refusing service does not cause a busy loop
 
 
 class Loops:
@@ -33,8 +24,9 @@ class Loops:
     Its requests have the turns first, first + step, first + 2 * step, ...
     """
 
-    def __init__(self, load: Load, caller: Caller, ledger: Ledger, first: int, step: int) -> None:
-        self._load, self._caller, self._ledger = load, caller, ledger
+    def __init__(self, load: Load, caller: Caller, first: int, step: int) -> None:
+        self.ended: list[CallRecord] = []
+        self._load, self._caller = load, caller
         self._first, self._step = first, step
         self._workload = Workload(load)
 
@@ -62,46 +54,36 @@ class Loops:
     async def open(self, times: np.ndarray) -> None:
         """Send each request at its time, in seconds of `time.monotonic()`, and wait for the last answer.
 
-        A request is sent late if this process has too much to do or if `max_in_flight` calls are open. Its latency
-        counts from the intended time. Raises what a caller raises, as the closed loop does.
+        A request is late if this process is too busy or if `max_in_flight` calls are open. Its latency counts from the
+        intended time. Raises the error of a caller, like the closed loop.
         """
         room = asyncio.Semaphore(self._load.max_in_flight)
-        tasks: set[asyncio.Task[None]] = set()
-        failures: list[BaseException] = []  # of the load test itself: a failed call has a status instead
+        errors: list[Exception] = []  # of the load test itself: a failed call has a status instead
 
         async def send(turn: int, at: float) -> None:
-            async with room:
-                await self._call(turn, at, time.monotonic(), turn)
+            try:
+                async with room:
+                    if not errors:
+                        await self._call(turn, at, time.monotonic(), turn)
+            except Exception as error:
+                errors.append(error)
 
-        def start(number: int, at: float) -> None:
-            task = asyncio.create_task(send(self._first + number * self._step, at))
-            tasks.add(task)
-            task.add_done_callback(ended)
+        async with asyncio.TaskGroup() as calls:
 
-        def ended(task: asyncio.Task[None]) -> None:
-            tasks.discard(task)
-            if not task.cancelled() and (error := task.exception()) is not None:
-                failures.append(error)
+            def start(number: int, at: float) -> None:
+                calls.create_task(send(self._first + number * self._step, at))
 
-        await _at_times(times, start)
-        while tasks and not failures:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in tasks:
-            task.cancel()
-        if failures:
-            raise failures[0]
+            await _at_times(times, start)
+        if errors:
+            raise errors[0]
 
     async def _call(self, turn: int, intended_at: float, sent_at: float, connection: int) -> CallRecord:
         """Make the call of that turn now, at `sent_at`."""
         request = self._workload[turn]
         record = CallRecord(turn, request.max_tokens, intended_at, sent_at)
-        self._ledger.in_flight += 1
-        try:
-            await self._caller.ask(request, record, connection)
-        finally:
-            self._ledger.in_flight -= 1
+        await self._caller.ask(request, record, connection)
         record.ended_at = time.monotonic()
-        self._ledger.ended.append(record)
+        self.ended.append(record)
         return record
 
 

@@ -1,6 +1,6 @@
 """Calls to a server with OpenAI's completions API, streamed as server-sent events.
 
-llama.cpp's server, vLLM and others have this API. A server that sends no usage counts as one token a message.
+llama.cpp's server, vLLM and others have this API. If a server sends no usage, each message counts as one token.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Give the load generator the cores first where it shares them with the measured server.
+"""Schedule the load generator before other processes, because it may share the cores with the measured server.
 
-A client that waits for a core sends late, and sees late what was answered long ago; readers of its figures blame the
-service. On a machine of its own it would not wait. So the system schedules its threads before all others where that is
-permitted (Linux, with CAP_SYS_NICE). Results say in any case how long it waited.
+A client that waits for a core sends late and sees answers late, and its figures blame the service for that. So the
+system schedules its threads first where that is permitted (Linux, with CAP_SYS_NICE). Results always contain how long
+it waited.
 """
 
 from __future__ import annotations

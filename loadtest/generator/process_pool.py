@@ -1,33 +1,18 @@
-"""The processes that make calls, and how they share one run."""
+"""The processes that make the calls of a run, and the division of a run among them."""
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
 from loadtest.generator import worker_process
-from loadtest.generator.call_record import CallRecord
-from loadtest.generator.priority import Scheduling
 from loadtest.generator.worker_process import Done, Failed, Job, Ready, Tick
-from loadtest.generator.workload import arrivals
 from loadtest.load import Load
 
-START_S = 0.05  # from the order to start to the first call
+START_S = 0.05  # from the command to start to the first call
 READY_S = 120.0  # an engine in the process may first compile its kernels
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The records of all processes, and what each of them had of the cores."""
-
-    records: list[CallRecord]
-    cores: list[float]
-    waited: list[float]  # shares of the time that they waited for a core
-    scheduling: Scheduling
 
 
 class ProcessPool:
@@ -54,10 +39,11 @@ class ProcessPool:
         on_begin: Callable[[float], None],
         on_tick: Callable[[Tick], None],
         on_wait: Callable[[], None],
-    ) -> Outcome:
-        """Make the calls of a run. Raises RuntimeError if a process fails. Failed calls do not make it fail.
+    ) -> list[Done]:
+        """Make the calls of a run. Return the results of its processes.
 
-        on_begin gets the begin of the measured time before it comes; on_wait is called often.
+        on_begin: called with the begin of the measured time, before it comes. on_wait: called often.
+        Raises RuntimeError if a process fails. A failed call is no error.
         """
         jobs = share_out(load, n_processes)
         pipes = self._start(len(jobs))
@@ -68,13 +54,7 @@ class ProcessPool:
         for pipe in pipes:
             pipe.send(begin)
         on_begin(begin)
-        done = _collect(pipes, on_tick, on_wait)
-        return Outcome(
-            [record for of_process in done for record in of_process.records],
-            [round(of_process.cpu_cores, 3) for of_process in done],
-            [round(of_process.waited, 3) for of_process in done],
-            done[0].scheduling,
-        )
+        return _collect(pipes, on_tick, on_wait)
 
     def _start(self, n: int) -> list[Connection]:
         """Start processes until there are n. Return the pipes to the first n."""
@@ -122,25 +102,6 @@ def _receive(pipe: Connection) -> Ready | Tick | Done:
 
 
 def share_out(load: Load, n_processes: int) -> list[Job]:
-    """Divide a run into one job a process, as evenly as possible, with at most one process a client."""
+    """Divide a run into jobs for at most n processes. Each job has at least one client or request."""
     n = min(n_processes, load.concurrency or n_processes, load.requests or n_processes)
-    times = arrivals(load) if load.rate_per_s is not None else None
-    clients, connections = _divided(load.concurrency or 0, n), _divided(load.n_connections, n)
-    requests = [None] * n if load.requests is None else _divided(load.requests, n)
-    in_flight = _divided(load.max_in_flight, n)
-    return [
-        Job(
-            dataclasses.replace(load, connections=max(connections[i], 1), max_in_flight=max(in_flight[i], 1)),
-            first_turn=i,
-            turn_step=n,
-            n_clients=clients[i],
-            requests=requests[i],
-            times_s=None if times is None else times[i::n],
-        )
-        for i in range(n)
-    ]
-
-
-def _divided(total: int, n: int) -> list[int]:
-    """Divide a number into n numbers; the first ones take what is left over."""
-    return [total // n + (i < total % n) for i in range(n)]
+    return [Job(load, i, n) for i in range(n)]

@@ -1,4 +1,4 @@
-"""A process that makes calls: it takes jobs from a pipe, reports progress, and returns the records of its calls.
+"""A process that makes calls. It takes jobs from a pipe, reports progress, and returns the records of its calls.
 
 The messages are: Job -> Ready (connected) -> the begin of the measured time -> Tick, Tick, ... -> Done or Failed.
 """
@@ -6,21 +6,20 @@ The messages are: Job -> Ready (connected) -> the begin of the measured time -> 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import signal
 import time
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
 
 import numpy as np
 
 from loadtest.generator.call_record import CallRecord
 from loadtest.generator.caller import connect
-from loadtest.generator.loops import Ledger, Loops
+from loadtest.generator.loops import Loops
 from loadtest.generator.priority import Scheduling, schedule, waited_s
+from loadtest.generator.workload import arrivals
 from loadtest.load import Load
 
 TICK_S = 0.25
@@ -28,14 +27,19 @@ TICK_S = 0.25
 
 @dataclass(frozen=True)
 class Job:
-    """The share of a run that one process makes."""
+    """The share of a run that one process makes: the requests index, index + n_jobs, index + 2 * n_jobs, ..."""
 
-    load: Load  # with the connections of this process only
-    first_turn: int  # its requests are first_turn, first_turn + turn_step, ...
-    turn_step: int
-    n_clients: int  # closed loop
-    requests: int | None  # closed loop: this process's share of load.requests
-    times_s: np.ndarray | None  # open loop: when to send each request, from the start of the measured time
+    load: Load  # of the whole run
+    index: int
+    n_jobs: int
+
+    def share(self, total: int) -> int:
+        """Return the share of a number that this process gets. The first processes get one more if there is a rest."""
+        return total // self.n_jobs + (self.index < total % self.n_jobs)
+
+    def times_s(self) -> np.ndarray:
+        """Return when to send the requests of an open loop, in seconds from the start of the measured time."""
+        return arrivals(self.load)[self.index :: self.n_jobs]
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,11 @@ class Tick:
 
     latencies_s: list[float]  # of calls with status OK
     statuses: list[str]
-    tokens: int
-    in_flight: int
 
 
 @dataclass(frozen=True)
 class Done:
-    """The records of all calls, those of the warm-up included, and what the process had of the CPU."""
+    """The records of all calls, those of the warm-up included, and the CPU time that the process had."""
 
     records: list[CallRecord]
     cpu_cores: float
@@ -69,7 +71,7 @@ class Failed:
 
 
 def main(pipe: Connection) -> None:
-    """Work on jobs until the pipe closes. Run it in a process of its own, started by `spawn`: gRPC cannot fork."""
+    """Work on jobs until the pipe closes. Run this in a new process, started by `spawn`: gRPC cannot fork."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     with asyncio.Runner() as runner:  # gRPC needs one event loop for all jobs
         while True:
@@ -86,76 +88,62 @@ def main(pipe: Connection) -> None:
 
 
 async def _run(job: Job, pipe: Connection) -> Done:
-    ledger = Ledger()
-    scheduling = schedule(job.load.comes_first)  # before connections start threads
-    caller = await connect(job.load)
-    loops = Loops(job.load, caller, ledger, job.first_turn, job.turn_step)
+    load = dataclasses.replace(
+        job.load,
+        connections=max(job.share(job.load.n_connections), 1),
+        max_in_flight=max(job.share(job.load.max_in_flight), 1),
+    )
+    times_s = None if load.rate_per_s is None else job.times_s()
+    scheduling = schedule(load.comes_first)  # before connections start threads
+    caller = await connect(load)
+    loops = Loops(load, caller, job.index, job.n_jobs)
     gc.collect()
     gc.freeze()  # so that collections during the measurement do not look at what exists already
     pipe.send(Ready())
     begin: float = await asyncio.to_thread(pipe.recv)
-    usage = _CpuUsage(begin, job.load.duration_s if job.load.requests is None else None)
+    clocks = _Clocks(begin, None if load.requests else begin + load.duration_s)
+    progress = asyncio.create_task(_report_progress(pipe, loops.ended))
     try:
-        with _background(_report_progress(pipe, ledger)), _background(usage.watch()):
-            if job.times_s is not None:
-                await loops.open(begin + job.times_s)
-            else:
-                await loops.closed(job.n_clients, begin, job.requests)
-            cpu_cores, waited = usage.finish()
+        if times_s is not None:
+            await loops.open(begin + times_s)
+        else:
+            requests = None if load.requests is None else job.share(load.requests)
+            await loops.closed(job.share(load.concurrency or 0), begin, requests)
+        cpu_cores, waited = clocks.used()
     finally:
+        progress.cancel()
         await caller.close()
-    return Done([record.since(begin) for record in ledger.ended], cpu_cores, waited, scheduling)
+    return Done([record.since(begin) for record in loops.ended], cpu_cores, waited, scheduling)
 
 
-@contextmanager
-def _background(work: Coroutine[Any, Any, None]) -> Iterator[None]:
-    """Run a coroutine as a task until the end of the block."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
+class _Clocks:
+    """The CPU time of this process within the measured time, without the wait for the last answers."""
 
+    def __init__(self, begin: float, end: float | None) -> None:
+        """end: None if the measured time ends with the last answer."""
+        self._seen: list[tuple[float, float, float]] = []
+        loop = asyncio.get_running_loop()  # its clock is `time.monotonic()`
+        loop.call_at(begin, self._look)
+        if end is not None:
+            loop.call_at(end, self._look)
 
-class _CpuUsage:
-    """What this process has of the CPU within the measured time, without the wait for the last answers."""
-
-    def __init__(self, begin: float, duration_s: float | None) -> None:
-        """duration_s: None if the measured time ends with the last answer."""
-        self._begin, self._duration_s = begin, duration_s
-        self._looks: list[tuple[float, float, float]] = []
-
-    async def watch(self) -> None:
-        """Look at the clocks at the begin and, if it is known, at the end of the measured time."""
-        await asyncio.sleep(max(self._begin - time.monotonic(), 0))
-        self._look()
-        if self._duration_s is not None:
-            await asyncio.sleep(max(self._begin + self._duration_s - time.monotonic(), 0))
-            self._look()
-
-    def finish(self) -> tuple[float, float]:
+    def used(self) -> tuple[float, float]:
         """Return the cores that this process used, and the share of the time in which it waited for one."""
-        if len(self._looks) < 2:
+        if len(self._seen) < 2:
             self._look()
-        (begin, cpu_before, waited_before), (end, cpu_after, waited_after) = self._looks[0], self._looks[-1]
+        (begin, cpu_before, waited_before), (end, cpu_after, waited_after) = self._seen[0], self._seen[-1]
         elapsed = max(end - begin, 1e-9)
         return (cpu_after - cpu_before) / elapsed, (waited_after - waited_before) / elapsed
 
     def _look(self) -> None:
-        self._looks.append((time.monotonic(), time.process_time(), waited_s()))
+        self._seen.append((time.monotonic(), time.process_time(), waited_s()))
 
 
-async def _report_progress(pipe: Connection, ledger: Ledger) -> None:
+async def _report_progress(pipe: Connection, ended: list[CallRecord]) -> None:
     seen = 0
     while True:
         await asyncio.sleep(TICK_S)
-        new = ledger.ended[seen:]
+        new = ended[seen:]
         seen += len(new)
-        ok = [record for record in new if record.status == "OK"]
-        tick = Tick(
-            latencies_s=[record.latency_s for record in ok],
-            statuses=[record.status for record in new],
-            tokens=sum(record.tokens for record in ok),
-            in_flight=ledger.in_flight,
-        )
-        pipe.send(tick)
+        latencies_s = [record.latency_s for record in new if record.status == "OK"]
+        pipe.send(Tick(latencies_s, [record.status for record in new]))

@@ -1,6 +1,6 @@
-"""Decide before a run which prompt, length and seed each request has, and when an open loop sends it.
+"""Choose the prompt, length and seed of each request, and the times at which an open loop sends them.
 
-The seed alone decides, so that every run with the same seed is the same.
+They depend only on the settings of the load, so runs with the same seed are the same.
 """
 
 from __future__ import annotations
@@ -20,27 +20,18 @@ SHORT_PROMPTS = (
     "There was once an old bear who lived in the woods. Every morning",
     '"Where are you going?" asked the fox.',
 )
-PLAN = 4096  # requests after which lengths and long prompts repeat, with other seeds
-# Long prompts are these words in random order: almost no two begin alike, so no cached prefix helps.
-SENTENCES = (
-    "The old bear went down to the river to look for fish.",
-    "A small boat was tied to the wooden gate by the water.",
-    "Nobody knew who had left the lamp burning all night.",
-    "Tom had a red kite, and he took it with him everywhere.",
-    '"It will rain before dinner," said the owl.',
-    "Her mother gave her a basket of bread and two green apples.",
-    "The path through the woods was dark and full of leaves.",
-    "In the garden there stood a tree with silver bark.",
-    "They waited until the moon was high, and then they began to walk.",
-    "A mouse lived under the stairs and came out when it was quiet.",
-    "The king was tired of gold and wished for a friend.",
-    '"Please do not go," said the little girl, but the cat had already gone.',
-    "On the hill behind the house, three sheep were eating grass.",
-    "The baker woke early and lit the fire in the big oven.",
-    "Every spring the birds came back to the same roof.",
-    "Sam found a shell on the beach and heard the sea in it.",
-)
-WORDS = sorted(set(" ".join(SENTENCES).split()))
+PLAN = 4096  # after this number of requests, lengths and long prompts repeat with other seeds
+# Long prompts are these words in random order: almost no two have a common prefix, so no cached prefix helps.
+TEXT = """
+    "It "Please A Every Her In Nobody On Sam The They Tom a all already and apples. back baker bark. basket beach
+    bear before began behind big birds boat bread burning but by came cat dark dinner," do down early eating
+    everywhere. fire fish. for found friend. full garden gate gave girl, go," gold gone. grass. green had he heard
+    her high, hill him house, in it it. king kite, knew lamp leaves. left lit little lived look moon mother mouse
+    night. not of old on out oven. owl. path quiet. rain red river roof. said same sea sheep shell silver small
+    spring stairs stood the then there they three through tied tired to took tree two under until waited walk. was
+    water. went were when who will wished with woke wooden woods
+"""
+WORDS = TEXT.split()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""What a run found: its figures, result files, tables, pictures and comparisons."""
+"""The figures of runs, and their result files, tables, pictures and comparisons."""

@@ -1,6 +1,6 @@
-"""Compare two results: what changed, and whether by more than repeated runs of one service differ.
+"""Compare two results: which figures changed, and which by more than repeated runs of one service differ.
 
-Each run is one observation, whatever the number of its requests, because the requests of a run share its conditions.
+Each run is one observation, because all requests of a run share its conditions.
 For each load that both results have, Welch's t-test compares the mean logarithms of a figure. It gives a 95 %
 confidence interval of the ratio. Holm's method corrects the p-values for the number of comparisons.
 """
@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from scipy import stats
 
-from loadtest.results.result_file import point
+from loadtest.results.result_file import figure_of, point
+from loadtest.results.table import make_table
 
 LEVEL = 0.05
 # Figure -> its place in a run, and whether a higher value is better.
@@ -81,14 +80,8 @@ def _by_point(result: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 def _values(runs: Sequence[Mapping[str, Any]], path: Sequence[str]) -> np.ndarray:
     """Return a figure of the runs that have it and in which it is not 0, which has no logarithm."""
-    values = []
-    for run in runs:
-        value: Any = run
-        for key in path:
-            value = (value or {}).get(key)
-        if value:
-            values.append(value)
-    return np.array(values, np.float64)
+    values = [figure_of(run, *path) for run in runs]
+    return np.array([value for value in values if value], np.float64)
 
 
 def _change(name: str, figure: str, old: np.ndarray, new: np.ndarray) -> Change:
@@ -125,9 +118,8 @@ def _judged(changes: Sequence[Change]) -> list[Change]:
 
 def show(changes: Sequence[Change], before: str, after: str, console: Console) -> None:
     """Print the changes as a table. before, after: the names of the results."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{before} -> {after}", title_justify="left")
-    for number, column in enumerate(("load", "figure", "before", "after", "change", "95 % interval", "verdict")):
-        table.add_column(column, justify="right" if 1 < number < 6 else "left", no_wrap=number != 0)
+    columns = ("load", "figure", "before", "after", "change", "95 % interval", "verdict")
+    table = make_table(f"{before} -> {after}", *columns)
     colours = {"better": "green", "worse": "red"}
     last = ""
     for change in changes:

@@ -1,11 +1,11 @@
-"""Goodput: the share of requests that were as fast as promised, by limits such as `ttft<50,e2e<500` (ms)."""
+"""Goodput: the share of requests within limits such as `ttft<50,e2e<500` (ms)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-METRICS = {"ttft": "time to first token", "tpot": "time per output token after the first", "e2e": "end to end"}
+METRICS = ("ttft", "tpot", "e2e")  # time to first token, time per further token, end to end
 
 
 def parse(text: str) -> dict[str, float]:
@@ -23,6 +23,6 @@ def parse(text: str) -> dict[str, float]:
 
 
 def is_met(limits: Mapping[str, float], seconds: Mapping[str, float | None]) -> bool:
-    """Return whether every figure is below its limit. A figure that a call does not have does not meet its limit."""
+    """Return whether every figure is below its limit. A missing figure does not meet its limit."""
     found = {name: seconds[name] for name in limits}
     return all(value is not None and value * 1000 < limits[name] for name, value in found.items())

@@ -29,44 +29,17 @@ def figures(histogram: HdrHistogram) -> dict[str, float]:
     """Return mean, percentiles and maximum in milliseconds, or {} for an empty histogram."""
     if not histogram.get_total_count():
         return {}
-    buckets, counts = recorded(histogram)
-    found = percentiles(histogram, np.array(PERCENTILES) / 100)
-    values = {"mean": float(np.average(buckets, weights=counts))}
-    values |= {f"p{p:g}": value for p, value in zip(PERCENTILES, found.tolist(), strict=True)}
-    values["max"] = float(buckets[-1])
+    durations, counts = recorded(histogram)
+    found = histogram.get_percentile_to_value_dict(list(PERCENTILES))
+    values = {"mean": float(np.average(durations, weights=counts))}
+    values |= {f"p{p:g}": found[p] / 1000 for p in PERCENTILES}
+    values["max"] = float(durations[-1])
     return {name: round(value, 3) for name, value in values.items()}
-
-
-def percentiles(histogram: HdrHistogram, shares: np.ndarray) -> np.ndarray:
-    """Return (n,) milliseconds that these shares (n,) of the durations do not exceed, by nearest rank."""
-    values, counts = recorded(histogram)
-    ranks = np.maximum(np.ceil(shares * counts.sum() - 1e-9), 1)
-    found: np.ndarray = values[np.searchsorted(np.cumsum(counts), ranks)]
-    return found
-
-
-def curve(histogram: HdrHistogram, points: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """Return (shares, milliseconds) of percentiles that are evenly spaced in log(1 / (1 - share))."""
-    total = histogram.get_total_count()
-    if not total:
-        return np.empty(0), np.empty(0)
-    shares = 1 - np.logspace(0, -np.log10(max(total, 2)), points)
-    return shares, percentiles(histogram, shares)
 
 
 def recorded(histogram: HdrHistogram) -> tuple[np.ndarray, np.ndarray]:
     """Return (milliseconds, counts) of the filled buckets, ascending. A bucket stands for its highest value."""
-    counts = np.array(histogram.counts)  # the iterators of the library take a hundred times as long
+    counts = np.array(histogram.counts)  # the iterators of the library are slower
     (filled,) = np.nonzero(counts)
     values = [histogram.get_highest_equivalent_value(histogram.get_value_from_index(int(i))) for i in filled]
     return np.array(values) / 1000, counts[filled]
-
-
-def encode(histogram: HdrHistogram) -> str:
-    """Return the compressed base64 form of HdrHistogram, which its implementations in other languages read too."""
-    text: str = histogram.encode().decode()
-    return text
-
-
-def decode(text: str) -> HdrHistogram:
-    return HdrHistogram.decode(text)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from hdrh.histogram import HdrHistogram
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
-from loadtest.results import histogram
+from loadtest.results.histogram import recorded
+from loadtest.results.result_file import figure_of
 from loadtest.results.table import load_name
-from tinylm.system.files import PNG, check_file, check_own, is_own_png
+from tinylm.system.files import check_file, check_own, is_own_png
 
 Result = Mapping[str, Any]
 Run = Mapping[str, Any]
@@ -25,17 +26,14 @@ DPI = 110
 TITLES = {"latency": "end-to-end latency", "ttft": "time to first token", "itl": "inter-token latency"}
 
 
-def check_picture(path: Path, is_shown: bool = False) -> None:
-    """Raise OSError if `path` cannot be written, or if something is there that is not a picture of a result.
-
-    is_shown: a report beside it shows a picture of this name. The pictures of older reports do not name their maker.
-    """
-    check_own(path, lambda content: is_own_png(content) or (is_shown and content.startswith(PNG)))
+def check_picture(path: Path) -> None:
+    """Raise OSError if `path` cannot be written, or if something is there that is not a picture of TinyLM."""
+    check_own(path, is_own_png)
     check_file(path)
 
 
 def histograms(result: Result, name: str) -> Figure | None:
-    """Draw how often each duration occurred: a panel a load, repeats added up."""
+    """Draw how often each duration occurred, with a panel for each load. Repeats are added up."""
     loads = _merged(result, name)
     if not loads:
         return None
@@ -44,7 +42,7 @@ def histograms(result: Result, name: str) -> Figure | None:
     figure = Figure((3.4 * columns, 2.3 * rows + 0.4), layout="constrained")
     figure.suptitle(_literal(f"{result['label']}: {TITLES[name]}"), fontsize=11)
     for axes, (load, merged) in zip(figure.subplots(rows, columns, squeeze=False).flat, loads.items(), strict=False):
-        values, counts = histogram.recorded(merged)
+        values, counts = recorded(merged)
         bins = np.geomspace(values.min() * 0.98, values.max() * 1.02, 40)
         axes.hist(values, bins, weights=counts, color="tab:blue")
         axes.set_xscale("log")
@@ -61,17 +59,23 @@ def histograms(result: Result, name: str) -> Figure | None:
 
 
 def percentiles(result: Result, name: str) -> Figure | None:
-    """Draw the duration by percentile, up to the last request: a line a load."""
+    """Draw the duration by percentile, with a line for each load."""
     loads = _merged(result, name)
     if not loads:
         return None
-    figure, axes = _axes(f"{result['label']}: {TITLES[name]} by percentile")
+    figure = Figure((WIDTH_IN, HEIGHT_IN), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(_literal(f"{result['label']}: {TITLES[name]} by percentile"), fontsize=10)
+    axes.grid(alpha=0.3)
     for load, merged in loads.items():
-        shares, values = histogram.curve(merged)
-        axes.plot(1 / (1 - shares), values, label=load)
+        steps = [
+            (step.percentile_level_iterated_to, step.value_iterated_to) for step in merged.get_percentile_iterator(20)
+        ]
+        levels, values = np.array(steps[:-1]).T  # the last level is 100 %
+        axes.plot(100 / (100 - levels), values / 1000, label=load)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * (1 - 1 / x):.6g}" if x > 0 else ""))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{100 * (1 - 1 / x):.6g}" if x > 0 else "")
     _plain_numbers(axes.yaxis)
     axes.set(xlabel="percentile", ylabel="ms")
     axes.legend(fontsize=8)
@@ -79,7 +83,7 @@ def percentiles(result: Result, name: str) -> Figure | None:
 
 
 def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
-    """Draw tokens a second and p99 latency against the number of clients (or the rate): a line a result."""
+    """Draw tokens/s and p99 latency against the number of clients or the rate, with a line for each result."""
     drawn = [(result["label"], points) for result in results if (points := _by_load(result, stream))]
     if not drawn:
         return None
@@ -91,10 +95,14 @@ def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
         (right, "p99 end-to-end latency, ms", ("latency_ms", "p99")),
     ):
         for label, points in drawn:
-            _line_of_repeats(axes, {load: _values(runs, path) for load, runs in points.items()}, label)
+            values = [[figure_of(run, *path) for run in points[n]] for n in sorted(points)]
+            middle = np.array([np.median(repeats) for repeats in values])
+            below = middle - [min(repeats) for repeats in values]
+            above = [max(repeats) for repeats in values] - middle
+            axes.errorbar(sorted(points), middle, [below, above], marker="o", capsize=2, label=_literal(label))
         axes.set(xlabel="requests/s offered" if is_open else "clients", title=title)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     right.set_yscale("log")
     _plain_numbers(right.yaxis)
@@ -105,36 +113,16 @@ def against_load(results: Sequence[Result], stream: bool) -> Figure | None:
     return figure
 
 
-def against_replicas(results: Sequence[Result], stream: bool) -> Figure | None:
-    """Draw tokens a second against the number of replicas: a line a series and load that has several numbers."""
-    lines: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        for run in result["runs"]:
-            if run["load"]["stream"] == stream and result["replicas"]:
-                name = ", ".join(filter(None, (result["series"], load_name(run))))
-                lines[name][result["replicas"]].append(run["tokens_per_s"])
-    several = {name: points for name, points in lines.items() if len(points) > 1}
-    if not several:
-        return None
-    figure, axes = _axes(f"output tokens/s against replicas, {'streams' if stream else 'unary'}")
-    for name, points in several.items():
-        _line_of_repeats(axes, points, name)
-    axes.set(xlabel="replicas", ylabel="tokens/s", xticks=sorted({n for points in several.values() for n in points}))
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    return figure
-
-
 def _merged(result: Result, name: str) -> dict[str, Any]:
-    """Return a histogram a load, of all its repeats."""
+    """Return a histogram for each load, of all its repeats."""
     loads: dict[str, Any] = {}
     for run in result["runs"]:
         if text := run["histograms"].get(name):
             load = load_name(run) + (", stream" if run["load"]["stream"] else "")
             if load in loads:
-                loads[load].add(histogram.decode(text))
+                loads[load].add(HdrHistogram.decode(text))
             else:
-                loads[load] = histogram.decode(text)
+                loads[load] = HdrHistogram.decode(text)
     return loads
 
 
@@ -146,40 +134,13 @@ def _by_load(result: Result, stream: bool) -> dict[float, list[Run]]:
     return points
 
 
-def _values(runs: Sequence[Run], path: Sequence[str]) -> list[float]:
-    values = []
-    for run in runs:
-        value: Any = run
-        for key in path:
-            value = value[key]
-        values.append(float(value))
-    return values
-
-
-def _line_of_repeats(axes: Axes, points: Mapping[float, Sequence[float]], label: str) -> None:
-    """Draw a line through the medians of each x, with a bar from the least to the greatest value."""
-    x = sorted(points)
-    middle = np.array([np.median(points[at]) for at in x])
-    below = middle - [min(points[at]) for at in x]
-    above = [max(points[at]) for at in x] - middle
-    axes.errorbar(x, middle, [below, above], marker="o", capsize=2, label=_literal(label))
-
-
-def _axes(title: str) -> tuple[Figure, Axes]:
-    figure = Figure((WIDTH_IN, HEIGHT_IN), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(_literal(title), fontsize=10)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
 def _literal(text: str) -> str:
-    """Return the text as Matplotlib must get it, so that it reads no formula between dollar signs."""
+    """Escape dollar signs, so that Matplotlib does not read a formula between them."""
     return text.replace("$", r"\$")
 
 
 def _plain_numbers(axis: Axis) -> None:
     """Label a logarithmic axis with 1, 2, 5, 10, ..."""
     axis.set_major_locator(LogLocator(10, (1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())

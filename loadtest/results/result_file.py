@@ -1,4 +1,4 @@
-"""Result files: JSON with everything, and CSV with one row a run. A file is a sweep against one service."""
+"""Result files: JSON with everything, and CSV with one row per run. A file holds one sweep of one service."""
 
 from __future__ import annotations
 
@@ -17,27 +17,21 @@ from tinylm.system.machine import describe
 
 FORMAT_PREFIX = "tinylm-loadtest-"
 FORMAT = FORMAT_PREFIX + "2"
-SECRET_OPTIONS = ("--api-key",)
+SECRET_OPTION = "--api-key"
 FIRST_COLUMNS = ("server", "protocol", "stream", "concurrency", "rate_per_s", "arrivals", "max_tokens")  # of the CSV
 
 
 def assemble(
-    runs: list[dict[str, Any]],
-    label: str,
-    service: dict[str, Any] | None,
-    replicas: int | None = None,
-    series: str = "",
+    runs: list[dict[str, Any]], label: str, service: dict[str, Any] | None, replicas: int | None = None
 ) -> dict[str, Any]:
     """Return the content of a result file.
 
-    service: what it says of itself. replicas: how many it has; None stands for those that answered. series: results of
-    one series with different numbers of replicas share a line of a picture.
+    service: its answer to GetModelInfo. replicas: their number; None: count those that answered.
     """
     seen = max((len(run["replicas"]) for run in runs), default=0)
     return {
         "format": FORMAT,
         "label": label,
-        "series": series,
         "command": own_command(sys.argv[1:]),
         **describe(),
         "service": service,
@@ -48,12 +42,14 @@ def assemble(
 
 def own_command(arguments: list[str]) -> str:
     """Return the command line without its secrets."""
-    shown, hide = [], False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        shown.append("***" if hide else f"{name}=***" if name in SECRET_OPTIONS and equals else argument)
-        hide = argument in SECRET_OPTIONS
-    return shlex.join(["python", "-m", "loadtest", *shown])
+    shown = ["python", "-m", "loadtest"]
+    for i, argument in enumerate(arguments):
+        if i and arguments[i - 1] == SECRET_OPTION:
+            argument = "***"
+        elif argument.startswith(f"{SECRET_OPTION}="):
+            argument = f"{SECRET_OPTION}=***"
+        shown.append(argument)
+    return shlex.join(shown)
 
 
 def check_output(path: Path, inputs: Mapping[str, Path | None] | None = None, with_csv: bool = True) -> None:
@@ -124,7 +120,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def point(run: Mapping[str, Any]) -> str:
-    """Return the load of a run without what differs between services. `compare` compares runs with the same text."""
+    """Return a text that is the same for runs with the same load. `compare` compares those runs."""
     load = run["load"]
     how = load_name(run) + (f" {load['arrivals']}" if load["rate_per_s"] else "")
     kind = "stream" if load["stream"] else "unary"
@@ -132,10 +128,17 @@ def point(run: Mapping[str, Any]) -> str:
     return f"{kind}, {how}, {load['max_tokens']} tokens{prompts}"
 
 
+def figure_of(run: Mapping[str, Any], *keys: str) -> Any:
+    """Return a figure of a run, such as ("latency_ms", "p50"), or None if the run does not have it."""
+    value: Any = run
+    for key in keys:
+        value = (value or {}).get(key)
+    return value
+
+
 def row(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run as one flat row of the CSV."""
-    load = run["load"]
-    flat: dict[str, Any] = {name: load[name] for name in FIRST_COLUMNS}
+    """Return a run as a row of the CSV."""
+    flat: dict[str, Any] = {name: run["load"][name] for name in FIRST_COLUMNS}
     flat |= {"repeat": run["repeat"], "errors": run["requests"] - run["statuses"].get("OK", 0)}
     for name, value in run.items():
         if name in ("load", "histograms", "statuses", "replicas", "repeat"):

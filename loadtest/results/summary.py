@@ -1,4 +1,4 @@
-"""From calls to the figures of a run. docs/speed.md defines every figure."""
+"""Compute the figures of a run from its calls. docs/speed.md defines the figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Records = Sequence[CallRecord]
 def summarize(load: Load, records: Records, limits: dict[str, float] | None = None) -> dict[str, Any]:
     """Return the figures of a run as they stand in a result file. Latencies are those of OK calls.
 
-    records: all calls, with times from the start of the measured time. limits: of the goodput.
+    records: all calls, with times in seconds from the start of the measured time. limits: see `goodput.parse`.
     """
     calls = measured(load, records)
     ok = [call for call in calls if call.status == "OK"]
@@ -35,7 +35,6 @@ def summarize(load: Load, records: Records, limits: dict[str, float] | None = No
         "full_length_answers": sum(call.tokens == call.wanted for call in ok),
         "statuses": dict(Counter(call.status for call in calls).most_common()),
         "replicas": dict(sorted(replicas.items())),
-        "replica_spread": _spread(list(replicas.values())),
         **{f"{name}_ms": histogram.figures(h) for name, h in histograms.items()},
         "failures_ms": _failures(calls),
     }
@@ -47,15 +46,16 @@ def summarize(load: Load, records: Records, limits: dict[str, float] | None = No
         result["unfinished"] = _unfinished(load, records)
     if limits:
         result["goodput"] = _goodput(calls, limits, window_s)
-    result["histograms"] = {name: histogram.encode(h) for name, h in histograms.items() if h.get_total_count()}
+    result["histograms"] = {name: h.encode().decode() for name, h in histograms.items() if h.get_total_count()}
     return result
 
 
 def measured(load: Load, records: Records) -> list[CallRecord]:
-    """Return the calls that count: those of the warm-up do not.
+    """Return the calls that count. Calls of the warm-up do not.
 
-    These are, in an open loop, the calls intended after the warm-up, however long they took; in a closed loop by
-    number, those sent after the warm-up; in a closed loop by time, those that ended within the measured time.
+    In an open loop, a call counts if it was intended after the warm-up, however long it took. In a closed loop with a
+    number of requests, it counts if it was sent after the warm-up. In a closed loop with a duration, it counts if it
+    ended within the measured time.
     """
     if load.rate_per_s is not None:
         return [call for call in records if call.intended_at >= 0]
@@ -76,10 +76,10 @@ def times(call: CallRecord) -> dict[str, float | None]:
 
 
 def distributions(load: Load, ok: Records) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """Return by the name of a figure: its values in seconds (n,), and how often each counts (n,), None for once.
+    """Return by the name of a figure: its values in seconds (n,), and how often each counts (n,), or None for once.
 
-    latency, ttft and tpot have a value a call. itl counts each token but those of the first message of a stream, gap
-    each message but the first. latency_from_send is what a naive client would report as the latency of an open loop.
+    latency, ttft and tpot have one value per call. gap has one per message of a stream, and itl one per token, both
+    without the first message. latency_from_send is what a naive client would report as the latency of an open loop.
     """
     seconds = [times(call) for call in ok]
     found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {"latency": (_array(seconds, "e2e"), None)}
@@ -88,8 +88,8 @@ def distributions(load: Load, ok: Records) -> dict[str, tuple[np.ndarray, np.nda
     if load.stream:
         found["ttft"] = (_array(seconds, "ttft"), None)
         found["tpot"] = (_array(seconds, "tpot"), None)
-        gaps, tokens, itl = _gaps(ok)
-        found["itl"] = (itl, tokens)
+        gaps, tokens = _gaps(ok)
+        found["itl"] = (gaps / np.maximum(tokens, 1), tokens)
         found["gap"] = (gaps, None)
     return found
 
@@ -98,20 +98,12 @@ def _array(seconds: Sequence[dict[str, float | None]], name: str) -> np.ndarray:
     return np.array([of_call[name] for of_call in seconds if of_call[name] is not None], np.float64)
 
 
-def _gaps(ok: Records) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (m,) of the gaps between messages of streams: seconds, tokens of the later message, itl."""
-    gaps, tokens, itl = [np.empty(0)], [np.empty(0, np.int64)], [np.empty(0)]
-    for call in ok:
-        if len(call.text_at) < 2:
-            continue
-        seconds, counts = np.diff(call.text_at), call.tokens_of_messages()[1:]
-        gaps.append(seconds)
-        tokens.append(counts)
-        if call.text_tokens is None:  # every message is taken to carry the same number of tokens
-            itl.append(seconds * len(call.text_at) / max(call.tokens, 1))
-        else:
-            itl.append(seconds / np.maximum(counts, 1))
-    return np.concatenate(gaps), np.concatenate(tokens), np.concatenate(itl)
+def _gaps(ok: Records) -> tuple[np.ndarray, np.ndarray]:
+    """Return (m,) of the gaps between messages of streams: seconds, and the tokens of the later message."""
+    streams = [call for call in ok if len(call.text_at) > 1]
+    gaps = [np.diff(call.text_at) for call in streams]
+    tokens = [call.tokens_of_messages()[1:] for call in streams]
+    return np.concatenate([np.empty(0), *gaps]), np.concatenate([np.empty(0, np.int64), *tokens])
 
 
 def _throughput(records: Records, window_s: float) -> dict[str, float]:
@@ -124,11 +116,6 @@ def _throughput(records: Records, window_s: float) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return round(float(np.mean(values)), 2) if values else 0.0
-
-
-def _spread(answers: Sequence[int]) -> float | None:
-    """Return the answers of the busiest replica over the mean of all that answered: 1 is even."""
-    return round(max(answers) * len(answers) / sum(answers), 3) if answers else None
 
 
 def _failures(calls: Records) -> dict[str, dict[str, float]]:

@@ -1,10 +1,10 @@
-"""Runs as tables for people, and what weakens their figures."""
+"""Print runs as tables, with notes on what makes their figures unreliable."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -15,16 +15,12 @@ STREAM_FIGURES = (("ttft", ("p50", "p99")), ("tpot", ("p50", "p99")), ("itl", ("
 Run = Mapping[str, Any]
 
 
-def show_result(result: Mapping[str, Any], console: Console) -> None:
-    show(result["runs"], console)
-
-
 def show(runs: Sequence[Run], console: Console) -> None:
-    """Print one row a run, a second table for streams, and then what weakens the figures."""
+    """Print a table with one row per run, a second table for streams, and the notes."""
     console.print(_runs_table(runs))
     if streams := [run for run in runs if run["load"]["stream"]]:
         names = [f"{name} {figure}" for name, figures in STREAM_FIGURES for figure in figures]
-        table = _table("streams, ms", "load", *names)
+        table = make_table("streams, ms", "load", *names)
         for run in streams:
             shown = [ms(run[f"{name}_ms"], figure) for name, figures in STREAM_FIGURES for figure in figures]
             table.add_row(load_name(run), *shown)
@@ -38,7 +34,7 @@ def _runs_table(runs: Sequence[Run]) -> Table:
     has_goodput = any("goodput" in run for run in runs)
     if has_goodput:
         columns.append("goodput")
-    table = _table("latency end to end; CPU cores that client and server used", *columns)
+    table = make_table("latency end to end; CPU cores that client and server used", *columns)
     for run in runs:
         failed = run["requests"] - run["statuses"].get("OK", 0)
         cores = run["server"]["cores"]
@@ -52,10 +48,12 @@ def _runs_table(runs: Sequence[Run]) -> Table:
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str, justify: Literal["left", "right"] = "right") -> Table:
+    """Return an empty table. justify: for all columns but the first, which is aligned to the left."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column, justify=justify)
     return table
 
 
@@ -75,7 +73,7 @@ def ms(figures: Mapping[str, float] | None, name: str) -> str:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """Return what weakens the figures of these runs, one sentence each."""
+    """Return what makes the figures of these runs unreliable, one sentence each."""
     return [*_notes_on_calls(runs), *_notes_on_client(runs), *_notes_on_server(runs)]
 
 
@@ -92,7 +90,7 @@ def _notes_on_calls(runs: Sequence[Run]) -> Iterator[str]:
         if unfinished and unfinished["longest_ms"] > 2 * run["latency_ms"].get("max", 0):
             yield (
                 f"{load_name(run)}: {unfinished['requests']} requests were open at the end; one took "
-                f"{unfinished['longest_ms']:.0f} ms, longer than any that counts"
+                f"{unfinished['longest_ms']:.0f} ms, longer than every counted request"
             )
     if any(not run["messages"]["tokens_of_each_known"] for run in runs if "messages" in run):
         yield "messages carried several tokens: itl is spread evenly over them"
@@ -104,7 +102,7 @@ def _notes_on_client(runs: Sequence[Run]) -> Iterator[str]:
     if waited := [share for run in runs if (share := run["client"]["longest_waiting"]) > WAITING]:
         yield (
             f"in {len(waited)} runs the load generator waited for a core for up to {max(waited):.0%} of the time: "
-            "latencies contain that"
+            "latencies include that time"
         )
     sends = [run["sends"] for run in runs if "sends" in run]
     if late := sum(send["late"] for send in sends):

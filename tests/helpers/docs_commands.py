@@ -102,6 +102,7 @@ TABLE: dict[str, str | Walk] = {
     r"make setup-dev": Walk(Until.END, asked="python -c 'import torch'", limit_s=1800),
     r"pip install -e '.\[\w+\]'": Walk(Until.END, "Successfully installed"),
     r"python tests/web_screenshots.py .*": Walk(Until.END, "web-desktop.png", beside=(SERVE,), rewrites=(IMAGES,)),
+    r"python -m loadtest --(concurrency 320|rate 250,.*) .*": Walk(Until.AT_WORK, BUSY, beside=(SERVE,)),
     r"python -m loadtest( -.*)?(?<!localhost:9100 --duration 5)": Walk(
         Until.END, "requests/s", beside=(SERVE,), on_service=True
     ),
@@ -109,7 +110,6 @@ TABLE: dict[str, str | Walk] = {
     r"python -m loadtest compare .*": Walk(
         Until.END, filled={"before.json": "load.json", "after.json": "load.json"}, on_service=True
     ),
-    r"python -m loadtest (overload|overhead) .*": Walk(Until.AT_WORK, BUSY, beside=(SERVE,)),
     r"make serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),
     # Other ways to serve.
     r"tinylm serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),

@@ -1,4 +1,4 @@
-"""The gRPC caller needs the client of TinyLM and nothing else of it."""
+"""The imports of the gRPC caller."""
 
 from __future__ import annotations
 

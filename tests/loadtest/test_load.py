@@ -1,4 +1,4 @@
-"""The settings of a run, and their errors."""
+"""The checks of the settings of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ mixes = st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 50)), min_size=1
 
 
 @given(mixes)
-def test_values_of_a_mix_have_their_shares(items: list[tuple[int, int]]) -> None:
+def test_a_mix_draws_values_by_their_shares(items: list[tuple[int, int]]) -> None:
     mix = Mix.parse(",".join(f"{value}:{share}" for value, share in items), "n")
     drawn = mix.draw(4000, seed=1)
     assert np.array_equal(drawn, Mix.parse(str(mix), "n").draw(4000, seed=1))
@@ -28,13 +28,13 @@ def test_values_of_a_mix_have_their_shares(items: list[tuple[int, int]]) -> None
 
 
 @pytest.mark.parametrize("text", ["", "a", "8:x", "0", "-1", "8:0", "8:-1", "8:inf", "8:nan", "8,,9", "1.5"])
-def test_error_of_a_mix_names_the_option(text: str) -> None:
+def test_errors_of_a_mix_name_the_option(text: str) -> None:
     with pytest.raises(ValueError, match="--max-tokens"):
         Mix.parse(text, "--max-tokens")
 
 
 @pytest.mark.parametrize("text", ["", "ttft", "ttft<", "ttft>5", "p99<5", "ttft<5,ttft<6", "ttft<1.2.3", "e2e<-5"])
-def test_error_of_goodput_names_the_option(text: str) -> None:
+def test_errors_of_goodput_name_the_option(text: str) -> None:
     with pytest.raises(ValueError, match="--goodput"):
         goodput.parse(text)
 
@@ -55,10 +55,10 @@ def test_error_of_goodput_names_the_option(text: str) -> None:
         ({"concurrency": 1, "api_key": "sec\nret"}, "api_key must"),
     ],
 )
-def test_error_of_a_load_names_field_and_value(fields: dict[str, Any], named: str) -> None:
+def test_errors_of_a_load_name_field_and_value(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Load("localhost:1", Mix((8,), (1.0,)), **fields)
 
 
-def test_whitespace_around_a_key_does_not_count() -> None:
+def test_whitespace_around_a_key_is_removed() -> None:
     assert Load("localhost:1", Mix((8,), (1.0,)), concurrency=1, api_key=" secret\n").api_key == "secret"

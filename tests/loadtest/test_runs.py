@@ -5,23 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hdrh.histogram import HdrHistogram
 
 from loadtest.generator.workload import arrivals
 from loadtest.load import Load, Mix
 from loadtest.results import histogram
 from loadtest.stub_server import DRAWS, running
-from loadtest.sweep import Sweep, carry_out
+from loadtest.sweep import Sweep, run_sweep
 
 EIGHT = Mix((8,), (1.0,))
 
 
 def one_run(load: Load, n_processes: int | None = None) -> dict[str, Any]:
-    (run,) = carry_out(Sweep((load,), n_processes=n_processes), quiet=True)
+    (run,) = run_sweep(Sweep((load,), n_processes=n_processes), quiet=True)
     return run
 
 
-def test_percentiles_are_those_of_the_known_delays() -> None:
-    """Sorted, each latency is at least the delay of the same rank. The two delays are too far apart to be noise."""
+def test_percentiles_show_known_delays() -> None:
+    """Each percentile is at least the delay of the same rank. Noise cannot bridge the two delays."""
     mix = "10:0.8,500:0.2"
     with running("--delay-ms", mix) as server:
         run = one_run(Load(server, EIGHT, concurrency=20, requests=100, warmup_s=0))
@@ -32,10 +33,10 @@ def test_percentiles_are_those_of_the_known_delays() -> None:
     assert run["latency_ms"]["p50"] < 500
 
 
-def test_a_stall_shows_from_the_intended_time_only() -> None:
+def test_only_latency_from_the_intended_time_shows_a_stall() -> None:
     """Coordinated omission: only one request may be open, and the server stops for a third of the run.
 
-    About half of the requests intended meanwhile wait for more than half of the stall. From its sending time, one does.
+    About half of the requests intended during the stall wait for more than half of it. Only one is sent before it.
     """
     with running("--freeze-after-s", "0.5", "--freeze-s", "1") as server:
         load = Load(server, EIGHT, rate_per_s=100, arrivals="constant", duration_s=3, warmup_s=0, max_in_flight=1)
@@ -43,14 +44,14 @@ def test_a_stall_shows_from_the_intended_time_only() -> None:
     assert run["requests"] == run["statuses"]["OK"] == 300
     waits = {}
     for name in ("latency", "latency_from_send"):
-        durations_ms, counts = histogram.recorded(histogram.decode(run["histograms"][name]))
+        durations_ms, counts = histogram.recorded(HdrHistogram.decode(run["histograms"][name]))
         waits[name] = counts[durations_ms >= 500].sum()
     assert waits["latency"] >= 40
     assert waits["latency_from_send"] <= 5
     assert run["sends"]["late"] >= 40
 
 
-def test_tokens_of_messages_are_counted_or_marked_unknown() -> None:
+def test_tokens_of_messages_are_counted_or_unknown() -> None:
     def run_against(*arguments: str) -> dict[str, Any]:
         with running("--tokens-a-message", "4", "--token-ms", "2", *arguments) as server:
             return one_run(Load(server, EIGHT, concurrency=2, stream=True, requests=10, warmup_s=0))
@@ -61,8 +62,8 @@ def test_tokens_of_messages_are_counted_or_marked_unknown() -> None:
     for run in (unknown, counted):
         assert run["tokens_an_answer"] == 8
         assert run["gap_ms"]["p50"] >= 8  # four tokens of 2 ms
-        assert histogram.decode(run["histograms"]["gap"]).get_total_count() == 10
-    assert histogram.decode(counted["histograms"]["itl"]).get_total_count() == 10 * 4  # after the first messages
+        assert HdrHistogram.decode(run["histograms"]["gap"]).get_total_count() == 10
+    assert HdrHistogram.decode(counted["histograms"]["itl"]).get_total_count() == 10 * 4  # after the first messages
 
 
 @pytest.mark.parametrize("settings", [{"concurrency": 5, "requests": 50}, {"rate_per_s": 60.0, "duration_s": 1.0}])

@@ -2,33 +2,77 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from loadtest.bench.peers import peer as work
-from loadtest.bench.peers.figures import rates_of, ratios, summarize
-from loadtest.bench.peers.model import float32_tensors, reference_logits
-from loadtest.bench.peers.peer import Case, Settings
-from loadtest.bench.peers.worker import Entry, Measurement, PeerError, Worker
+from loadtest.bench.peers import runner
+from loadtest.bench.peers.model import reference_logits
+from loadtest.bench.peers.runner import Case, Measurement, Settings
 from tinylm.config import ModelConfig
 from tinylm.terminal.output import PlainConsole
 
 INSTALL = "pip install -e '.[peers]'"
+OURS, LLAMA = "tinylm", "llama.cpp"
+Rates = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The module and class of a peer, the packages that it imports, and the check of its logits."""
+
+    module: str  # of this package
+    type: str
+    packages: tuple[str, ...] = ()
+    activation: str = "gelu"
+    least_correlation: float = 0.99
+
+
+_LLAMA = ("llama_cpp", "gguf")
+_ONNX = ("onnx", "onnxruntime")
+_FLOAT32 = 0.999999  # the correlation of exact arithmetic
+
+PEERS: dict[str, Entry] = {
+    "tinylm": Entry("tinylm_engine", "TinyLM"),
+    "tinylm-float32": Entry("tinylm_engine", "TinyLMFloat32", least_correlation=_FLOAT32),
+    "tinylm-numpy": Entry("tinylm_engine", "TinyLMNumPy"),
+    "llama.cpp-q8_0": Entry("llama", "LlamaQ8", _LLAMA, activation="relu2"),
+    "llama.cpp-q4_0": Entry("llama", "LlamaQ4", _LLAMA, activation="relu2", least_correlation=0.85),
+    "onnxruntime-int8": Entry("onnx_runtime", "OnnxRuntimeInt8", _ONNX),
+    "onnxruntime-float32": Entry("onnx_runtime", "OnnxRuntime", _ONNX, least_correlation=_FLOAT32),
+}
+
+
+class PeerError(RuntimeError):
+    """An error in the process of a peer."""
 
 
 @dataclass
 class _Findings:
-    """What is known of one peer that works."""
+    """The process of a peer that works, and what is known of it."""
 
-    worker: Worker
-    check: dict[str, float]  # how close its logits are to the reference
+    process: ProcessPoolExecutor
+    version: str = ""
+    least_correlation: float = 0  # of its logits with the reference
     settings: dict[Case, Settings] = field(default_factory=dict)
     measured: dict[Case, list[Measurement]] = field(default_factory=dict)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return the result of a function of `runner` in the process. Raises PeerError if it fails."""
+        try:
+            return self.process.submit(function, *arguments).result()
+        except Exception as error:
+            raise PeerError(f"{type(error).__name__}: {error}") from error
 
 
 class Comparison:
@@ -42,89 +86,116 @@ class Comparison:
     def run(self, cases: Sequence[Case], rounds: int) -> dict[str, Any]:
         """Return the figures of all peers. A progress bar shows the steps."""
         names = list(self._entries)
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console) as bar:
-            task = bar.add_task("", total=len(names) * (1 + len(cases) * (1 + rounds)))
-
-            def step(text: str, act: Callable[..., None], name: str, *case: Case) -> None:
+        steps = [(name, f"start {name}", partial(self._start, name)) for name in names]
+        for name, case in itertools.product(names, cases):
+            steps.append((name, f"tune {name}, {case.label}", partial(self._tune, name, case)))
+        for i, name, case in itertools.product(range(1, rounds + 1), names, cases):
+            steps.append((name, f"round {i}: {name}, {case.label}", partial(self._measure, name, case)))
+        with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=self._console) as bar:
+            task = bar.add_task("", total=len(steps))
+            for name, text, act in steps:
                 bar.update(task, description=text)
-                try:
-                    act(name, *case)
-                except PeerError as error:
-                    self._leave_out(name, str(error))
+                if name not in self._left_out:
+                    try:
+                        act()
+                    except PeerError as error:
+                        self._leave_out(name, str(error))
                 bar.advance(task)
-
-            for name in names:
-                step(f"start {name}", self._start, name)
-            for name in names:
-                for case in cases:
-                    step(f"tune {name}, {case.label}", self._tune, name, case)
-            for i in range(1, rounds + 1):
-                for name in names:
-                    for case in cases:
-                        step(f"round {i}: {name}, {case.label}", self._measure, name, case)
         return self._result(cases)
 
     def close(self) -> None:
         for findings in self._working.values():
-            findings.worker.close()
+            findings.process.shutdown()
 
     def _start(self, name: str) -> None:
         """Start the process of a peer and check its logits."""
         entry = self._entries[name]
-        if missing := entry.missing():
-            raise PeerError(f"no package {missing[0]}: {INSTALL}")
-        worker = Worker(entry, self._directory, self._core)
-        self._working[name] = _Findings(worker, check=self._checked(worker, entry))
+        for package in entry.packages:
+            if importlib.util.find_spec(package) is None:
+                raise PeerError(f"no package {package}: {INSTALL}")
+        findings = _Findings(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+        self._working[name] = findings
+        findings.version = findings.call(runner.create, entry.module, entry.type, self._directory, self._core)
+        findings.least_correlation = self._check(findings, entry)
 
-    def _checked(self, worker: Worker, entry: Entry) -> dict[str, float]:
-        """Return how close the logits are under every setting. Raises PeerError if they are too far off."""
-        config, tensors = float32_tensors(self._directory)
+    def _check(self, findings: _Findings, entry: Entry) -> float:
+        """Return the least correlation of the logits with the reference, over all settings.
+
+        Raises PeerError if it is too low.
+        """
+        config = ModelConfig()
         ids = np.random.default_rng(0).integers(config.boundary_id + 1, config.vocab_size, (2, 40))
-        wanted = np.array([reference_logits(config, tensors, row, entry.activation) for row in ids])
-        error, correlation = 0.0, 1.0
-        for settings, logits in worker.check(ids[:, :32], ids[:, 32:]):
-            error = max(error, float(np.abs(logits - wanted).max()))  # NaN fails below
-            correlation = min(correlation, float(np.corrcoef(logits.ravel(), wanted.ravel())[0, 1]))
-            if not (np.isfinite(logits).all() and error <= entry.greatest_error):
-                raise PeerError(f"with {settings} its logits are off by {error:.2g}")
-            if correlation < entry.least_correlation:
-                raise PeerError(f"with {settings} its logits correlate with the reference by only {correlation:.3f}")
-        return {"greatest_error": round(error, 6), "least_correlation": round(correlation, 6)}
+        wanted = reference_logits(self._directory, ids, entry.activation)
+        least = 1.0
+        for settings, logits in findings.call(runner.call, "check", ids[:, :32], ids[:, 32:]):
+            correlation = float(np.corrcoef(logits.ravel(), wanted.ravel())[0, 1])
+            if not correlation >= entry.least_correlation:  # or it is not a number
+                raise PeerError(f"with {settings} its logits correlate with the reference by only {correlation:.6f}")
+            least = min(least, correlation)
+        return least
 
     def _tune(self, name: str, case: Case) -> None:
-        if findings := self._working.get(name):
-            findings.settings[case] = findings.worker.tune(case)
+        findings = self._working[name]
+        findings.settings[case] = findings.call(runner.call, "tune", case)
 
     def _measure(self, name: str, case: Case) -> None:
-        if findings := self._working.get(name):
-            findings.measured.setdefault(case, []).append(findings.worker.measure(case))
+        findings = self._working[name]
+        findings.measured.setdefault(case, []).append(findings.call(runner.call, "measure", case))
 
     def _leave_out(self, name: str, why: str) -> None:
-        self._working.pop(name, None)
+        if findings := self._working.pop(name, None):
+            findings.process.shutdown()
         self._left_out[name] = why
         self._console.print(f"{name} is left out: {why}", style="yellow")
 
     def _result(self, cases: Sequence[Case]) -> dict[str, Any]:
-        result: dict[str, Any] = {
+        peers = {
+            name: {
+                "version": of.version,
+                "check": {"least_correlation": round(of.least_correlation, 6)},
+                "cases": {c.label: {"settings": of.settings[c], **_summarize(of.measured[c])} for c in cases},
+            }
+            for name, of in self._working.items()
+        }
+        labels = [case.label for case in cases]
+        return {
             "work": {
                 "model": f"{ModelConfig().n_parameters} random weights",
-                "temperature": work.TEMPERATURE,
-                "top_p": work.TOP_P,
-                "prompt_tokens": work.PROMPT_TOKENS,
-                "decode_steps": work.DECODE_STEPS,
-                "prefill_tokens": work.PREFILL_TOKENS,
+                "temperature": runner.TEMPERATURE,
+                "top_p": runner.TOP_P,
+                "prompt_tokens": runner.PROMPT_TOKENS,
+                "decode_steps": runner.DECODE_STEPS,
+                "prefill_tokens": runner.PREFILL_TOKENS,
             },
-            "cases": [case.label for case in cases],
+            "cases": labels,
             "left_out": self._left_out,
-            "peers": {
-                name: {
-                    "version": of.worker.version,
-                    "check": of.check,
-                    "cases": {c.label: {"settings": of.settings[c], **summarize(of.measured[c])} for c in cases},
-                }
-                for name, of in self._working.items()
-            },
+            "peers": peers,
+            "ratios": _ratios(rates_of(peers), labels),
         }
-        result["ratios"] = ratios(rates_of(result), result["cases"])
-        return result
+
+
+def _summarize(rounds: Sequence[Measurement]) -> dict[str, Any]:
+    """Return the rounds, and the medians of tokens_per_cpu_s and of cpu_ms, that of a step or of a prompt."""
+    return {
+        "tokens_per_cpu_s": round(median(m.tokens_per_cpu_s for m in rounds), 1),
+        "cpu_ms": round(median(m.cpu_s / m.calls for m in rounds) * 1000, 4),
+        "rounds": [{**asdict(m), "tokens_per_cpu_s": round(m.tokens_per_cpu_s, 1)} for m in rounds],
+    }
+
+
+def rates_of(peers: Mapping[str, Any]) -> Rates:
+    """Return tokens per CPU second by peer and case, from the peers of a result."""
+    return {
+        name: {case: figures["tokens_per_cpu_s"] for case, figures in peer["cases"].items()}
+        for name, peer in peers.items()
+    }
+
+
+def _ratios(rates: Rates, cases: Sequence[str]) -> Rates:
+    """Return the rate of TinyLM over the best rate of the others, and over the best of llama.cpp, by case."""
+    found: Rates = {}
+    for label, prefix in ((f"{OURS} / best of the others", ""), (f"{OURS} / best of {LLAMA}", LLAMA)):
+        others = [name for name in rates if name.startswith(prefix) and not name.startswith(OURS)]
+        if OURS in rates and others:
+            found[label] = {c: round(rates[OURS][c] / max(rates[name][c] for name in others), 2) for c in cases}
+    return found

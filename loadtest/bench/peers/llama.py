@@ -1,4 +1,4 @@
-"""llama.cpp by the low-level interface of llama-cpp-python: one `llama_decode` for all sequences, its own samplers.
+"""llama.cpp through the low-level interface of llama-cpp-python: one `llama_decode` for all sequences, own samplers.
 
 Its weights are Q8_0 or Q4_0 throughout, the embedding included. Its activation relu(x)^2 is cheaper than GELU, which
 favours it. The vocabulary has no texts, since the comparison exchanges token ids only.
@@ -22,7 +22,7 @@ import numpy as np
 
 from loadtest.bench.peers.gguf_file import write_gguf
 from loadtest.bench.peers.model import float32_tensors
-from loadtest.bench.peers.peer import TEMPERATURE, TOP_P, Case, Settings
+from loadtest.bench.peers.runner import TEMPERATURE, TOP_P, Case, Settings
 
 BATCH_TOKENS = 2048  # at most in one call
 KV_TYPES = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
@@ -49,7 +49,7 @@ def _model(directory: Path, kind: str, repack: bool) -> Any:
 
 
 class _Batch:
-    """llama.cpp's batch of tokens, on arrays that Python fills at once."""
+    """llama.cpp's batch of tokens, on NumPy arrays."""
 
     def __init__(self) -> None:
         self.ids, self.positions, self.sequences, self._counts = (np.zeros(BATCH_TOKENS, np.int32) for _ in range(4))
@@ -128,10 +128,6 @@ class LlamaQ8:
             others = [{"kv_unified": unified} for unified in ((False, True) if case.batch > 1 else (False,))]
         weights: list[Settings] = [{"repack": True}, {"repack": False}] if cls.repacks else [{}]
         return [{**a, **b, **c} for c, b, a in itertools.product(weights, others, attention)]
-
-    def prefill(self, prompt: np.ndarray) -> int:
-        self.start(prompt[None])
-        return int(self._tokens[0])
 
     def start(self, prompts: np.ndarray) -> None:
         self._read(prompts)

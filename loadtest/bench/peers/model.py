@@ -8,10 +8,13 @@ nucleus have far higher logits, so no sequence ends.
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
 from tinylm.config import ModelConfig
+from tinylm.kernels import numpy as kernels
+from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.weights import as_float32, load_model, quantize_rows, save_model, tensor_shapes
 
 LOGIT_STD = 4.5
@@ -52,43 +55,19 @@ def fused_qkv(tensors: Tensors, layer: int) -> np.ndarray:
     return np.concatenate([tensors[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkv"])
 
 
-def reference_logits(config: ModelConfig, tensors: Tensors, ids: np.ndarray, activation: str) -> np.ndarray:
-    """Return the scores (vocab,) of the token after ids (T,): slowly, in float64, without a cache.
+def reference_logits(directory: Path, ids: np.ndarray, activation: str) -> np.ndarray:
+    """Return the scores (B, vocab) of the tokens after ids (B, T), computed by TinyLM's NumPy kernels in float32.
 
-    activation: "gelu" or "relu2".
+    activation: "gelu", or "relu2" for relu(x)^2.
     """
-
-    def norm(x: np.ndarray, name: str) -> np.ndarray:
-        normed: np.ndarray = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + config.norm_eps)
-        return normed * tensors[name]
-
-    x = tensors["model.embed_tokens.weight"][ids].astype(np.float64)  # (T, hidden)
-    for i in range(config.n_layers):
-        layer = f"model.layers.{i}."
-        qkv = norm(x, layer + "input_layernorm.weight") @ fused_qkv(tensors, i).T
-        x = x + _attended(qkv, config) @ tensors[layer + "self_attn.o_proj.weight"].T
-        wide = norm(x, layer + "post_attention_layernorm.weight") @ tensors[layer + "mlp.up_proj.weight"].T
-        if activation == "gelu":
-            wide = 0.5 * wide * (1 + np.tanh((2 / np.pi) ** 0.5 * (wide + 0.044715 * wide**3)))
-        else:
-            wide = np.maximum(wide, 0) ** 2
-        x = x + wide @ tensors[layer + "mlp.down_proj.weight"].T
-    logits: np.ndarray = norm(x[-1], "model.norm.weight") @ tensors["model.embed_tokens.weight"].T
-    return logits
+    batch, length = ids.shape
+    runner = ModelRunner(Model(*load_model(directory), "numpy", "float32"), batch, batch * length, batch)
+    chunks = [Chunk(i, 0, length) for i in range(batch)]
+    last = np.arange(1, batch + 1) * length - 1
+    used = kernels.gelu if activation == "gelu" else _squared_relu
+    with patch.object(kernels, "gelu", used):  # TinyLM itself has no other activation
+        return runner.forward(ids.reshape(-1), chunks, last).copy()
 
 
-def _attended(qkv: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """(T, 3 * hidden) -> (T, hidden): causal attention with rotary positions."""
-    n, half = len(qkv), config.head_dim // 2
-    turns = np.exp(1j * np.outer(np.arange(n), config.rope_theta ** (-np.arange(half) / half)))  # (T, head_dim / 2)
-
-    def rotated(x: np.ndarray) -> np.ndarray:  # (n_heads, T, head_dim)
-        pairs = (x[..., :half] + 1j * x[..., half:]) * turns
-        return np.concatenate([pairs.real, pairs.imag], axis=-1)
-
-    q, k, v = qkv.reshape(n, 3, config.n_heads, config.head_dim).transpose(1, 2, 0, 3)
-    scores = rotated(q) @ rotated(k).swapaxes(1, 2) / config.head_dim**0.5  # (n_heads, T, T)
-    scores += np.triu(np.full((n, n), -np.inf), 1)  # nothing attends to later tokens
-    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    attended: np.ndarray = shares / shares.sum(axis=-1, keepdims=True) @ v
-    return attended.swapaxes(0, 1).reshape(n, config.hidden_size)
+def _squared_relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0) ** 2

@@ -20,10 +20,11 @@ from onnx import TensorProto, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from loadtest.bench.peers.model import Tensors, float32_tensors, fused_qkv
-from loadtest.bench.peers.peer import LIKELIEST, TEMPERATURE, TOP_P, Case, Settings, Stepwise
+from loadtest.bench.peers.runner import TEMPERATURE, TOP_P, Case, Settings
 from tinylm.config import ModelConfig
 from tinylm.kernels.numpy import rope_tables
 
+LIKELIEST = 64  # tokens of a row that the sampler looks at first: a nucleus is rarely larger
 ADD_AND_NORM = "com.microsoft.SkipSimplifiedLayerNormalization"
 INT8_CACHE = 'kv_cache_bit_width = 8, k_quant_type = "PER_TENSOR", v_quant_type = "PER_TENSOR", '
 
@@ -150,7 +151,7 @@ def sample(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.take_along_axis(ids, np.take_along_axis(order, place, axis=1), axis=1)
 
 
-class OnnxRuntime(Stepwise):
+class OnnxRuntime:
     version = onnxruntime.__version__
 
     def __init__(
@@ -161,7 +162,7 @@ class OnnxRuntime(Stepwise):
         per_channel: bool = False,
         kv: str = "float32",
     ) -> None:
-        """weights: the type of quantized ones, None for float32. per_channel: one scale a row. kv: float32 or int8."""
+        """weights: their quantized type, or None for float32. per_channel: one scale per row. kv: float32 or int8."""
         self._session = _session(directory, weights, per_channel, kv)
         config, _ = float32_tensors(directory)
         self._rng = np.random.default_rng(0)
@@ -193,10 +194,26 @@ class OnnxRuntime(Stepwise):
     def settings_to_try(cls, case: Case) -> list[Settings]:
         return [{}]
 
-    def reset(self) -> None:
+    def start(self, prompts: np.ndarray) -> None:
         self._position = 0
+        self._tokens = sample(self.forward(prompts), self._rng)
+
+    def step(self) -> int:
+        self._tokens = sample(self.forward(self._tokens), self._rng)
+        return len(self._tokens)
+
+    def logits(self, prompts: np.ndarray, following: np.ndarray) -> np.ndarray:
+        self._position = 0
+        self.forward(prompts)
+        for column in range(following.shape[1]):
+            self.forward(following[:, column : column + 1])
+        return self._logits.copy()
+
+    def close(self) -> None:
+        pass
 
     def forward(self, ids: np.ndarray) -> np.ndarray:
+        """Read the next tokens (B, T) of each sequence, and return logits (B, vocab) after the last of them."""
         if ids.shape[1] == 1:
             self._step_ids[:] = ids
             value = self._step_input
@@ -208,9 +225,6 @@ class OnnxRuntime(Stepwise):
         self._total[...] = self._position
         self._session.run_with_iobinding(self._binding)
         return self._logits
-
-    def sample(self, logits: np.ndarray) -> np.ndarray:
-        return sample(logits, self._rng)
 
 
 class OnnxRuntimeInt8(OnnxRuntime):

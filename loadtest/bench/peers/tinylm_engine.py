@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loadtest.bench.peers.peer import DECODE_STEPS, PROMPT_TOKENS, TEMPERATURE, TOP_P, Case, Settings
+from loadtest.bench.peers.runner import DECODE_STEPS, PROMPT_TOKENS, TEMPERATURE, TOP_P, Case, Settings
 from tinylm.engine import Engine, Request
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.sampling import SamplingParams
@@ -33,17 +33,11 @@ class TinyLM:
     def settings_to_try(cls, case: Case) -> list[Settings]:
         return [{"kernels": "numba", "precision": "int8"}]
 
-    def prefill(self, prompt: np.ndarray) -> int:
-        (request,) = self._submit(prompt[None], max_tokens=1)
-        while request.finish_reason is None:
-            self._engine.step()
-        return request.tokens[0]
-
     def start(self, prompts: np.ndarray) -> None:
-        """Read all prompts in one or two steps, so that no request is ahead by more than a token."""
+        """Read all prompts in one or two steps, so that no request is more than a token ahead."""
         for request in self._requests:
             self._engine.cancel(request)
-        self._requests = self._submit(prompts, max_tokens=DECODE_STEPS + 2)
+        self._requests = [self._submit(prompt) for prompt in prompts.tolist()]
         while any(not request.tokens for request in self._requests):
             self._engine.step()
 
@@ -63,13 +57,10 @@ class TinyLM:
     def close(self) -> None:
         pass
 
-    def _submit(self, prompts: np.ndarray, max_tokens: int) -> list[Request]:
-        requests = []
-        for prompt in prompts.tolist():
-            self._seed += 1
-            params = SamplingParams(max_tokens=max_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=self._seed)
-            requests.append(self._engine.submit(prompt, params))
-        return requests
+    def _submit(self, prompt: list[int]) -> Request:
+        self._seed += 1
+        params = SamplingParams(max_tokens=DECODE_STEPS + 2, temperature=TEMPERATURE, top_p=TOP_P, seed=self._seed)
+        return self._engine.submit(prompt, params)
 
 
 class TinyLMFloat32(TinyLM):

@@ -1,4 +1,4 @@
-"""The engine behind grpc.aio alone."""
+"""The engine behind a plain grpc.aio server."""
 
 from __future__ import annotations
 

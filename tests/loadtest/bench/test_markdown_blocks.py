@@ -1,11 +1,11 @@
-"""Results go into the blocks of a page, and only there."""
+"""The blocks of a page that results fill."""
 
 import pytest
 
 from loadtest.bench.markdown import fill
 
 
-def test_fill_replaces_blocks_and_keeps_prose() -> None:
+def test_fill_replaces_only_the_blocks() -> None:
     page = "before\n<!-- results: a -->\nold\n\nold\n<!-- end -->\nbetween\n<!-- results: b -->\n<!-- end -->\nafter\n"
     filled = fill(page, {"a": "1", "b": r"\1 | 2"})
     assert filled == page.replace("old\n\nold\n", "1\n").replace("b -->\n", "b -->\n\\1 | 2\n")

@@ -1,4 +1,4 @@
-"""The loops that make calls."""
+"""The closed loop and the open loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loadtest.generator.call_record import CallRecord
-from loadtest.generator.loops import Ledger, Loops
+from loadtest.generator.loops import Loops
 from loadtest.generator.workload import Request
 from loadtest.load import Load, Mix
 
@@ -32,9 +32,9 @@ class BrokenCaller:
     ],
     ids=["open", "closed"],
 )
-def test_an_error_of_the_load_test_ends_the_run(run: Callable[[Loops], Awaitable[None]]) -> None:
-    """It is not a failed call, so no status would report it."""
-    loops = Loops(Load("localhost:1", Mix.parse("4", "n"), 1, duration_s=1), BrokenCaller(), Ledger(), 0, 1)
+def test_an_error_of_a_caller_ends_the_run(run: Callable[[Loops], Awaitable[None]]) -> None:
+    """No status of a call would report it."""
+    loops = Loops(Load("localhost:1", Mix.parse("4", "n"), 1, duration_s=1), BrokenCaller(), 0, 1)
 
     async def main() -> None:
         await run(loops)

@@ -1,4 +1,4 @@
-"""The scheduling of the load generator before the measured server."""
+"""The scheduling priority of the load generator."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def in_a_thread(work: Callable[[], T]) -> T:
     return results[0]
 
 
-def test_threads_inherit_the_scheduling_that_was_permitted() -> None:
+def test_threads_inherit_the_permitted_scheduling() -> None:
     def work() -> tuple[str, int, int]:
         got = schedule(realtime=True)
         policy = in_a_thread(lambda: os.sched_getscheduler(0))

@@ -1,4 +1,4 @@
-"""Comparisons of results: differences, noise, and pictures of several results."""
+"""The verdicts of comparisons."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loadtest.results import plots
 from loadtest.results.compare import compare
 
 
@@ -55,16 +54,3 @@ def test_noise_is_rarely_called_a_difference() -> None:
     noise = np.exp(rng.normal(0, 0.1, (300, 2, 4))) * 10
     wrong = [set(verdicts(*pair.tolist()).values()) != {"no difference seen"} for pair in noise]
     assert sum(wrong) < 40
-
-
-def test_only_results_of_one_series_share_a_line() -> None:
-    """A point of another kind of service would make a bend that no service has."""
-
-    def measured(series: str, replicas: int) -> dict[str, Any]:
-        return result_of([10.0]) | {"series": series, "replicas": replicas}
-
-    results = [measured("one", 1), measured("one", 4), measured("other", 4), measured("", 0)]
-    figure = plots.against_replicas(results, stream=False)
-    assert figure is not None
-    assert figure.axes[0].get_legend_handles_labels()[1] == ["one, 4 clients"]
-    assert plots.against_replicas(results[1:], stream=False) is None

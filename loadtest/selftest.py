@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from loadtest.load import Load, Mix
-from loadtest.results.table import ms
+from loadtest.results import table
 from loadtest.stub_server import running
-from loadtest.sweep import Sweep, carry_out
+from loadtest.sweep import Sweep, run_sweep
 from tinylm.system.machine import describe
 
 CLIENTS = (1, 8, 32, 128)
@@ -24,7 +22,7 @@ TOKENS = Mix((64,), (1.0,))
 ONE_TOKEN = Mix((1,), (1.0,))
 TOKENS_A_MESSAGE = 8  # of a stream: a busy TinyLM puts at most this number into a message
 DELAYS_MS = Mix((10, 40, 160), (0.7, 0.25, 0.05))
-OVERHEAD_MS = 25.0  # client, stub and a busy machine may add at most this to a known delay
+OVERHEAD_MS = 25.0  # the most that client, stub and a busy machine may add to a known delay
 FREEZE_S = 1.0
 
 
@@ -36,17 +34,17 @@ def measure(duration_s: float, quiet: bool) -> dict[str, Any]:
 
 
 def _rates(duration_s: float, stream: bool, quiet: bool) -> list[dict[str, Any]]:
-    """Return runs against a stub that answers at once."""
+    """Return runs against a stub that answers without delay."""
     with running("--tokens-a-message", str(TOKENS_A_MESSAGE)) as server:
         loads = [Load(server, TOKENS, n, stream=stream, duration_s=duration_s, warmup_s=0.5) for n in CLIENTS]
-        return carry_out(Sweep(tuple(loads)), quiet)
+        return run_sweep(Sweep(tuple(loads)), quiet)
 
 
 def _known_delays(duration_s: float, quiet: bool) -> dict[str, Any]:
-    """Check with delays of three sizes that each percentile is the size that its share says, or little more."""
+    """Check with three known delays that each percentile is the delay that its share gives, or slightly more."""
     with running("--delay-ms", str(DELAYS_MS)) as server:
         load = Load(server, ONE_TOKEN, rate_per_s=100, duration_s=max(duration_s, 5), warmup_s=0.5)
-        (run,) = carry_out(Sweep((load,)), quiet)
+        (run,) = run_sweep(Sweep((load,)), quiet)
     found = {name: run["latency_ms"][name] for name in ("p50", "p90", "p99")}
     expected = dict(zip(found, DELAYS_MS.values, strict=True))
     passed = all(delay <= found[name] < delay + OVERHEAD_MS for name, delay in expected.items())
@@ -54,10 +52,10 @@ def _known_delays(duration_s: float, quiet: bool) -> dict[str, Any]:
 
 
 def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
-    """Check that a stall shows from the intended time and hides from the sending time.
+    """Check that latencies from the intended time show a stall, and that latencies from the sending time hide it.
 
-    The service stops for a second. Only one request may be open, so the others wait to be sent. From their intended
-    time, about a quarter of them shows the stall. From their sending time, one does: the coordinated omission of naive
+    The service stops for a second. Only one request may be open, so the others wait. About a quarter of the latencies
+    from the intended time show the stall. From the sending time only one does: the coordinated omission of naive
     clients.
     """
     duration_s = max(duration_s, 4)
@@ -71,7 +69,7 @@ def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
             warmup_s=0,
             max_in_flight=1,
         )
-        (run,) = carry_out(Sweep((load,)), quiet)
+        (run,) = run_sweep(Sweep((load,)), quiet)
     # A request intended within the stall waits for half of it on average.
     expected = FREEZE_S / duration_s * FREEZE_S / 2 * 1000
     found, naive = run["latency_ms"], run["latency_from_send_ms"]
@@ -92,30 +90,13 @@ def _stall(duration_s: float, quiet: bool) -> list[dict[str, Any]]:
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="a stub that answers at once", title_justify="left")
-    for number, column in enumerate(
-        ("", "clients", "requests/s", "messages/s", "p50 ms", "p99 ms", "processes", "client cores", "stub cores")
-    ):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    """Print the rates, the highest ones, and the checks."""
     for kind, runs in result["rates"].items():
-        for run in runs:
-            messages = f"{_messages_per_s(run):,.0f}" if kind == "stream" else "-"
-            latency = [ms(run["latency_ms"], name) for name in ("p50", "p99")]
-            cores = [f"{run['client']['cores']:.2f}", f"{run['server']['cores'] or 0:.2f}"]
-            figures = [str(run["load"]["concurrency"]), f"{run['requests_per_s']:,.0f}", messages, *latency]
-            table.add_row(kind, *figures, str(run["client"]["processes"]), *cores)
-    console.print(table)
-    for kind, runs in result["rates"].items():
+        table.show(runs, console)
         best = max(runs, key=lambda run: run["requests_per_s"])
-        figure = f"{best['requests_per_s']:,.0f} requests/s"
-        if kind == "stream":
-            figure += f", {_messages_per_s(best):,.0f} messages/s"
-        console.print(f"highest rate, {kind}: {figure} with {best['load']['concurrency']} clients")
+        rate = f"{best['requests_per_s']:,.0f} requests/s with {best['load']['concurrency']} clients"
+        console.print(f"highest rate, {kind}: {rate}")
     for check in result["checks"]:
         verdict, style = ("passed", "green") if check["passed"] else ("failed", "red")
-        told = f"{check['name']}: {verdict}; expected {check['expected_ms']} ms, found {check['found_ms']}"
-        console.print(told, style=style)
-
-
-def _messages_per_s(run: Mapping[str, Any]) -> float:
-    return float(run["tokens_per_s"] / run["messages"]["tokens_a_message"])
+        text = f"{check['name']}: {verdict}; expected {check['expected_ms']} ms, found {check['found_ms']}"
+        console.print(text, style=style)

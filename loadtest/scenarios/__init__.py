@@ -1,1 +1,0 @@
-"""Ready-made sequences of runs, and what they show together."""
