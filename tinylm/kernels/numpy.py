@@ -178,8 +178,8 @@ def forward(weights: Weights, cache: KVCache, scratch: None, batch: Batch, n_tok
         x = x + linear(attended.reshape(n_tokens, -1), layer.out, rounds)
         hidden = gelu(linear(rms_norm(x, layer.mlp_norm, config.norm_eps), layer.up, rounds))  # (T, mlp)
         x = x + linear(hidden, layer.down, rounds)
-    last = rms_norm(x[batch.rows[:n_rows]], weights.norm, config.norm_eps)  # (R, hidden)
-    batch.logits[:n_rows, : config.vocab_size] = linear(last, weights.embedding, rounds)  # (R, vocab)
+    final = rms_norm(x[batch.rows[:n_rows]], weights.norm, config.norm_eps)  # (R, hidden)
+    batch.logits[:n_rows, : config.vocab_size] = linear(final, weights.embedding, rounds)  # (R, vocab)
 
 
 def round_to_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

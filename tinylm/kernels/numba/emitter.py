@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
+from numba.core.types.containers import BaseNamedTuple
 
 LANES = 16
 
@@ -58,7 +59,7 @@ class Emitter:
         self.b = builder
         self.form = dot_product()
         self._context = context
-        self._shapes = {}
+        self._shapes: dict[Any, Any] = {}  # of arrays, by the pointer to their first element
 
     def argument(self, kind, value):
         """Return an argument of an intrinsic as `emit` gets it (see `intrinsic`)."""
@@ -67,7 +68,7 @@ class Emitter:
             data = array.data  # one LLVM value: each access to the attribute loads it again
             self._shapes[data] = cgutils.unpack_tuple(self.b, array.shape)
             return data
-        if isinstance(kind, types.BaseNamedTuple):
+        if isinstance(kind, BaseNamedTuple):
             values = cgutils.unpack_tuple(self.b, value)
             fields = zip(kind.fields, kind, values, strict=True)
             return SimpleNamespace(**{name: self.argument(k, v) for name, k, v in fields})
