@@ -1,7 +1,7 @@
-"""How fast the engine is on one core, and how far from what the core can do: `tinylm bench`.
+"""Measure the engine's speed on one core, and compare it with the core's limits: `tinylm bench`.
 
-Whole steps of the engine, sampling and Python included, in CPU seconds of the thread that runs them. Serving is
-`loadtest`'s business, and so are other engines (`loadtest.bench.peers`).
+It measures whole steps, with sampling and Python, in CPU seconds of their thread. `loadtest` measures serving, and
+`loadtest.bench.peers` measures other engines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinylm.kernels.blas import run_limited
 from tinylm.model import Model
 from tinylm.sampling import SamplingParams
 
-PROMPT_TOKENS = 32  # of each sequence that is decoded, half of the context at most
+PROMPT_TOKENS = 32  # of each sequence in a decode step; at most half of the context
 DECODE_STEPS = 64
 ROUNDS = 5
 TEXT_TOKENS = 2000
@@ -29,19 +29,19 @@ TEXT_TOKENS = 2000
 
 @dataclass(frozen=True)
 class Decode:
-    """Decoding with so many sequences at once, each from PROMPT_TOKENS on for DECODE_STEPS."""
+    """The speed of decode steps, over DECODE_STEPS after PROMPT_TOKENS."""
 
-    batch: int
+    batch: int  # sequences in a step
     step_ms: float  # median
     tokens_per_s: float
-    bytes_per_step: int  # the weights once, and the keys and values of the mean length
-    share_of_bandwidth: float  # bytes_per_step against what the core reads in that time
-    share_of_peak: float  # multiply-adds of the matmuls against what the core does in that time
+    bytes_per_step: int  # the weights once, and the keys and values at the mean length
+    share_of_bandwidth: float  # bytes_per_step divided by the bytes that the core can read in that time
+    share_of_peak: float  # multiply-adds of the matmuls divided by the number that the core can do in that time
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prompt of so many tokens, from nothing to its first token."""
+    """The speed of a prompt's prefill, up to the first token of the answer."""
 
     prompt_tokens: int
     first_token_ms: float  # median
@@ -63,9 +63,10 @@ class Report:
 def run(
     model: Model, batches: Sequence[int], prompts: Sequence[int], advance: Callable[[], None] = lambda: None
 ) -> Report:
-    """Measure; calls `advance` len(batches) + len(prompts) times on the way.
+    """Measure decoding with each batch size and prefill with each prompt length.
 
-    Raises ValueError naming a batch or a prompt that is too small or too large, of prompts for the model's context.
+    Call `advance` after each of these measurements. Raise ValueError for a batch size or a prompt length that is out of
+    range.
     """
     for field, values, most in (("batches", batches, 1024), ("prompts", prompts, model.config.context - 1)):
         for value in values:
@@ -90,7 +91,7 @@ def _measure(model: Model, batches: Sequence[int], prompts: Sequence[int], advan
 
 
 def measure_bandwidth(n_bytes: int) -> float:
-    """Bytes a CPU second that one core reads of a buffer of `n_bytes`, at most."""
+    """Return the most bytes per CPU second that one core reads from a buffer of `n_bytes`."""
     buffer = np.ones(n_bytes // 4, np.float32)
     best = 0.0
     for _ in range(200):
@@ -101,7 +102,7 @@ def measure_bandwidth(n_bytes: int) -> float:
 
 
 def _own_text(model: Model, n_tokens: int) -> list[int]:
-    """So many tokens by the model itself, since text unlike any that it was trained on is drawn from differently."""
+    """Return `n_tokens` tokens that the model wrote. Sampling takes a different time after other text."""
     engine, seed = Engine(model, n_slots=1), 0
     tokens: list[int] = []
     while len(tokens) < n_tokens:
@@ -116,7 +117,7 @@ def _own_text(model: Model, n_tokens: int) -> list[int]:
 def _decode(model: Model, text: list[int], batch: int, weight_bytes: int, bandwidth: float, peak: float) -> Decode:
     config = model.config
     prompt_tokens = min(PROMPT_TOKENS, config.context // 2)
-    # Room for all prompts at once: read bit by bit, the first sequences would have ended before the last began.
+    # One step computes all prompts. Otherwise the first sequences would end before the last begin.
     engine = Engine(_endless(model), n_slots=batch, prefill_tokens=batch * prompt_tokens)
     prompts = _prompts(text, prompt_tokens, config.vocab_size)
     step_s = median(median(_step_times(engine, prompts)) for _ in range(ROUNDS))
@@ -134,9 +135,9 @@ def _decode(model: Model, text: list[int], batch: int, weight_bytes: int, bandwi
 
 
 def _endless(model: Model) -> Model:
-    """The same model, but what ends its texts is the last token of the vocabulary, which hardly ever comes.
+    """Return the model with another boundary: the last token of the vocabulary, which is very rare.
 
-    With hundreds of sequences one would otherwise end at nearly every step, and the batch would never be full.
+    Otherwise one of hundreds of sequences would end in almost every step, and the batch would never be full.
     """
     endless = copy(model)
     endless.config = replace(model.config, boundary_id=model.config.vocab_size - 1)
@@ -144,7 +145,7 @@ def _endless(model: Model) -> Model:
 
 
 def _step_times(engine: Engine, prompts: Iterator[list[int]]) -> list[float]:
-    """CPU seconds of decode steps with a full batch; reading the prompts is untimed, also where one ends early."""
+    """Return the CPU seconds of DECODE_STEPS decode steps with a full batch, without the steps of prefill."""
     times: list[float] = []
     running: list[Any] = []
     while len(times) < DECODE_STEPS:
@@ -162,7 +163,7 @@ def _step_times(engine: Engine, prompts: Iterator[list[int]]) -> list[float]:
 
 
 def _prompts(text: list[int], n_tokens: int, vocab_size: int) -> Iterator[list[int]]:
-    """Pieces of the text for ever, the first token of each unlike any other's, so that none is in a cache already."""
+    """Yield pieces of the text without end. Each has a different first token, so that none reuses a cached prefix."""
     for i in count():
         begin = 37 * i % (len(text) - n_tokens)
         yield [2 + i % (vocab_size - 2), *text[begin + 1 : begin + n_tokens]]

@@ -1,20 +1,21 @@
-"""Text in, text out, in this process: a model directory, its tokenizer and an engine behind three methods.
+"""Generate text in this process: a model directory, its tokenizer and an engine behind three methods.
 
-A server that runs an event loop uses `tinylm.engine.async_engine` instead.
+A server with an event loop uses `tinylm.engine.async_engine` instead.
 """
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from tinylm.engine.completion import Completion, CompletionBuilder
 from tinylm.engine.engine import Engine
-from tinylm.engine.request import Request
+from tinylm.engine.request import Progress, Request
 from tinylm.kernels.blas import run_limited
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.sampling import SamplingParams
@@ -23,11 +24,14 @@ from tinylm.system.paths import DEFAULT_MODEL
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import TOKENIZER, ModelError, load_model
 
+T = TypeVar("T")
+
 
 def load(directory: Path | str, kernels: str = "auto", precision: str = "auto") -> tuple[Tokenizer, Model]:
-    """Load a model directory; raises ModelError naming what is missing, damaged, or does not fit together.
+    """Load a model directory.
 
-    kernels, precision: as `Model` takes them; ValueError when they can't be.
+    kernels, precision: as for `Model`, which raises ValueError if the model cannot use them. Raise ModelError if a file
+    is missing or damaged, or if the tokenizer does not fit the model.
     """
     config, tensors = load_model(directory)
     try:
@@ -44,16 +48,17 @@ def load(directory: Path | str, kernels: str = "auto", precision: str = "auto") 
 
 
 class LLM:
-    """A model to generate with.
+    """A model that generates text.
 
     >>> llm = LLM()
     >>> llm.generate("Once upon a time", SamplingParams(max_tokens=16, temperature=0))[0].text
 
-    Thread-safe: several threads may call all methods at once, and their requests share the engine's batch. Iterate one
-    stream in one thread at a time. A signal handler must not call the LLM that it interrupts. There is no background
-    thread: a stream advances while its owner iterates it, or while another request runs.
+    There is no background thread: a stream advances while its owner iterates it, or while another request runs. An
+    exception at any moment, such as Ctrl-C, ends the call that it interrupts. The LLM and its other calls continue.
 
-    An exception at any moment, such as Ctrl-C, ends the call that it interrupts. The LLM and its other calls continue.
+    Threads: several threads may call all methods at once, and their requests share the engine's batch. Only the thread
+    that holds `_stepping` steps the engine and reads requests, and it takes its snapshots before it releases the lock.
+    Use one stream in only one thread at a time. A signal handler must not call the LLM that it interrupts.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class LLM:
         kernels: str = "auto",
         precision: str = "auto",
     ) -> None:
-        """kernels, precision: as `Model` takes them.
+        """kernels, precision: as for `Model`.
 
         threads: the most threads of NumPy's matrix library. Only the numpy kernels with long prompts benefit from more
         than 1.
@@ -73,7 +78,7 @@ class LLM:
 
     @classmethod
     def from_parts(cls, tokenizer: Tokenizer, model: Model, n_slots: int = 16, threads: int = 1) -> LLM:
-        """Return an LLM for a model that is in memory."""
+        """Return an LLM for a model that is already in memory."""
         llm = cls.__new__(cls)
         llm._set_up(tokenizer, model, n_slots, threads)
         return llm
@@ -85,8 +90,8 @@ class LLM:
         self.config = model.config
         self._engine = Engine(model, n_slots=n_slots, max_waiting=2**31)
         self._threads = threads
-        self._stepping = threading.Lock()  # held by the thread that steps the engine
-        self._last_in_line = threading.Lock()  # held by the last thread that waits to step it
+        self._stepping = threading.Lock()
+        self._last_in_line = threading.Lock()  # held by the last thread that waits for its turn
 
     def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
         """Return one completion per prompt, in the prompts' order. Up to `n_slots` prompts share a batch.
@@ -96,37 +101,43 @@ class LLM:
         params = params or SamplingParams()
         texts = [prompts] if isinstance(prompts, str) else prompts
         requests = [self._engine.make_request(self.tokenizer.encode_document(text), params) for text in texts]
-        builders = [CompletionBuilder(request, self.tokenizer) for request in requests]
+        builders = {request: CompletionBuilder(self.tokenizer, params) for request in requests}
         try:
             try:
                 for request in requests:
                     self._engine.add(request)
-                self._finish(list(zip(requests, builders, strict=True)))
+                self._finish(builders.copy())
             finally:
                 self._cancel(requests)
         finally:
             self._cancel(requests)  # again: a second Ctrl-C can interrupt the first
-        return [builder.completion for builder in builders if builder.completion is not None]
+        return [builder.completion for builder in builders.values() if builder.completion is not None]
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream[Completion]:
         """Return a stream of the pieces of one answer. The pieces joined are the text that `generate` returns.
 
-        The request begins when the first piece is asked for. Raise as `generate` does. Closing the stream frees its
-        slot.
+        The request begins with the first `next`, which raises as `generate` does. Closing the stream frees its slot.
         """
         return Stream(self._updates(prompt, params or SamplingParams()))
 
     def _updates(self, prompt: str, params: SamplingParams) -> Generator[Update[Completion], None, None]:
         request = self._engine.make_request(self.tokenizer.encode_document(prompt), params)
-        builder = CompletionBuilder(request, self.tokenizer)
+        builder = CompletionBuilder(self.tokenizer, params)
+
+        def advance() -> Progress:
+            # Don't step if the steps of other threads have advanced the request.
+            if request.finish_reason is None and len(request.tokens) <= builder.n_taken:
+                self._step()
+            return request.progress()
+
         try:
             try:
                 self._engine.add(request)
                 while builder.completion is None:
                     before = builder.n_taken
-                    self._step(request, before)
-                    text = builder.take()
-                    yield text, request.logprobs[before : builder.n_taken], builder.completion
+                    progress = self._in_turn(advance)
+                    text = builder.take(progress)
+                    yield text, list(progress.logprobs[before : builder.n_taken]), builder.completion
             finally:
                 self._engine.cancel(request)
         finally:
@@ -151,31 +162,38 @@ class LLM:
 
         return run_limited(self._threads, forward)
 
-    def _finish(self, pending: list[tuple[Request, CompletionBuilder]]) -> None:
-        """Step the engine until all these builders have their completion."""
+    def _finish(self, pending: dict[Request, CompletionBuilder]) -> None:
+        """Step the engine until all these builders have their completion. Remove them from `pending`."""
+
+        def advance() -> list[tuple[Request, Progress]]:
+            first = list(islice(pending, self._engine.n_slots))  # no others can have a slot
+            if first[0].finish_reason is None:
+                self._step()
+            due = [request for request in first if request.params.stop or request.finish_reason is not None]
+            return [(request, request.progress()) for request in due]
+
         while pending:
-            self._step(pending[0][0])
-            for request, builder in pending[: self._engine.n_slots]:  # no others can have a slot
-                if request.params.stop or request.finish_reason is not None:
-                    builder.take()
-                if builder.completion is not None:
+            for request, progress in self._in_turn(advance):
+                pending[request].take(progress)
+                if pending[request].completion is not None:
                     self._engine.cancel(request)  # it still runs if a stop string ended the text
-                    pending.remove((request, builder))
+                    del pending[request]
 
     def _cancel(self, requests: list[Request]) -> None:
         for request in requests:
             self._engine.cancel(request)
 
-    def _step(self, request: Request, n_taken: float = math.inf) -> None:
-        """Wait until it is this thread's turn, then step the engine, which advances the requests of all threads.
+    def _step(self) -> None:
+        """Advance the requests of all threads. The caller holds `_stepping`."""
+        run_limited(self._threads, self._engine.step)
 
-        Don't step it if other threads' steps have ended `request` or given it more than `n_taken` tokens.
-        """
-        # Each thread waits for the one before it, so that a thread that steps often can't keep the others out. The
-        # locks of the line only set the order: an exception can release one too early. `_stepping` excludes the others.
+    def _in_turn(self, function: Callable[[], T]) -> T:
+        """Call a function that steps the engine or reads requests, when it is this thread's turn."""
+        # Each thread waits for the thread before it. Otherwise a thread that steps often could keep the others out.
+        # The locks of this line only set the order, since an exception can release one of them too early. `_stepping`
+        # is the lock that keeps all other threads out.
         mine = threading.Lock()
         with mine:
             ahead, self._last_in_line = self._last_in_line, mine
             with ahead, self._stepping:
-                if request.finish_reason is None and len(request.tokens) <= n_taken:
-                    run_limited(self._threads, self._engine.step)
+                return function()

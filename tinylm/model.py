@@ -1,6 +1,6 @@
-"""A loaded model, and a runner that holds what one engine needs to run it: a KV cache and the arrays of a step.
+"""A loaded model, and a runner with its KV cache and the arrays of a step. Prefill and decode are the same call.
 
-`tinylm.kernels` computes. `tinylm.engine` decides which tokens go into a step. Prefill and decode are the same call.
+`tinylm.kernels` computes. `tinylm.engine` decides which tokens go into a step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinylm.weights import QuantizedMatrix, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next `count` tokens of the sequence in `slot`, of which `start` tokens are in the cache."""
+    """The next `count` tokens of the sequence in `slot`. The cache holds the first `start` tokens of it."""
 
     slot: int
     start: int
@@ -26,7 +26,7 @@ class Chunk:
 
 
 class Model:
-    """A loaded model: its config, its kernels and its weights in their layout. Any number of runners can share it."""
+    """A loaded model: its config, its kernels, and its weights in their layout. Several runners can share it."""
 
     def __init__(
         self, config: ModelConfig, tensors: Mapping[str, Tensor], kernels: str = "auto", precision: str = "auto"
@@ -35,7 +35,7 @@ class Model:
 
         kernels: "numba" (compiled), "numpy" or "auto". precision: "int8" (rounds the inputs of matmuls, keys and
         values), "float32" or "auto".
-        Raise ValueError for unknown kernels or precision, and for those that don't work with such weights.
+        Raise ValueError for unknown kernels or precision, or if they don't work with these weights.
         """
         quantized = isinstance(tensors["model.embed_tokens.weight"], QuantizedMatrix)
         self.config = config
@@ -45,7 +45,7 @@ class Model:
 
     @property
     def arithmetic(self) -> str:
-        """Return the kernels, the instructions that they use and the precision, for people."""
+        """Return the names of the kernels, of their instructions and of the precision, for people."""
         return f"{self.kernels.describe()}, {self.precision}"
 
 

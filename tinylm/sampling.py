@@ -1,4 +1,4 @@
-"""The settings of one request, and the types of what it returns per token. No NumPy here, so that clients stay light.
+"""The settings of one request, and the log-probabilities of one token. Clients import this, so it does without NumPy.
 
 The kernels choose tokens by these settings. The engine decides when an answer ends.
 """
@@ -21,17 +21,17 @@ FinishReason = Literal["stop", "length", "timeout", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens and when to end. Every field is checked: ValueError names field, value and limit."""
+    """How to choose tokens and when to end. ValueError names the field, the value and the limit."""
 
-    max_tokens: int = 64  # of the answer; it ends sooner where the context does
-    temperature: float = 0.8  # 0 is greedy: always the likeliest token
-    top_p: float = 0.95  # keep the likeliest tokens that together reach this probability; 1 keeps all
-    top_k: int = 0  # keep so many of the likeliest tokens; 0 keeps all
-    min_p: float = 0.0  # keep tokens at least this share as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer become less likely, the end does not
-    stop: tuple[str, ...] = ()  # the text ends before the first of these
-    seed: int | None = None  # the same seed and settings give the same text; None draws one
-    logprobs: int | None = None  # log-probabilities: of each token and of so many alternatives
+    max_tokens: int = 64  # of the answer; prompt and answer together must fit in the context
+    temperature: float = 0.8  # 0 is greedy: it always takes the most likely token
+    top_p: float = 0.95  # keep the most likely tokens that together have this probability; 1 keeps all
+    top_k: int = 0  # keep this many of the most likely tokens; 0 keeps all
+    min_p: float = 0.0  # keep the tokens with at least this share of the most likely token's probability
+    repetition_penalty: float = 1.0  # above 1 makes tokens of prompt and answer less likely, but not the end
+    stop: tuple[str, ...] = ()  # the text ends before the first of these strings
+    seed: int | None = None  # the same seed and settings give the same text; None means a random seed
+    logprobs: int | None = None  # return log-probabilities of each token and of this many alternatives; None: of none
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -61,12 +61,12 @@ class SamplingParams:
         fits = isinstance(value, Integral) and not isinstance(value, bool)
         if not fits or value < low or (high is not None and value > high):
             raise ValueError(f"{field} is {value!r}: it must be a whole number, {limit}")
-        object.__setattr__(self, field, int(value))  # NumPy's become Python's
+        object.__setattr__(self, field, int(value))  # converts NumPy's numbers
 
     def _number(self, field: str, low: float, high: float, above: bool = False) -> None:
         value, limit = getattr(self, field), f"above {low} and at most {high}" if above else f"{low} to {high}"
         is_number = isinstance(value, (int, float, Real)) and not isinstance(value, bool)
-        fits = is_number and low <= value <= high  # NaN never is
+        fits = is_number and low <= value <= high  # False for NaN
         if not fits or (above and value == low):
             raise ValueError(f"{field} is {value!r}: it must be a number, {limit}")
         if not isinstance(value, int):
@@ -75,7 +75,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probabilities under the model alone, before penalty, temperature and truncation."""
+    """Natural logarithms of the model's own probabilities, before penalty, temperature and truncation."""
 
-    logprob: float  # of the token that was chosen
-    top: tuple[tuple[int, float], ...]  # (token, logprob) of the likeliest, best first
+    logprob: float  # of the chosen token
+    top: tuple[tuple[int, float], ...]  # (token, logprob) of the most likely tokens, in descending order

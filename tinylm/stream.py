@@ -1,6 +1,6 @@
-"""An answer that is still being generated: iterate over its pieces of text, then read its completion.
+"""An answer in progress: iterate over its pieces of text, then read its completion.
 
-`Stream` is for plain code, `AsyncStream` for asyncio. The pieces come from a generator: an engine's or a service's.
+`Stream` is for plain code, `AsyncStream` for asyncio. Their updates come from a generator of `LLM` or of a client.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from typing import Generic, Self, TypeVar
 from tinylm.sampling import TokenLogprobs
 
 C = TypeVar("C")
-Update = tuple[str, list[TokenLogprobs], C | None]  # more text, its tokens' log-probabilities; with the last the whole
+# New text, the log-probabilities of its tokens, and at the end the completion.
+Update = tuple[str, list[TokenLogprobs], C | None]
 
 
 class _Answer(Generic[C]):
-    """What both kinds of stream know of their answer so far."""
+    """The part of an answer that has arrived."""
 
     def __init__(self) -> None:
-        self.logprobs: list[TokenLogprobs] = []  # of the tokens of the pieces so far, if they were asked for
+        self.logprobs: list[TokenLogprobs] = []  # one per token so far, if the request asks for them
         self._completion: C | None = None
 
     @property
     def completion(self) -> C:
-        """The whole answer; RuntimeError while its pieces have not come to their end."""
+        """Return the complete answer. Raise RuntimeError before the stream has ended."""
         if self._completion is None:
-            raise RuntimeError("the stream has not come to its end: there is no completion yet")
+            raise RuntimeError("the stream has not ended: read all its pieces before its completion")
         return self._completion
 
     def _take(self, update: Update[C]) -> str:
@@ -35,7 +36,7 @@ class _Answer(Generic[C]):
 
 
 class Stream(_Answer[C]):
-    """Pieces of text, none of them empty. `close`, or the end of its `with`, cancels the rest of the answer.
+    """An iterator of pieces of text that are not empty. `close`, or the end of a `with`, cancels the rest.
 
     Only one thread at a time may use a stream. An exception in `next`, such as Ctrl-C, ends the stream.
     """
@@ -52,7 +53,7 @@ class Stream(_Answer[C]):
             for update in self._updates:
                 if text := self._take(update):
                     return text
-        except BaseException:  # it may have interrupted the stream between two updates: continuing would lose a piece
+        except BaseException:  # the exception may have lost an update, so the stream cannot continue
             self.close()
             raise
         raise StopIteration
@@ -71,7 +72,7 @@ class Stream(_Answer[C]):
 
 
 class AsyncStream(_Answer[C]):
-    """The same for `async for`, `aclose` and `async with`."""
+    """An asynchronous iterator like `Stream`, with `aclose` and `async with`."""
 
     def __init__(self, updates: AsyncGenerator[Update[C], None]) -> None:
         super().__init__()

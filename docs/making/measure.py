@@ -190,7 +190,7 @@ def next_token(tokenizer: Tokenizer, model: Model) -> dict:
     settings = []
     for temperature in TEMPERATURES:
         unnormalized = np.exp((logits.astype(np.float64) - logits.max()) / max(temperature, kernels.LEAST_TEMPERATURE))
-        kept = kernels.keep(unnormalized[None], np.array([0]), np.array([0.95]), np.array([0.0]))
+        kept = kernels.keep(unnormalized, 0, 0.95, 0.0)
         probabilities = unnormalized / unnormalized.sum()
         settings.append(
             {
@@ -202,9 +202,9 @@ def next_token(tokenizer: Tokenizer, model: Model) -> dict:
         )
     before = _last_logits(tokenizer, model, PENALIZED)
     ids = tokenizer.encode_document(PENALIZED)
-    seen = np.zeros((1, len(before)), bool)
-    seen[0, ids] = True
-    after = kernels.penalize(before[None], seen, np.array([[1.3]]))[0]
+    seen = np.zeros(len(before), bool)
+    seen[ids] = True
+    after = kernels.penalize(before, seen, 1.3)
     dog = tokenizer.encode(" dog")[0]
     return {
         "prompt": PROMPT,

@@ -22,7 +22,7 @@ import typer
 from loadtest.stub_server import serve
 from tinylm.client.wire import ending, params_from_request
 from tinylm.engine import Engine, EngineFull
-from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine
+from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine, Listener
 from tinylm.engine.completion import Completion, CompletionBuilder
 from tinylm.llm import load
 from tinylm.terminal.output import one_line_errors
@@ -66,13 +66,12 @@ class BareServicer(TinyLMServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext, every_s: float
     ) -> AsyncGenerator[tuple[str, int, Completion | None], None]:
         """Yield new text, the number of tokens so far, and at the end the completion."""
-        builder: CompletionBuilder | None = None
         try:
-            ids = self._tokenizer.encode_document(request.prompt)
-            async with aclosing(self._engine.generate(ids, params_from_request(request), every_s=every_s)) as updates:
-                async for update in updates:
-                    builder = builder or CompletionBuilder(update, self._tokenizer)
-                    text = builder.take()
+            ids, params = self._tokenizer.encode_document(request.prompt), params_from_request(request)
+            builder = CompletionBuilder(self._tokenizer, params)
+            async with aclosing(self._engine.generate(ids, params, listener=Listener(every_s))) as updates:
+                async for progress in updates:
+                    text = builder.take(progress)
                     yield text, builder.n_taken, builder.completion
                     if builder.completion is not None:
                         return

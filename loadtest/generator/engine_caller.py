@@ -15,7 +15,7 @@ from loadtest.generator.call_record import CallRecord
 from loadtest.generator.workload import Request
 from loadtest.load import Load
 from tinylm.engine import Engine, EngineFull
-from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine
+from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine, Listener
 from tinylm.engine.completion import CompletionBuilder
 from tinylm.llm import load as load_model
 from tinylm.sampling import SamplingParams
@@ -40,12 +40,11 @@ class EngineCaller:
     async def _generate(self, request: Request, record: CallRecord, counts: list[int]) -> None:
         ids = self._tokenizer.encode_document(request.prompt)
         params = SamplingParams(max_tokens=request.max_tokens, seed=request.seed)
-        builder: CompletionBuilder | None = None
-        async with aclosing(self._engine.generate(ids, params, every_s=self._every_s)) as updates:
-            async for update in updates:
-                builder = builder or CompletionBuilder(update, self._tokenizer)
+        builder = CompletionBuilder(self._tokenizer, params)
+        async with aclosing(self._engine.generate(ids, params, listener=Listener(self._every_s))) as updates:
+            async for progress in updates:
                 before = builder.n_taken
-                builder.take()
+                builder.take(progress)
                 if builder.n_taken > before:
                     record.text_at.append(time.monotonic())
                     counts.append(builder.n_taken - before)

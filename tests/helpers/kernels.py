@@ -1,4 +1,4 @@
-"""Models of any shape, their logits, and other Python processes, for the tests of the arithmetic."""
+"""Models of any shape, their logits, and Python processes, for the tests of the arithmetic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = [("numba", "int8"), ("numba", "float32"), ("numpy", "int8"), ("numpy"
 
 
 def random_tensors(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """Return random int8 matrices with rows of many scales, and norms far from 1, so that every weight matters."""
+    """Return random int8 matrices with rows of many scales, and norms far from 1. Every weight matters."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, Tensor] = {}
     for name, shape in tensor_shapes(config).items():
@@ -56,7 +56,7 @@ def scale_of(logits: np.ndarray) -> float:
 def row_errors(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Return the root mean square of each row's difference as a share of the logits' scale, (R,).
 
-    Logits that have nothing in common give 1.4.
+    Independent logits give 1.4.
     """
     return np.sqrt(np.mean(np.square(actual - expected, dtype=np.float64), axis=1)) / scale_of(expected)
 
@@ -75,7 +75,7 @@ def start_python(code: str, *arguments: str, **env: str) -> subprocess.Popen:
 
 
 def outcome(process: subprocess.Popen, timeout_s: float = 600) -> tuple[str, str]:
-    """Wait for a process, which must succeed. Return what it wrote to stdout and stderr."""
+    """Wait for a process, which must succeed. Return its stdout and stderr."""
     try:
         out, err = process.communicate(timeout=timeout_s)
     finally:
@@ -85,10 +85,10 @@ def outcome(process: subprocess.Popen, timeout_s: float = 600) -> tuple[str, str
 
 
 def computed_here() -> dict[str, np.ndarray]:
-    """Compute logits of 256 random tokens with the compiled int8 step, as this process compiles it.
+    """Compute logits of 256 random tokens with the int8 step that this process compiles.
 
-    "layer" holds those of one random layer of the real shape, "stories" those of the committed model, and "chosen" the
-    committed model's greedy tokens.
+    "layer": the logits of one random layer of the real shape. "stories": the logits of the committed model. "chosen":
+    the greedy tokens of the committed model.
     """
     from tinylm.kernels import numba
 

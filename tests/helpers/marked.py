@@ -1,4 +1,4 @@
-"""Processes that a test started and all that came of them, found by a mark in their environment."""
+"""Find all processes that a test started, directly or indirectly, by a mark in their environment."""
 
 import contextlib
 import os
@@ -11,28 +11,26 @@ NAME = "TINYLM_TEST_MARK"
 
 
 class Mark:
-    """Put `environment` into that of a process: all its descendants have it, whoever their parents are by then."""
+    """Add `environment` to a process's environment. All its descendants inherit it, even after their parents end."""
 
     def __init__(self, name: str = NAME) -> None:
-        """name: another than NAME, where what is marked starts tests that have marks of their own."""
+        """name: the variable's name. Use another name if the marked process starts tests that use NAME."""
         self.environment = {name: uuid.uuid4().hex}
         self._entry = f"{name}={self.environment[name]}".encode()
 
     def processes(self, named: str = "") -> list[int]:
-        """Ids of those whose command line begins with `named`, the directory of the program aside."""
+        """Return the ids of the marked processes whose program name begins with `named`."""
         return [pid for pid, command in self._all() if Path(command).name.startswith(named)]
 
     def signal(self, number: int, processes: list[int]) -> None:
-        """To those of these processes that are marked and have not ended."""
+        """Send a signal to those of these processes that are marked and still run."""
         for process in set(self.processes()).intersection(processes):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number)
+            _send(number, process)
 
     def kill_all(self) -> None:
-        while remaining := self.processes():  # just listed, so no check: one that has ended since is no mistake
+        while remaining := self.processes():
             for process in remaining:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+                _send(signal.SIGKILL, process)
 
     def _all(self) -> Iterator[tuple[int, str]]:
         for entry in Path("/proc").iterdir():
@@ -41,14 +39,19 @@ class Mark:
                     if self._entry not in (entry / "environ").read_bytes().split(b"\0"):
                         continue
                     command = (entry / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
-                except OSError:  # ended meanwhile, or another user's
+                except OSError:  # the process has ended, or belongs to another user
                     continue
-                if command:  # a zombie has none
+                if command:  # empty for a zombie
                     yield int(entry.name), command
 
 
+def _send(number: int, process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(process, number)
+
+
 def resident_mib(process: int) -> float:
-    """Memory that a process has, without the pages of files that it shares."""
+    """Return the resident memory of a process in MiB, without pages of files."""
     for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024

@@ -1,4 +1,4 @@
-"""The benchmarks run as their pages say, and what they report adds up. Speed itself is never judged here."""
+"""`tinylm bench` runs, and its figures are consistent. The tests don't judge the speed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def run(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
-def test_the_engine_s_benchmark_reports_what_it_was_asked_for():
-    """A table for people, and on the last line JSON for scripts."""
+def test_the_last_line_is_a_report_as_json():
     lines = run("tinylm.cli", "bench", "--batches", "1,3", "--prompts", "5").splitlines()
     assert len(lines) > 5
     report = json.loads(lines[-1])
@@ -30,14 +29,13 @@ def test_the_engine_s_benchmark_reports_what_it_was_asked_for():
         assert 0 < row["share_of_peak"] < 1
 
 
-def test_a_small_model_is_measured_by_what_fits_into_it(tiny_model_dir):
-    """Prompts of its own vocabulary, and by default no longer than its context; 160 sequences need 800 of them."""
+def test_a_small_model_gets_prompts_that_fit(tiny_model_dir):
     lines = run("tinylm.cli", "bench", "--model", str(tiny_model_dir), "--batches", "160").splitlines()
     assert [row["prompt_tokens"] for row in json.loads(lines[-1])["prefill"]] == [16]
 
 
 @pytest.mark.parametrize("arguments", [["--batches", "0"], ["--batches", "1,x"], ["--prompts", "256"]])
-def test_a_benchmark_that_can_not_be_is_refused_in_one_line(arguments):
+def test_an_impossible_benchmark_is_refused_in_one_line(arguments):
     command = [sys.executable, "-m", "tinylm.cli", "bench", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 1

@@ -1,6 +1,6 @@
-"""The inference engine: requests of token ids go in, their answers come out, many at a time.
+"""The inference engine: it generates answers to many requests of token ids at the same time.
 
-`scheduler` decides, `engine` steps, `async_engine` runs an engine for an event loop, `completion` makes text of it.
+`scheduler` decides, `engine` steps, `async_engine` runs an engine for an event loop, `completion` makes text of tokens.
 """
 
 from tinylm.engine.engine import Engine, EngineFull

@@ -1,8 +1,7 @@
-"""An engine on a thread of its own, asked from an event loop: ids in, an asynchronous stream of tokens out.
+"""Run an engine in its own thread for an event loop: token ids in, an asynchronous stream of snapshots out.
 
-The loop only hands requests in and takes tokens out. Each crossing wakes the loop, which then takes the interpreter's
-lock from the engine: so the results of a step cross together, and only those that somebody wants by now. Text, gRPC
-and Ray are other modules' business.
+Each message from the engine's thread wakes the event loop, which then competes with the engine for the GIL. So one
+message carries all results of a step that are due, and a listener chooses how often it gets results.
 """
 
 from __future__ import annotations
@@ -18,144 +17,164 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 
 from tinylm.engine.engine import Engine
-from tinylm.engine.request import Request
+from tinylm.engine.request import Progress, Request
 from tinylm.kernels.blas import run_limited
 from tinylm.sampling import SamplingParams
 
-STREAM_INTERVAL_S = 0.04  # between two messages of a stream: a film has 24 pictures a second
+STREAM_INTERVAL_S = 0.04  # between two messages of a stream: films show 24 pictures per second
 
 
 class EngineDied(RuntimeError):
-    """The engine's thread ended by an error; every request on it fails, and so will new ones."""
+    """The engine's thread has ended. All its requests fail, and it accepts no new ones."""
 
 
-class _Listener:
-    """Whoever waits for a request, and when it wants to hear of it next."""
+class Listener:
+    """Receives the progress of one request. Use a new listener for each call of `AsyncEngine.generate`.
 
-    __slots__ = ("changed", "every_s", "next_at")
+    Threads: the engine's thread replaces `progress`, an immutable snapshot, so any thread may read it at any time. Only
+    the event loop uses `changed`, and only the engine's thread uses the rest.
+    """
 
-    def __init__(self, every_s: float) -> None:
+    __slots__ = ("_due_at", "_every_s", "_wakes", "changed", "progress", "request")
+
+    def __init__(self, every_s: float = 0.0) -> None:
+        """every_s: after the first token, the least time between two wake-ups; infinity: wake up only at the end.
+
+        With infinity, `progress` is still at most STREAM_INTERVAL_S old.
+        """
+        self.progress: Progress | None = None  # None until the engine has accepted the request
         self.changed = asyncio.Event()
-        self.every_s = every_s
-        self.next_at = 0.0 if math.isfinite(every_s) else math.inf  # the first token at once, or none but the last
+        self.request: Request | None = None
+        self._wakes = math.isfinite(every_s)
+        self._every_s = every_s if self._wakes else STREAM_INTERVAL_S
+        self._due_at = 0.0
 
-    def wants(self, request: Request, now: float) -> bool:
-        if request.finish_reason is None and now < self.next_at:
+    def observe(self, request: Request, now: float) -> bool:
+        """Take a snapshot if one is due. Return whether to wake up the task that listens."""
+        ended = request.finish_reason is not None
+        if not ended and now < self._due_at:
             return False
-        self.next_at = now + self.every_s
-        return True
+        self.progress = request.progress()
+        self._due_at = now + self._every_s
+        return ended or self._wakes
 
 
 class AsyncEngine:
-    """Runs an engine on its own thread for the tasks of one event loop. Create it while that loop runs.
+    """Runs an engine in its own thread for the tasks of one event loop. Create it while that loop runs.
 
-    Any number of tasks of that loop may call `generate`. Any thread may call `check` and read the properties and the
-    `stats` of `engine`.
+    Threads: any number of tasks of that loop may call `generate`. Any thread may call `check`, and use what `Engine`
+    allows to all threads. The engine's thread alone steps the engine and sees its requests. The loop sends it
+    functions through the thread-safe queue `_commands`, and gets snapshots. `_submitting` and `_leaving` change by
+    single operations on sets, which are atomic, and the loop reads their sizes. The loop reads `_listeners` only after
+    the engine's thread has ended. `_error` and `_last_beat` are single references, which one thread writes.
     """
 
     def __init__(self, engine: Engine, blas_threads: int = 1, niceness: int = 0) -> None:
-        """niceness: how far the engine's thread stands back behind others of this machine, 0 to 19 (Linux only)."""
+        """niceness: added to the niceness of the engine's thread, 0 to 19. It has an effect only on Linux."""
         self.engine = engine
         self._blas_threads, self._niceness = blas_threads, niceness
         self._loop = asyncio.get_running_loop()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[Request, _Listener] = {}  # the engine's thread adds them and takes them away
-        # Those that the engine has yet to see.
-        self._submitting: set[asyncio.Future[tuple[Request, asyncio.Event]]] = set()
-        self._leaving: set[Request] = set()  # whose place is free as soon as the engine hears of it
+        self._listeners: dict[Request, Listener] = {}
+        self._submitting: set[asyncio.Future[None]] = set()  # requests that the engine has not seen yet
+        self._leaving: set[Listener] = set()  # requests that the engine has not cancelled yet
         self._error: BaseException | None = None
         self._last_beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="tinylm-engine", daemon=True)
         self._thread.start()
 
     def check(self, stalled_s: float = 30.0) -> None:
-        """Raise EngineDied when the thread has ended, or has worked at one step for longer than `stalled_s`."""
+        """Raise EngineDied if the thread has ended, or works at one step for longer than `stalled_s`."""
         if self._error is not None or not self._thread.is_alive():
             raise self._died()
         if self.engine.has_work and time.monotonic() - self._last_beat > stalled_s:
             raise EngineDied(f"the engine's thread has not finished a step for {stalled_s} s")
 
     async def generate(
-        self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None, every_s: float = 0.0
-    ) -> AsyncGenerator[Request, None]:
-        """Yields the same request once the engine has taken it, when it has gained tokens, and when it has ended.
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        timeout_s: float | None = None,
+        listener: Listener | None = None,
+    ) -> AsyncGenerator[Progress, None]:
+        """Yield a snapshot when the engine has accepted the request, whenever `listener` wakes up, and at the end.
 
-        every_s: after the first token, not oftener than this; infinity: only when it has ended. Raises ValueError or
-        EngineFull as `Engine.submit` does, EngineDied when there is no engine any more. Closing the generator, or
-        cancelling the task that runs it, frees the slot before the next step.
+        Closing the generator, or cancelling the task that runs it, frees the slot before the next step.
+        Raise ValueError or EngineFull as `Engine.submit` does, and EngineDied if the engine's thread has ended.
         """
-        request, changed = await self._submit(lambda: self.engine.submit(prompt, params, timeout_s), every_s)
+        listener = listener or Listener()
+        self.check()
+        # Refuse now instead of after the current step. `Engine.submit` checks again.
+        self.engine.check_room(len(self._submitting) - len(self._leaving))
+        accepted = self._submit(lambda: self.engine.submit(prompt, params, timeout_s), listener)
         try:
-            yield request
-            finished = False
-            while not finished:
-                await changed.wait()
-                changed.clear()
-                finished = request.finish_reason is not None
+            await accepted
+            while True:
+                progress = listener.progress
+                assert progress is not None  # set before `accepted` is
+                finished = progress.finish_reason is not None
                 if self._error is not None and not finished:
                     raise self._died()
-                yield request
+                yield progress
+                if finished:
+                    return
+                await listener.changed.wait()
+                listener.changed.clear()
         finally:
-            self._leave(request)
+            self._leave(listener)
 
     def stop(self) -> None:
-        """End the thread after the step it is in; whoever still waits for an answer gets EngineDied."""
+        """End the thread after its current step. Requests that have not ended fail with EngineDied."""
         self._commands.put(None)
         self._thread.join()
 
-    def _leave(self, request: Request) -> None:
-        def command() -> None:
-            self._listeners.pop(request, None)
-            self.engine.cancel(request)
-            self._leaving.discard(request)
+    def _submit(self, submit: Callable[[], Request], listener: Listener) -> asyncio.Future[None]:
+        """Have the engine's thread call `submit`. Return a future that ends when the engine accepts or refuses."""
+        accepted = self._loop.create_future()
+        self._submitting.add(accepted)
 
-        if request.finish_reason is None:
-            self._leaving.add(request)
-        self._commands.put(command)
-
-    async def _submit(self, submit: Callable[[], Request], every_s: float) -> tuple[Request, asyncio.Event]:
-        """Run `submit` on the engine's thread and listen to its request before that can make a step."""
-        self.check()
-        # A refusal need not wait for the step under way; the engine looks again.
-        self.engine.check_room(len(self._submitting) - len(self._leaving))
-        future: asyncio.Future[tuple[Request, asyncio.Event]] = self._loop.create_future()
-        self._submitting.add(future)
-
-        def accept(request: Request, changed: asyncio.Event) -> None:
-            if future.cancelled():
-                self._leave(request)
+        def settle(error: Exception | None) -> None:
+            if accepted.done():  # the task was cancelled
+                return
+            if error is None:
+                accepted.set_result(None)
             else:
-                future.set_result((request, changed))
-
-        def refuse(error: Exception) -> None:
-            if not future.cancelled():
-                future.set_exception(error)
+                accepted.set_exception(error)
 
         def command() -> None:
-            self._submitting.discard(future)
+            self._submitting.discard(accepted)
             try:
                 request = submit()
-            except Exception as error:  # the caller's, whatever it is: the engine has not changed
-                self._loop.call_soon_threadsafe(refuse, error)
-            else:
-                self._listeners[request] = listener = _Listener(every_s)
-                self._loop.call_soon_threadsafe(accept, request, listener.changed)
+            except Exception as error:  # every error belongs to the caller: the engine has not changed
+                self._loop.call_soon_threadsafe(settle, error)
+                return
+            self._listeners[request] = listener
+            listener.request, listener.progress = request, request.progress()
+            self._loop.call_soon_threadsafe(settle, None)
 
         self._commands.put(command)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self._leave(future.result()[0])  # it came in the same moment as the cancellation
-            raise
+        return accepted
+
+    def _leave(self, listener: Listener) -> None:
+        """Have the engine's thread forget a request, and cancel it if it has not ended."""
+
+        def command() -> None:
+            if listener.request is not None:  # None: the engine refused it
+                self._listeners.pop(listener.request, None)
+                self.engine.cancel(listener.request)
+            self._leaving.discard(listener)
+
+        if listener.progress is None or listener.progress.finish_reason is None:
+            self._leaving.add(listener)
+        self._commands.put(command)
 
     def _run(self) -> None:
-        """Run on the engine's thread until it is stopped or an exception ends it."""
+        """Run in the engine's thread until it is stopped or an exception ends it."""
         try:
             _be_nice(self._niceness)
             run_limited(self._blas_threads, self._step_until_stopped)
             self._end(RuntimeError("it was stopped"))
-        except BaseException as error:  # the tasks that wait must get every kind of error
+        except BaseException as error:  # every kind of error must reach the waiting tasks
             self._end(error)
             raise
 
@@ -163,20 +182,15 @@ class AsyncEngine:
         while self._obey():
             changed = self.engine.step()
             self._last_beat = now = time.monotonic()
-            if wanted := [
+            if due := [
                 listener.changed
                 for request in changed
-                if (listener := self._listeners.get(request)) and listener.wants(request, now)
+                if (listener := self._listeners.get(request)) and listener.observe(request, now)
             ]:
-                self._loop.call_soon_threadsafe(_set_all, wanted)
-
-    def _end(self, error: BaseException) -> None:
-        self._error = error
-        with suppress(RuntimeError):  # a closed loop has nobody left who waits
-            self._loop.call_soon_threadsafe(self._deliver_end)
+                self._loop.call_soon_threadsafe(_set_all, due)
 
     def _obey(self) -> bool:
-        """Carry out the commands that have come, waiting for one when there is nothing else to do; False: stop."""
+        """Call the functions of the queue. Wait for one if the engine has no work. Return False to stop."""
         while True:
             try:
                 command = self._commands.get(block=not self.engine.has_work)
@@ -187,18 +201,23 @@ class AsyncEngine:
             self._last_beat = time.monotonic()
             command()
 
+    def _end(self, error: BaseException) -> None:
+        self._error = error
+        with suppress(RuntimeError):  # the loop is closed, so no task waits
+            self._loop.call_soon_threadsafe(self._deliver_end)
+
     def _deliver_end(self) -> None:
         _set_all([listener.changed for listener in self._listeners.values()])
-        for future in self._submitting:
-            if not future.done():
-                future.set_exception(self._died())
+        for accepted in self._submitting:
+            if not accepted.done():
+                accepted.set_exception(self._died())
 
     def _died(self) -> EngineDied:
         return EngineDied(f"the engine's thread has ended: {self._error!r}")
 
 
 def _be_nice(niceness: int) -> None:
-    """Let others have the core sooner than the calling thread; on Linux alone, a thread has a niceness of its own."""
+    """Add to the niceness of the calling thread. Only Linux has a niceness per thread."""
     if sys.platform == "linux" and niceness > 0:
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)

@@ -1,62 +1,54 @@
-"""An answer: a request of the engine turned into text as it grows, and what it is when it has ended.
-
-The same for a library call, a unary call and a stream; who steps the engine, and how tokens arrive, is their business.
-"""
+"""Turn the progress of a request into text, and at its end into a `Completion`."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 
-from tinylm.engine.request import Request
+from tinylm.engine.request import Progress
 from tinylm.engine.text_stream import TextStream
-from tinylm.sampling import FinishReason, TokenLogprobs
+from tinylm.sampling import FinishReason, SamplingParams, TokenLogprobs
 from tinylm.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An answer that has ended: its text (without the prompt), how it ended, its tokens, its times."""
+    """A complete answer."""
 
-    text: str
+    text: str  # without the prompt
     finish_reason: FinishReason  # "stop": the model or a stop string ended it; "length": max_tokens or the context did
     token_ids: list[int]
-    n_prompt_tokens: int  # the boundary included
-    logprobs: list[TokenLogprobs] | None  # one a token, if asked for
-    queue_s: float  # until a slot was free
-    first_token_s: float  # until the first token
-    total_s: float  # until the last
+    n_prompt_tokens: int  # with the boundary
+    logprobs: list[TokenLogprobs] | None  # one per token, if the request asks for them
+    queue_s: float  # from the submission until the request got a slot
+    first_token_s: float  # from the submission until the first token
+    total_s: float  # from the submission until the end
 
 
 class CompletionBuilder:
-    """Follows a request: `take` gives the text that has become certain; `completion` is set with the last of it.
+    """Builds the text of one answer from snapshots of its request.
 
-    When a stop string ends the text, the request itself may still run: whoever steps the engine cancels it.
+    A stop string can end the text while the request still runs. The caller must then cancel the request.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
-        self.completion: Completion | None = None
-        self._request = request
-        self._stream = TextStream(tokenizer, request.params.stop)
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self.completion: Completion | None = None  # set when the answer has ended
+        self.n_taken = 0  # how many tokens the text has so far
+        self._params = params
+        self._stream = TextStream(tokenizer, params.stop)
         self._pieces: list[str] = []
-        self._n_taken = 0
 
-    @property
-    def n_taken(self) -> int:
-        """Tokens whose text has gone into the stream."""
-        return self._n_taken
-
-    def take(self) -> str:
-        """The text that has become certain since the last call, '' once there is a completion."""
+    def take(self, progress: Progress) -> str:
+        """Return the text that is certain now and was not before. Return "" once the answer has ended."""
         if self.completion is not None:
             return ""
-        finish_reason = self._request.finish_reason  # read before the tokens: none can come after it
+        finish_reason = progress.finish_reason
         text = ""
-        tokens = self._request.tokens[self._n_taken :]
-        # Tokens after a stop string don't count, so where there are any, each token has to be asked for one.
-        for part in [[token] for token in tokens] if self._request.params.stop else [tokens]:
+        tokens = progress.tokens[self.n_taken :]
+        # With stop strings, push single tokens: the answer ends with the token that completes a stop string.
+        for part in [(token,) for token in tokens] if self._params.stop else [tokens]:
             text += self._stream.push(part)
-            self._n_taken += len(part)
+            self.n_taken += len(part)
             if self._stream.stopped:
                 finish_reason = "stop"
                 break
@@ -64,20 +56,19 @@ class CompletionBuilder:
             text += self._stream.finish()
         self._pieces.append(text)
         if finish_reason is not None:
-            self.completion = self._complete(finish_reason)
+            self.completion = self._complete(finish_reason, progress)
         return text
 
-    def _complete(self, finish_reason: FinishReason) -> Completion:
-        request = self._request
-        ended_at = request.finished_at or time.monotonic()
-        wants_logprobs = request.params.logprobs is not None
+    def _complete(self, finish_reason: FinishReason, progress: Progress) -> Completion:
+        ended_at = progress.finished_at or time.monotonic()
+        wants_logprobs = self._params.logprobs is not None
         return Completion(
             text="".join(self._pieces),
             finish_reason=finish_reason,
-            token_ids=request.tokens[: self._n_taken],
-            n_prompt_tokens=len(request.prompt),
-            logprobs=request.logprobs[: self._n_taken] if wants_logprobs else None,
-            queue_s=(request.admitted_at or ended_at) - request.submitted_at,
-            first_token_s=(request.first_token_at or ended_at) - request.submitted_at,
-            total_s=ended_at - request.submitted_at,
+            token_ids=list(progress.tokens[: self.n_taken]),
+            n_prompt_tokens=progress.n_prompt_tokens,
+            logprobs=list(progress.logprobs[: self.n_taken]) if wants_logprobs else None,
+            queue_s=(progress.admitted_at or ended_at) - progress.submitted_at,
+            first_token_s=(progress.first_token_at or ended_at) - progress.submitted_at,
+            total_s=ended_at - progress.submitted_at,
         )

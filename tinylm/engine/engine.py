@@ -1,9 +1,8 @@
 """Continuous batching: run the tokens of many requests through the model, one batch per step.
 
-A slot keeps the keys and values of its last request until it gets another one, so a prompt that begins like an earlier
-prompt reuses that prefix. The engine is synchronous: its owner calls `step` until nothing is left. It takes and returns
-token ids. `tinylm.llm` turns them into text; `tinylm.engine.async_engine` runs an engine for an event loop.
-`tinylm.engine.scheduler` makes the decisions.
+A slot keeps the keys and values of its last request until another request gets the slot. A prompt that begins like an
+earlier prompt reuses that prefix. The engine is synchronous: its owner calls `step` while `has_work` is true. It takes
+and returns token ids. `tinylm.engine.scheduler` makes the decisions.
 """
 
 from __future__ import annotations
@@ -27,15 +26,23 @@ class EngineFull(RuntimeError):
 
 
 class Engine:
-    """Runs up to `n_slots` requests at once. Further ones wait and get a slot in the order they came.
+    """Runs up to `n_slots` requests at once. Further requests wait and get a slot in the order in which they came.
 
-    One thread at a time may call `step`, or add a request that has a deadline. Any thread may call everything else at
-    any time, also during a step. An exception in `step`, such as a KeyboardInterrupt, loses nothing: the next step
-    computes again what the interrupted one left undone.
+    An exception in `step`, such as a KeyboardInterrupt, loses nothing: the next step computes again what the
+    interrupted step did not finish.
+
+    Threads: only one thread at a time may call `step`, read a `Request`, or add a request that has a deadline. Any
+    thread may call everything else at any time, also during a step:
+
+    - `add`, `cancel`, `has_work` and `check_room` use `_unfinished` by single list operations, which are atomic. A step
+      works on a copy of this list. It may still give a token to a request that another thread cancels, so a thread that
+      cancels a request must not read it afterwards.
+    - `n_running`, `n_waiting` and `kv_usage` read one integer per request and are right up to one step.
+    - `stats`: see `EngineStats`. `model`, `config`, `n_slots` and `cache_bytes` never change.
     """
 
     def __init__(self, model: Model, n_slots: int = 16, max_waiting: int = 256, prefill_tokens: int = 64) -> None:
-        """prefill_tokens: the most prompt tokens in a step while other requests decode, so that these don't stall."""
+        """prefill_tokens: the most prompt tokens in a step while other requests decode. Larger steps delay these."""
         for name, value, least in (
             ("n_slots", n_slots, 1),
             ("max_waiting", max_waiting, 0),
@@ -50,12 +57,10 @@ class Engine:
         self._runner = ModelRunner(model, n_slots, n_tokens=n_tokens, n_rows=n_slots)
         self._max_waiting = max_waiting
         self._prefill_tokens = prefill_tokens
-        # In the order they came. The first n_slots have the slots. Other threads append and remove during a step, so
-        # this list is only ever changed by single list operations.
-        self._unfinished: list[Request] = []
-        self._cached: list[Request | None] = [None] * n_slots  # whose keys and values each slot holds
-        self._in_step = False  # between steps, True means that an exception ended the last one
-        self._next_deadline = float("inf")  # no request has an earlier one
+        self._unfinished: list[Request] = []  # in the order they came; the first n_slots have the slots
+        self._cached: list[Request | None] = [None] * n_slots  # the request whose keys and values each slot holds
+        self._in_step = False  # between steps, True means that an exception ended the last step
+        self._next_deadline = float("inf")  # no request has an earlier deadline
         self.stats = EngineStats()
         self._stepped_at = time.monotonic()  # when the last step ended
 
@@ -90,7 +95,7 @@ class Engine:
             )
 
     def make_request(self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None) -> Request:
-        """Return the request of a prompt of token ids (with its boundary). `add` queues it.
+        """Return the request for a prompt of token ids (with its boundary). `add` queues it.
 
         Raise ValueError if the prompt is empty, contains an unknown id or leaves no room in the context for an answer.
         """
@@ -109,7 +114,7 @@ class Engine:
         self._unfinished.append(request)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None) -> Request:
-        """Queue a prompt. Return its request, whose fields show the progress. Raise as `make_request` and `add` do."""
+        """Queue a prompt and return its request. Raise as `make_request` and `add` do."""
         request = self.make_request(prompt, params, timeout_s)
         self.add(request)
         return request
@@ -119,9 +124,9 @@ class Engine:
         self._finish(request, reason)
 
     def step(self) -> list[Request]:
-        """Admit what fits, run one batch through the model, sample. Return the requests that gained a token or ended.
+        """Admit requests, run one batch through the model, sample. Return the requests that gained a token or ended.
 
-        After an exception, that list is lost: look at the requests instead.
+        Requests that `cancel` ended are not in this list.
         """
         if self._in_step:
             self._recover()
@@ -134,9 +139,10 @@ class Engine:
         return changed
 
     def _recover(self) -> None:
-        """Rebuild the state after an interrupted step, from the requests' tokens alone.
+        """Rebuild the state after an interrupted step from the requests' tokens alone.
 
-        Trusts nothing in the KV cache: every unfinished request waits for a slot again, and keeps its tokens.
+        The content of the KV cache may be wrong, so every unfinished request waits for a slot again. It keeps its
+        tokens.
         """
         self._cached = [None] * self.n_slots
         self._next_deadline = 0.0
@@ -147,7 +153,7 @@ class Engine:
                 self._finish(request, "length")
 
     def _run(self, running: list[Request], began_at: float) -> list[Request]:
-        """Run one batch of tokens of these requests through the model. Return the requests that it gave a token."""
+        """Run one batch of tokens of these requests through the model. Return the requests that got a token."""
         pending = [request.n_tokens - request.n_cached for request in running]
         shares = share_tokens(pending, self._prefill_tokens, self.config.context)
         parts = [(running[place], count) for place, count in shares]
@@ -164,7 +170,7 @@ class Engine:
         return sampled
 
     def _count_step(self, began_at: float, n_sampled: int, n_later: int) -> None:
-        """n_later: how many of the tokens were not the first of their answer, and so followed one of the last step."""
+        """Count a step. n_later: how many of the sampled tokens were not the first token of their answer."""
         now = time.monotonic()
         self.stats.step_s.observe(now - began_at)
         if n_sampled:
@@ -186,7 +192,7 @@ class Engine:
         return late
 
     def _admitted(self) -> list[Request]:
-        """Give a slot to each of the first n_slots requests that has none. Return all of them."""
+        """Give a slot to each of the first n_slots requests that has none. Return the first n_slots requests."""
         first = self._unfinished[: self.n_slots]
         for request in first:
             if request.slot is None:
@@ -195,8 +201,8 @@ class Engine:
         return first
 
     def _admit(self, request: Request, free: list[int]) -> None:
-        """Give a request one of the free slots, with as much of its tokens as any slot holds."""
-        ids = request.prompt + request.tokens  # it has tokens if it ran before an interrupted step
+        """Give a request one of the free slots, with the longest prefix of its tokens that any slot holds."""
+        ids = request.prompt + request.tokens  # a request has tokens if it ran before an interrupted step
         cached = [[] if s is None else (s.prompt + s.tokens)[: s.n_cached] for s in self._cached]
         slot, source, n_cached = choose_slot(ids, cached, sorted(free, key=self._unused_since))
         if source != slot:
@@ -207,7 +213,7 @@ class Engine:
         batch.set_params(slot, request.params)
         batch.seen[slot] = False
         batch.seen[slot, ids] = True
-        batch.seen[slot, self.config.boundary_id] = False  # every prompt begins with it, and the penalty is for text
+        batch.seen[slot, self.config.boundary_id] = False  # every prompt has it: a penalty would delay the end
         if request.admitted_at is None:
             request.admitted_at = time.monotonic()
             request.n_reused = n_cached
@@ -219,7 +225,7 @@ class Engine:
         return 0.0 if request is None else request.finished_at or 0.0
 
     def _fill_batch(self, parts: list[tuple[Request, int]]) -> list[Request]:
-        """Write the parts' tokens into the batch. Return the requests that get a token from it, one per row."""
+        """Write the parts' tokens into the batch. Return the requests that get a token from this batch, one per row."""
         ids: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -241,13 +247,13 @@ class Engine:
         return sampled
 
     def _append(self, request: Request, token: int, logits: np.ndarray) -> bool:
-        """Give a request its new token. Return whether its answer now has a token that follows another."""
+        """Give a request its new token. Return whether the answer has another token before it."""
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
         if token == self.config.boundary_id:
             self._finish(request, "stop")
             return False
-        if request.params.logprobs is not None:  # before its token, so that no other thread sees the token alone
+        if request.params.logprobs is not None:  # before the token: `_recover` deletes one that has no token
             request.logprobs.append(token_logprobs(logits, token, request.params.logprobs))
         request.tokens.append(token)
         self._runner.batch.seen[request.slot, token] = True
@@ -256,9 +262,9 @@ class Engine:
         return len(request.tokens) > 1
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        """Record the end of a request and remove it. Calling it again, also after an interrupted call, is harmless."""
+        """Record the end of a request and remove it. It is safe to call this again, also after an interrupted call."""
         if request.finish_reason is None:
             request.finished_at = time.monotonic()
             request.finish_reason = reason
-        with suppress(ValueError):  # it has been removed
+        with suppress(ValueError):  # it is removed already
             self._unfinished.remove(request)

@@ -1,4 +1,4 @@
-"""Log-probabilities of a chosen token and of the likeliest ones, from the model's own logits."""
+"""Log-probabilities of the chosen token and of the most likely tokens, from the model's own logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tinylm.sampling import TokenLogprobs
 
 
 def token_logprobs(logits: np.ndarray, token: int, n_top: int) -> TokenLogprobs:
-    """Return the log-probability of `token` and the `n_top` likeliest tokens. logits: (vocab,) float32."""
+    """Return the log-probabilities of `token` and of the `n_top` most likely tokens. logits: (vocab,) float32."""
     shifted = logits.astype(np.float64) - float(logits.max())
     logs = shifted - np.log(np.exp(shifted).sum())
     top = np.argsort(-logits, kind="stable")[:n_top]

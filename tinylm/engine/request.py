@@ -1,4 +1,4 @@
-"""One request of the engine: its token ids, its settings, and its progress. Also the checks of a prompt."""
+"""A request of the engine, the immutable snapshots of its progress, and the checks of a prompt."""
 
 from __future__ import annotations
 
@@ -13,9 +13,31 @@ import numpy as np
 from tinylm.sampling import FinishReason, SamplingParams, TokenLogprobs
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a request had at one moment. Times are `time.monotonic()` seconds. Any thread may read it.
+
+    A later snapshot of the same request holds the tokens of all earlier ones.
+    """
+
+    n_prompt_tokens: int  # with the boundary
+    n_reused: int  # how many of these were in the cache
+    tokens: tuple[int, ...]  # the answer so far, without the boundary that ends it
+    logprobs: tuple[TokenLogprobs, ...]  # one per token, if the request asks for them
+    finish_reason: FinishReason | None  # None while the request waits or runs
+    submitted_at: float
+    admitted_at: float | None
+    first_token_at: float | None
+    finished_at: float | None
+
+
 @dataclass(eq=False, slots=True)
 class Request:
-    """One request: its prompt, its answer so far, and its state. Times are `time.monotonic()` seconds."""
+    """One request: its prompt, its answer so far, and its state. Times are `time.monotonic()` seconds.
+
+    Every step changes it, so only the thread that steps the engine may read it, between two steps. Other threads get
+    a `Progress`.
+    """
 
     prompt: list[int]
     params: SamplingParams
@@ -49,9 +71,23 @@ class Request:
         head = self.prompt[self.n_cached : self.n_cached + count]
         return head + self.tokens[: count - len(head)]
 
+    def progress(self) -> Progress:
+        """Return a snapshot."""
+        return Progress(
+            n_prompt_tokens=len(self.prompt),
+            n_reused=self.n_reused,
+            tokens=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            submitted_at=self.submitted_at,
+            admitted_at=self.admitted_at,
+            first_token_at=self.first_token_at,
+            finished_at=self.finished_at,
+        )
+
 
 def whole_ids(ids: Iterable[SupportsIndex]) -> list[int]:
-    """Return token ids, also NumPy's, as Python integers. Raise ValueError that names one that is no whole number."""
+    """Return token ids, also NumPy's, as Python integers. Raise ValueError for an id that is not a whole number."""
     whole = []
     for token in ids:
         try:
@@ -73,7 +109,7 @@ def check_length(n_tokens: int, context: int) -> None:
 
 
 def check_ids(prompt: Sequence[int], vocab_size: int) -> None:
-    """Raise ValueError unless these are tokens of the vocabulary."""
+    """Raise ValueError unless all ids are tokens of the vocabulary."""
     if not all(0 <= token < vocab_size for token in prompt):
         wrong = next(token for token in prompt if not 0 <= token < vocab_size)
         raise ValueError(f"the prompt holds token {wrong}: tokens are 0 to {vocab_size - 1}")

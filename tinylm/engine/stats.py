@@ -1,7 +1,4 @@
-"""Counts that an engine keeps of itself, cheap enough for every step. How they are exported is other modules' business.
-
-One thread writes; others may read at any time, and see counts that are at most one step apart from each other.
-"""
+"""Counts that an engine keeps about itself. They cost little enough for every step."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-# Upper bounds. A step takes 0.4 to 2 ms, a token no less; what is beyond 100 ms is a fault, however far.
+# A step takes 0.4 to 2 ms, and a token takes at least one step. Times above 100 ms are faults.
 STEP_BOUNDS_S = (
     0.0001, 0.0002, 0.0003, 0.0004, 0.0005, 0.0006, 0.0008, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1,
 )  # fmt: skip
@@ -21,7 +18,7 @@ class Histogram:
     """How many values fell into each bucket, as Prometheus counts them, and the exact sum of all values."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        """bounds: the buckets' upper bounds, ascending, each part of its bucket; one more bucket takes the rest."""
+        """bounds: the buckets' inclusive upper bounds, ascending. One more bucket takes the values above all bounds."""
         self.bounds = tuple(bounds)
         self.sum = 0.0
         self._counts = [0] * (len(self.bounds) + 1)
@@ -31,20 +28,24 @@ class Histogram:
         self.sum += value * times
 
     def counts(self) -> list[int]:
-        """How many values are in each bucket, the last of which is beyond all bounds."""
+        """Return how many values are in each bucket."""
         return self._counts.copy()
 
     def cumulative(self) -> list[int]:
-        """How many values were at most each bound; the last number is that of all values."""
-        return list(accumulate(self._counts.copy()))
+        """Return how many values were at most each bound. The last number counts all values."""
+        return list(accumulate(self.counts()))
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """What an engine has done since it was made."""
+    """What an engine has done since its creation.
+
+    Threads: only the thread that steps the engine writes. Other threads may read at any time. Each number is right, but
+    two numbers may belong to two successive steps.
+    """
 
     step_s: Histogram = field(default_factory=lambda: Histogram(STEP_BOUNDS_S))  # of every step
-    batch_size: Histogram = field(default_factory=lambda: Histogram(BATCH_BOUNDS))  # sequences that a step gave a token
-    inter_token_s: Histogram = field(default_factory=lambda: Histogram(STEP_BOUNDS_S))  # from a token to the next
-    n_prompt_tokens: int = 0  # of sequences that were admitted
-    n_reused_tokens: int = 0  # those of them whose keys and values were there already
+    batch_size: Histogram = field(default_factory=lambda: Histogram(BATCH_BOUNDS))  # requests that a step gave a token
+    inter_token_s: Histogram = field(default_factory=lambda: Histogram(STEP_BOUNDS_S))  # from each token to the next
+    n_prompt_tokens: int = 0  # of admitted requests
+    n_reused_tokens: int = 0  # the part of these that was in the cache

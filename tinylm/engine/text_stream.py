@@ -1,6 +1,6 @@
-"""Tokens into text as they come: whole characters only, and nothing that a stop string may still take back.
+"""Turn tokens into text as they come. Hold back incomplete characters and text that can begin a stop string.
 
-However tokens are cut, the pieces joined are the whole text, ended before the first stop string.
+The pieces joined are the text before the first stop string, however the tokens are grouped.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tinylm.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Feed token ids with `push`, take the text that is certain; `stopped` tells that a stop string has been met."""
+    """Takes token ids by `push` and returns the text that is certain. `stopped`: a stop string has ended the text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
@@ -22,27 +22,28 @@ class TextStream:
         self.stopped = False
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that has become certain with these tokens; '' once stopped."""
+        """Return the text that these tokens make certain. Return "" after a stop string."""
         return self._release(self._decoder.decode(self._tokenizer.decode_bytes(tokens)), final=False)
 
     def finish(self) -> str:
-        """The text that was held back when the tokens end; bytes of an unfinished character become U+FFFD."""
+        """Return the text that was held back. Replace the bytes of an unfinished character by U+FFFD."""
         return self._release(self._decoder.decode(b"", final=True), final=True)
 
     def _release(self, text: str, final: bool) -> str:
         if self.stopped:
             return ""
         self._held += text
-        if match := earliest_stop(self._held, self._stop):
+        end = _end_before_stop(self._held, self._stop)
+        if end is not None:
             self.stopped = True
-            certain, self._held = self._held[: match[0]], ""
+            certain, self._held = self._held[:end], ""
             return certain
         keep = 0 if final else self._could_begin_stop()
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return certain
 
     def _could_begin_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Return the length of the longest end of the held text that is the beginning of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):
@@ -50,13 +51,10 @@ class TextStream:
         return 0
 
 
-def earliest_stop(text: str, stop: Sequence[str]) -> tuple[int, int] | None:
-    """Start and end of the stop string that is complete first (of several, the one that began first), or None.
+def _end_before_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the stop string begins that is complete first, or None. Of several, take the one that begins first.
 
-    ('a END b STOP', ['STOP', 'END']) -> (2, 5)
+    ('a END b STOP', ['STOP', 'END']) -> 2
     """
     found = [(start + len(s), start) for s in stop if (start := text.find(s)) >= 0]
-    if not found:
-        return None
-    end, start = min(found)
-    return start, end
+    return min(found)[1] if found else None

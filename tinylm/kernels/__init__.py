@@ -1,6 +1,6 @@
-"""The transformer's arithmetic on arrays: one implementation to read (`numpy`) and one to serve with (`numba`).
+"""The transformer's arithmetic on arrays: a readable implementation (`numpy`) and a fast one (`numba`).
 
-`protocol` lists the functions that both have. This module imports neither, so that it loads without NumPy.
+`protocol` lists the functions that both have. This module imports neither of them, so that it loads without NumPy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def choose(name: str, precision: str, quantized: bool) -> tuple[Kernels[Any, Any
 
     quantized: whether the model's weights are int8; they are float32 otherwise. "auto" means numba with int8 arithmetic
     if Numba works here and the weights are int8, and numpy with float32 arithmetic otherwise.
-    Raise ValueError for an unknown name or precision, and for one that such weights don't allow.
+    Raise ValueError for an unknown name or precision, or if these weights don't allow it.
     """
     for field, value, allowed in (("kernels", name, KernelName), ("precision", precision, Precision)):
         if value not in get_args(allowed):

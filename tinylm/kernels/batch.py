@@ -1,7 +1,6 @@
 """The input and output arrays of one step: what the engine gives to the kernels, and what they give back.
 
-The engine writes the inputs. The kernels read them and write `logits` and `chosen`. The arrays are allocated once, and
-every step reuses them.
+The engine writes the inputs. The kernels read them and write `logits` and `chosen`. Every step uses the same arrays.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import numpy as np
 from tinylm.config import ModelConfig
 from tinylm.sampling import SamplingParams
 
-COLUMNS = 64  # the width of `logits` is a multiple of this: compiled kernels write 64 logits at a time
+COLUMNS = 64  # the width of `logits` is a multiple of this, since compiled kernels write 64 logits at a time
 
 
 class Batch(NamedTuple):
-    """Room for T tokens and R rows of logits of any sequences, and for the settings of the S slots of a KV cache.
+    """Arrays for T tokens and R rows of logits, and for the settings of the S slots of a KV cache.
 
     The tokens of one sequence stand next to each other, in order. A step uses the first n_tokens and n_rows entries.
     """
@@ -28,7 +27,7 @@ class Batch(NamedTuple):
     rows: np.ndarray  # (R,) int64: the indices of the tokens that need logits
     logits: np.ndarray  # (R, vocab rounded up to COLUMNS) float32: an output of `forward`
     uniforms: np.ndarray  # (R,) float64 in [0, 1): the random number that selects each row's token
-    chosen: np.ndarray  # (R,) int64: an output of `sample`, one token id a row
+    chosen: np.ndarray  # (R,) int64: an output of `sample`, one token id per row
     temperature: np.ndarray  # (S,) float64: like the arrays below, the setting of the slot's sequence
     top_p: np.ndarray  # (S,) float64
     min_p: np.ndarray  # (S,) float64

@@ -1,6 +1,6 @@
 """Limit the threads of NumPy's matrix library (BLAS) while a function runs.
 
-The number of BLAS threads belongs to the process, so all callers in a process share this module's bookkeeping.
+The number of BLAS threads belongs to the process, so this module keeps the limits of all threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from threadpoolctl import ThreadpoolController
 T = TypeVar("T")
 
 _lock = threading.Lock()
-_limits: dict[int, int] = {}  # thread id -> the limit that this thread asked for
+_limits: dict[int, int] = {}  # thread id -> the limit that this thread needs
 _before: list[tuple[Any, int]] = []  # each library, and its number of threads before the first limit
 
 
@@ -55,8 +55,8 @@ def _leave() -> None:
 def _apply(limit: int | None) -> None:
     """Set the limit in all libraries; None restores the numbers from before."""
     for library, n_before in _before:
-        # Since threadpoolctl 3.8, the thread that first limits OpenBLAS is in control, and all others have no effect
-        # until that thread ends. Here any thread may be the last one, which must restore the number.
+        # Since threadpoolctl 3.8, only the thread that first limited OpenBLAS can change the number until that thread
+        # ends. Here any thread may be the last one, which must restore the number.
         release = getattr(library, "clear_controlling_thread", _nothing)
         release(force=True)
         library.set_num_threads(n_before if limit is None else limit)

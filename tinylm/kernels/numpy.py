@@ -1,7 +1,7 @@
-"""The transformer's arithmetic in plain NumPy: the reference that the compiled kernels must equal.
+"""The transformer's arithmetic in plain NumPy: the reference for the compiled kernels.
 
-Weights are held as float32, since NumPy multiplies integer matrices slowly. Precision "int8" rounds where the compiled
-kernels round, to 8-bit numbers held as float32. Precision "float32" rounds nothing.
+Weights are float32, since NumPy multiplies integer matrices slowly. Precision "int8" rounds where the compiled kernels
+round, to whole numbers that are stored as float32. Precision "float32" rounds nothing.
 
 Shapes: T tokens and R rows of a batch, L tokens of one sequence.
 """
@@ -21,11 +21,11 @@ from tinylm.weights import QuantizedMatrix, Tensor
 
 GELU_CUBIC = np.float32(0.044715)
 GELU_SCALE = np.float32(np.sqrt(2 / np.pi))
-LEAST_TEMPERATURE = 1e-30  # a lower temperature draws like this one
+LEAST_TEMPERATURE = 1e-30  # a lower temperature gives the same tokens
 
 
 class Matrix(NamedTuple):
-    """A matrix of weights, which is values * scale[:, None]."""
+    """A matrix of weights: values * scale[:, None]."""
 
     values: np.ndarray  # (out, in) float32
     scale: np.ndarray  # (out,) float32
@@ -55,13 +55,13 @@ class Weights(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all slots. The system provides the memory of a slot when it is first used."""
+    """Keys and values of all slots. The operating system allocates a slot's memory when the slot is first used."""
 
     keys: np.ndarray  # (layers, slots, heads, context, head_dim) float32
     values: np.ndarray  # (layers, slots, heads, context, head_dim) float32
 
 
-# --- made once
+# --- preparation
 
 
 def describe() -> str:
@@ -132,7 +132,7 @@ def copy_prefix(cache: KVCache, source: int, target: int, n: int) -> None:
 
 
 def measure_peak() -> float:
-    """Measure how many float32 multiply-adds one core does per second of CPU time at most, in a large matmul."""
+    """Return the most float32 multiply-adds that one core does per CPU second, measured on a large matmul."""
     a = np.ones((768, 768), np.float32)
     best = 0.0
     for _ in range(10):
@@ -158,8 +158,8 @@ def forward(weights: Weights, cache: KVCache, scratch: None, batch: Batch, n_tok
     """Run the batch's tokens through the model, and write the logits of its rows to batch.logits."""
     config, rounds = weights.config, weights.rounds
     ids, slots, positions = batch.ids[:n_tokens], batch.slots[:n_tokens], batch.positions[:n_tokens]  # (T,) each
-    starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]])  # a sequence's tokens stand next to each other
-    chunks = list(zip(starts, np.r_[starts[1:], n_tokens], strict=True))
+    starts = [t for t in range(n_tokens) if t == 0 or slots[t] != slots[t - 1]]  # the first token of each sequence
+    chunks = list(zip(starts, [*starts[1:], n_tokens], strict=True))
     cos, sin = weights.cos[positions], weights.sin[positions]  # (T, head_dim)
     x = weights.embedding.values[ids] * weights.embedding.scale[ids, None]  # (T, hidden)
     attended = np.empty((n_tokens, config.n_heads, config.head_dim), np.float32)
@@ -178,8 +178,8 @@ def forward(weights: Weights, cache: KVCache, scratch: None, batch: Batch, n_tok
         x = x + linear(attended.reshape(n_tokens, -1), layer.out, rounds)
         hidden = gelu(linear(rms_norm(x, layer.mlp_norm, config.norm_eps), layer.up, rounds))  # (T, mlp)
         x = x + linear(hidden, layer.down, rounds)
-    last = rms_norm(x[batch.rows[:n_rows]], weights.norm, config.norm_eps)  # (R, hidden)
-    batch.logits[:n_rows, : config.vocab_size] = linear(last, weights.embedding, rounds)  # (R, vocab)
+    final = rms_norm(x[batch.rows[:n_rows]], weights.norm, config.norm_eps)  # (R, hidden)
+    batch.logits[:n_rows, : config.vocab_size] = linear(final, weights.embedding, rounds)  # (R, vocab)
 
 
 def round_to_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -249,50 +249,52 @@ def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray
 def sample(scratch: None, batch: Batch, n_rows: int) -> None:
     """Choose one token for each row of batch.logits and write it to batch.chosen.
 
-    Apply in turn repetition penalty, temperature, top_k, top_p and min_p, each to what the previous one left. Then take
-    the first token, in the order of their ids, at which the sum of the probabilities exceeds the row's uniform number.
-    Temperature 0 takes the likeliest token instead, and of equal ones the lowest id.
+    Apply in turn repetition penalty, temperature, top_k, top_p and min_p, each to the result of the previous one. Then
+    choose the first token, in the order of ids, at which the sum of the weights exceeds the row's uniform number times
+    their total. Temperature 0 chooses the most likely token, and the lowest id of equal ones.
     """
-    slots = batch.slots[batch.rows[:n_rows]]  # (R,)
-    scores = batch.logits[:n_rows, : batch.seen.shape[1]]  # (R, vocab)
-    scores = penalize(scores, batch.seen[slots], batch.penalty[slots, None])
-    temperature = batch.temperature[slots]  # (R,)
-    shifted = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)  # (R, vocab)
-    weights = np.exp(shifted / np.maximum(temperature, LEAST_TEMPERATURE)[:, None])  # (R, vocab): the likeliest has 1
-    weights = keep(weights, batch.top_k[slots], batch.top_p[slots], batch.min_p[slots])
-    cumulative = np.cumsum(weights, axis=1)  # (R, vocab)
-    drawn = (cumulative <= (batch.uniforms[:n_rows] * cumulative[:, -1])[:, None]).sum(axis=1)  # (R,)
-    batch.chosen[:n_rows] = np.where(temperature == 0, scores.argmax(axis=1), drawn)
+    for row in range(n_rows):
+        slot = batch.slots[batch.rows[row]]
+        scores = batch.logits[row, : batch.seen.shape[1]]  # (vocab,)
+        scores = penalize(scores, batch.seen[slot], batch.penalty[slot])
+        if batch.temperature[slot] == 0:
+            batch.chosen[row] = scores.argmax()
+            continue
+        shifted = scores.astype(np.float64) - scores.max()
+        weights = np.exp(shifted / max(batch.temperature[slot], LEAST_TEMPERATURE))  # the most likely token has 1
+        weights = keep(weights, batch.top_k[slot], batch.top_p[slot], batch.min_p[slot])
+        cumulative = np.cumsum(weights)
+        batch.chosen[row] = np.searchsorted(cumulative, batch.uniforms[row] * cumulative[-1], side="right")
 
 
-def penalize(scores: np.ndarray, seen: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+def penalize(scores: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """Divide the positive scores of seen tokens by the penalty, multiply the negative ones (Keskar et al. 2019).
 
-    scores (R, vocab), seen (R, vocab) bool, penalty (R, 1). Return the new scores (R, vocab).
+    scores (vocab,), seen (vocab,) bool. Return the new scores (vocab,).
     """
-    penalty = penalty.astype(np.float32)
-    return np.where(seen, np.where(scores > 0, scores / penalty, scores * penalty), scores)
+    factor = np.float32(penalty)
+    return np.where(seen, np.where(scores > 0, scores / factor, scores * factor), scores)
 
 
-def keep(weights: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray) -> np.ndarray:
-    """Return the weights (R, vocab), with zeros for the tokens that the settings (R,) leave out.
+def keep(weights: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """Return the weights (vocab,), with zeros for the tokens that the settings remove.
 
-    The likeliest token of each row has weight 1. Of equal tokens the lower ids are kept.
-    top_k: keep this many of the likeliest tokens; 0 keeps all.
-    top_p: keep the fewest of the likeliest tokens whose share is at least this (Holtzman et al. 2019).
-    min_p: keep the tokens at least this share as likely as the likeliest (Nguyen et al. 2024).
+    The most likely token has weight 1. Of equal tokens the lower ids are kept.
+    top_k: keep this many of the most likely tokens; 0 keeps all.
+    top_p: keep the fewest of the most likely tokens whose share is at least this (Holtzman et al. 2019).
+    min_p: keep the tokens with at least this weight (Nguyen et al. 2024).
     """
-    order = np.argsort(-weights, axis=1, kind="stable")  # (R, vocab): token ids, the likeliest first
-    ranked = np.take_along_axis(weights, order, axis=1)  # (R, vocab)
-    rank = np.arange(weights.shape[1])  # (vocab,)
-    ranked[(top_k > 0)[:, None] & (rank >= top_k[:, None])] = 0
-    reached = np.cumsum(ranked, axis=1)  # (R, vocab): by the tokens up to each rank
-    before = np.pad(reached[:, :-1], ((0, 0), (1, 0)))  # (R, vocab): by the tokens before each rank
-    wanted = top_p * reached[:, -1]  # (R,)
-    ranked[(top_p < 1)[:, None] & (before >= wanted[:, None])] = 0
-    ranked[ranked < min_p[:, None]] = 0
-    kept = np.empty_like(weights)  # (R, vocab)
-    np.put_along_axis(kept, order, ranked, axis=1)
+    order = np.argsort(-weights, kind="stable")  # (vocab,): token ids, the most likely first
+    ranked = weights[order]  # (vocab,): descending
+    if top_k > 0:
+        ranked[top_k:] = 0
+    if top_p < 1:
+        cumulative = np.cumsum(ranked)
+        n_below = np.searchsorted(cumulative, top_p * cumulative[-1])  # how many leading sums are too small
+        ranked[n_below + 1 :] = 0
+    ranked[ranked < min_p] = 0
+    kept = np.empty_like(weights)
+    kept[order] = ranked
     return kept
 
 

@@ -34,7 +34,7 @@ class Kernels(Protocol[Weights, Cache, Scratch]):
         """Allocate the intermediate results of a step of at most `n_tokens` tokens and `n_rows` rows."""
 
     def warm_up(self, weights: Weights, cache: Cache, scratch: Scratch, batch: Batch) -> Callable[[int, int], None]:
-        """Do what would make the first step slow. Return `step` for these arrays: (n_tokens, n_rows) -> None."""
+        """Compile or load what `step` needs. Return `step` for these arrays: (n_tokens, n_rows) -> None."""
 
     def forward(
         self, weights: Weights, cache: Cache, scratch: Scratch, batch: Batch, n_tokens: int, n_rows: int
@@ -60,4 +60,4 @@ class Kernels(Protocol[Weights, Cache, Scratch]):
         """Return how many bytes of weights one step reads."""
 
     def measure_peak(self) -> float:
-        """Measure how many multiply-adds one core does per second of CPU time at most."""
+        """Return the most multiply-adds that one core does per CPU second, as measured now."""

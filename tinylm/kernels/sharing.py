@@ -1,7 +1,7 @@
-"""One copy of an array in memory for all processes of a user, such as the packed weights of four replicas.
+"""Keep one copy of an array in memory for all processes of a user: a file that they map.
 
-Each replica reads all 8 MB of weights at every step. Separate copies evict each other from the processor's caches. One
-copy does not. The copy is a file that all processes map.
+Each of four replicas reads all 8 MB of weights in every step. Separate copies would evict each other from the
+processor's caches.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 def shared(array: np.ndarray) -> np.ndarray:
-    """Return the array (n,) mapped from a file that other processes map too. Return `array` where that is impossible.
+    """Return the array (n,) mapped from a file that other processes map too, or `array` if that is impossible.
 
-    The first process writes the file, to a directory of the user below the system's directory for temporary files. The
-    file's name is a hash of its content, and its content is compared with the array. It may be deleted at any time.
-    Writing to the returned array changes no other process's array.
+    The first process writes the file to the user's directory below the system's directory for temporary files. The
+    file's name is a hash of its content, and this function compares its content with the array. The file may be deleted
+    at any time. Writing to the returned array does not change the arrays of other processes.
     """
     data = array.data.cast("B")
     try:
@@ -41,7 +41,7 @@ def shared(array: np.ndarray) -> np.ndarray:
 
 
 def _mapped(path: Path) -> mmap.mmap | None:
-    """Return the content of a file, mapped into memory; None when there is no such file or it is empty."""
+    """Return the content of a file, mapped into memory. Return None if the file is missing or empty."""
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

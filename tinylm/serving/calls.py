@@ -15,9 +15,10 @@ from typing import Any
 
 import grpc
 
-from tinylm.engine import EngineFull, Request
-from tinylm.engine.async_engine import EngineDied
+from tinylm.engine import EngineFull
+from tinylm.engine.async_engine import EngineDied, Listener
 from tinylm.engine.completion import Completion
+from tinylm.engine.request import Progress
 
 logger = logging.getLogger("ray.serve")
 _ENDINGS = ("stop", "length", "timeout")  # a call with several answers takes the last of these
@@ -43,18 +44,24 @@ class Refused(Exception):
 class Answer:
     """One text of a call. It exists once the engine has accepted its request."""
 
-    request: Request
+    listener: Listener
     completion: Completion | None = None  # set when the answer is complete
     index: int = 0  # among the answers to the same prompt; only answer 0 counts the prompt's tokens
 
     @property
+    def progress(self) -> Progress:
+        """Return the last snapshot of the request. It is at most one interval of the stream old, 40 ms by default."""
+        assert self.listener.progress is not None  # the engine took the request
+        return self.listener.progress
+
+    @property
     def n_prompt_tokens(self) -> int:
-        return len(self.request.prompt) if self.index == 0 else 0
+        return self.progress.n_prompt_tokens if self.index == 0 else 0
 
     @property
     def n_tokens(self) -> int:
         """Return how many tokens the answer has, also if it is incomplete."""
-        return len(self.request.tokens if self.completion is None else self.completion.token_ids)
+        return len(self.progress.tokens if self.completion is None else self.completion.token_ids)
 
 
 @dataclass(slots=True)

@@ -177,15 +177,15 @@ class ServiceMetrics:
 
     def _observe_times(self, call: Call) -> None:
         """Observe times since the call's arrival, which the engine does not know. Several answers count as one."""
-        first_tokens = [a.request.first_token_at for a in call.answers if a.request.first_token_at is not None]
+        first_tokens = [a.progress.first_token_at for a in call.answers if a.progress.first_token_at is not None]
         if first_tokens:
             self._first_token_s.observe(min(first_tokens) - call.began_at)
         is_answered = len(call.completions) == call.n_expected
         if is_answered:
-            ends = [a.request.submitted_at + a.completion.total_s for a in call.answers if a.completion is not None]
+            ends = [a.progress.submitted_at + a.completion.total_s for a in call.answers if a.completion is not None]
             self.latency_s.observe(max(ends) - call.began_at)
         if is_answered or call.status is grpc.StatusCode.CANCELLED:
-            admitted = [a.request.admitted_at for a in call.answers if a.request.admitted_at is not None]
+            admitted = [a.progress.admitted_at for a in call.answers if a.progress.admitted_at is not None]
             self._queue_s.observe(min(admitted, default=time.monotonic()) - call.began_at)
 
     def _add(self, metric: Metric, value: str = "", amount: int = 1) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from tinylm.engine import Engine, check_ids, check_length
-from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine, EngineDied
+from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine, EngineDied, Listener
 from tinylm.engine.completion import Completion, CompletionBuilder
 from tinylm.kernels import KernelName, Precision
 from tinylm.llm import load
@@ -114,18 +114,19 @@ class Service:
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
             call.prompt = text if call.prompt is None or index > 0 else f"{call.prompt}\n{text}"
         answer: Answer | None = None
+        listener, builder = Listener(every_s), CompletionBuilder(self.tokenizer, params)
         n_sent = 0
-        async with aclosing(self.engine.generate(ids, params, timeout_s, every_s)) as updates:
-            async for request in updates:
+        async with aclosing(self.engine.generate(ids, params, timeout_s, listener)) as updates:
+            async for progress in updates:
                 if answer is None:
-                    builder, answer = CompletionBuilder(request, self.tokenizer), Answer(request, index=index)
+                    answer = Answer(listener, index=index)
                     call.answers.append(answer)
-                text = builder.take()
+                text = builder.take(progress)
                 answer.completion = builder.completion
                 if text or builder.completion is not None:
                     new = slice(n_sent, builder.n_taken)
                     n_sent = builder.n_taken
-                    yield Delta(text, request.tokens[new], request.logprobs[new], builder.completion)
+                    yield Delta(text, list(progress.tokens[new]), list(progress.logprobs[new]), builder.completion)
                 if builder.completion is not None:
                     return
 

@@ -1,4 +1,4 @@
-"""Which kernels and which precision a model gets."""
+"""Which kernels and which precision a model uses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_auto_chooses_the_fastest(choice, quantized, chosen):
 
 
 def test_a_model_names_its_kernels_instructions_and_precision(tiny_config, tiny_quantized):
-    """`tinylm info` and the service show this. Slow instructions would stay unnoticed otherwise."""
+    """`tinylm info` and the service show this, so that a user notices slow instructions."""
     for kernels, precision in SETTINGS:
         words = Model(tiny_config, tiny_quantized, kernels, precision).arithmetic.split(", ")
         assert words == ([kernels, dot_product(), precision] if kernels == "numba" else [kernels, precision])
@@ -70,7 +70,7 @@ except ValueError as error:
 
 
 def test_without_numba_the_numpy_kernels_serve(stories_dir, greedy):
-    """The log says so once."""
+    """The log warns once."""
     out, err = outcome(start_python(WITHOUT_NUMBA))
     arithmetic, text, *error = out.splitlines()
     assert arithmetic == "numpy, float32"

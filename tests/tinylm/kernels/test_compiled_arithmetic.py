@@ -1,4 +1,4 @@
-"""The compiled kernels compute what the reference computes, and give a sequence the same bits in every batch."""
+"""The compiled kernels equal the reference, and give a sequence the same bits in every batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES = st.builds(
     context=st.integers(16, 64),
     norm_eps=st.sampled_from([1e-5, 1e-2]),
 )
-# Sizes next to those of compiled code: 4 inputs of a dot product, 16 lanes of a vector, 64 rows of a tile.
+# Sizes near those of compiled code: 4 inputs of a dot product, 16 lanes of a vector, 64 rows of a tile.
 EDGES = [
     ModelConfig(vocab_size, heads * head_dim, layers, heads, mlp_size, context, boundary_id=0)
     for heads, head_dim, mlp_size, vocab_size, layers, context in [
@@ -47,7 +47,7 @@ EDGES = [
 
 
 class Plan:
-    """Random sequences, one in each slot. A part of each is in the cache, and one batch takes the rest."""
+    """Random sequences, one per slot. The cache holds a part of each, and one batch computes the rest."""
 
     def __init__(self, config, seed, n_slots=12):
         rng = np.random.default_rng(seed)
@@ -72,24 +72,24 @@ class Plan:
 # --- equal to the reference
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(SHAPES, SEEDS)
 def test_float32_logits_equal_the_reference(config, seed):
-    """For any shape, with prompts, continued prompts and decoding in one batch, up to float32's rounding."""
+    """For any shape, with prompts, continued prompts and decoding in one batch."""
     tensors, plan = random_tensors(config, seed), Plan(config, seed)
     expected = plan.run(Model(config, tensors, "numpy", "float32"))
     actual = plan.run(Model(config, tensors, "numba", "float32"))
     assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(SHAPES, SEEDS)
 def test_int8_logits_equal_the_reference(config, seed):
-    """A number next to a half may be rounded up by one kernel and down by the other: few rows differ, by one step.
+    """One kernel may round a number near a half up, and the other down. So a few rows differ a little.
 
-    Different rounding (a scale per head instead of per token, or of another number) changes every row by 0.01 of the
-    logits' scale or more, so that no row would be within 0.0001. A wrong row differs by 1.4. In 1500 models a row
-    differed by 0.08 at most. Within 0.0001 were at least 2 of 3 rows with one layer, and 1 of 6 with three.
+    Another way to round (a scale per head instead of per token) changes every row by at least 0.01 of the logits'
+    scale. A wrong row differs by 1.4. In 1500 models, no row differed by more than 0.08, and 2 of 3 rows (with three
+    layers 1 of 6) differed by less than 0.0001.
     """
     tensors, plan = random_tensors(config, seed), Plan(config, seed)
     expected = plan.run(Model(config, tensors, "numpy", "int8"))
@@ -99,10 +99,9 @@ def test_int8_logits_equal_the_reference(config, seed):
 
 
 @pytest.mark.parametrize("config", EDGES, ids=lambda c: f"{c.n_heads}x{c.head_dim}-{c.mlp_size}-{c.vocab_size}")
-def test_padding_never_leaks_into_a_result(config):
-    """It would where a size just exceeds that of a register or tile."""
+def test_padding_never_changes_a_result(config):
     errors = []
-    for seed in range(4):
+    for seed in range(3):
         tensors, plan = random_tensors(config, seed), Plan(config, seed)
         exact, exact_too, rounded, rounded_too = (
             plan.run(Model(config, tensors, kernels, precision))
@@ -115,32 +114,14 @@ def test_padding_never_leaks_into_a_result(config):
     assert max(errors) < 0.2
 
 
-def test_all_positions_are_rounded_alike():
-    """The median error of 31 models at each of 64 positions: a fault in one block or lane shows."""
-    config = ModelConfig(vocab_size=90, hidden_size=36, n_layers=1, n_heads=2, mlp_size=50, context=64)
-    errors = []
-    for seed in range(31):
-        tensors, ids = random_tensors(config, seed), np.random.default_rng(seed).integers(0, 90, 64).tolist()
-        numpy, numba = (logits_of(Model(config, tensors, kernels, "int8"), ids) for kernels in ("numpy", "numba"))
-        errors.append(row_errors(numba, numpy))
-    assert np.median(errors, axis=0).max() < 1e-3
-
-
-@pytest.mark.parametrize(("layers", "equal_rows"), [(1, 0.4), (16, 0.0)])
-def test_real_shape_differs_by_less_than_rounding_does(layers, equal_rows):
-    """After one layer most rows are equal. Through 16 layers, one number rounded differently changes others.
-
-    Then the kernels differ like two ways to round, by less than the few percent that rounding itself changes.
-    """
-    config = ModelConfig(n_layers=layers)
+def test_one_layer_of_the_real_shape_equals_the_reference():
+    """At all 256 positions of the context, most rows are equal."""
+    config = ModelConfig(n_layers=1)
     tensors, ids = random_tensors(config, seed=1), np.random.default_rng(1).integers(0, 4096, 256).tolist()
-    numpy, numba, exact = (
-        logits_of(Model(config, tensors, *choice), ids)
-        for choice in (("numpy", "int8"), ("numba", "int8"), ("numba", "float32"))
-    )
-    errors, of_rounding = row_errors(numba, numpy), row_errors(exact, numpy)
-    assert np.mean(errors < 1e-3) >= equal_rows
-    assert np.sqrt(np.mean(errors**2)) < np.sqrt(np.mean(of_rounding**2)) < 0.1
+    numpy, numba = (logits_of(Model(config, tensors, kernels, "int8"), ids) for kernels in ("numpy", "numba"))
+    errors = row_errors(numba, numpy)
+    assert np.mean(errors < 1e-3) >= 0.4
+    assert errors.max() < 0.2
 
 
 def test_rounding_costs_less_than_003_bits_a_token(stories_dir):
@@ -159,7 +140,7 @@ def test_rounding_costs_less_than_003_bits_a_token(stories_dir):
         nats = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(ids) - 1), ids[1:]]
         costs[choice] = nats.mean() / np.log(2)
     exact = costs["numpy", "float32"]
-    assert exact < 4, "the model does not know such stories, and rounding noise would cost nothing"
+    assert exact < 4, "the model does not know such stories"
     assert abs(costs["numba", "float32"] - exact) < 1e-4
     for kernels in ("numba", "numpy"):
         assert abs(costs[kernels, "int8"] - exact) < 0.03, costs
@@ -169,10 +150,10 @@ def test_rounding_costs_less_than_003_bits_a_token(stories_dir):
 
 
 @pytest.mark.parametrize("precision", ["int8", "float32"])
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(SHAPES, SEEDS)
 def test_batch_and_chunks_never_change_a_bit(precision, config, seed):
-    """A user's answer must not depend on other requests, or on how a prompt was cut into steps."""
+    """An answer must not depend on other requests, or on how the steps divide a prompt."""
     model, plan = Model(config, random_tensors(config, seed), "numba", precision), Plan(config, seed, n_slots=16)
     rng = np.random.default_rng(seed)
     runner = ModelRunner(model, 16, sum(map(len, plan.ids)), sum(map(len, plan.ids)))
@@ -191,10 +172,9 @@ def test_batch_and_chunks_never_change_a_bit(precision, config, seed):
         np.testing.assert_array_equal(np.array(ours), logits_of(model, ids.tolist()))
 
 
-@pytest.mark.parametrize("precision", ["int8", "float32"])
-def test_real_model_has_the_same_bits_in_a_batch(stories_dir, precision):
+def test_the_real_model_has_the_same_bits_in_a_batch(stories_dir):
     """The last tokens of 14 prompts of up to 256 tokens, together and each alone."""
-    llm = LLM(stories_dir, kernels="numba", precision=precision)
+    llm = LLM(stories_dir, kernels="numba", precision="int8")
     rng = np.random.default_rng(3)
     sequences = [rng.integers(0, 4096, n).tolist() for n in (1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 100, 128, 200, 256)]
     runner = ModelRunner(llm.model, 14, sum(map(len, sequences)), 14)
@@ -207,7 +187,7 @@ def test_real_model_has_the_same_bits_in_a_batch(stories_dir, precision):
 
 
 def test_threads_do_not_disturb_each_other(tiny_config, tiny_quantized):
-    """Compiled code runs without the GIL, so that two engines of one model compute at the same time."""
+    """Compiled code releases the GIL, so that two engines of one model compute at the same time."""
     model = Model(tiny_config, tiny_quantized, "numba", "int8")
     sequences = np.random.default_rng(4).integers(0, 4096, (8, 64)).tolist()
     expected = [logits_of(model, ids) for ids in sequences]
@@ -216,14 +196,13 @@ def test_threads_do_not_disturb_each_other(tiny_config, tiny_quantized):
             np.testing.assert_array_equal(logits, expected[i % 8])
 
 
-# --- what the cache holds
+# --- the cache
 
 
 @pytest.mark.parametrize("choice", SETTINGS, ids="-".join)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(SHAPES, SEEDS, st.data())
 def test_a_copied_prefix_continues_like_the_original(choice, config, seed, data):
-    """A slot that copied a prefix computes what its source computes, and no other slot changes."""
     rng = np.random.default_rng(seed)
     model = Model(config, random_tensors(config, seed), *choice)
     original, other = (rng.integers(0, config.vocab_size, config.context) for _ in range(2))
@@ -251,10 +230,10 @@ def test_a_copied_prefix_continues_like_the_original(choice, config, seed, data)
 
 
 @pytest.mark.parametrize("choice", SETTINGS, ids="-".join)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(SHAPES, SEEDS)
 def test_leftovers_in_cache_and_scratch_never_change_a_bit(choice, config, seed):
-    """Keys and values a thousand times as large, in every slot and beyond the end of every sequence."""
+    """The leftovers are a thousand times as large, in every slot and behind the end of every sequence."""
     tensors, rng = random_tensors(config, seed), np.random.default_rng(seed)
     model = Model(config, tensors, *choice)
     loud = {name: 1000 * t if name.endswith("layernorm.weight") else t for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""How machine code is kept on disk, in real processes and with a real file system."""
+"""The cache of machine code on disk, with real processes and files."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
 from helpers.kernels import ROOT, outcome, start_python
 
 from tinylm import LLM
@@ -34,7 +33,7 @@ if __name__ == "__main__":
 
 
 def module_beside(directory: Path, factor: int = 2) -> Path:
-    """Write the module, unless it is there. Numba compares its time of modification."""
+    """Write the module unless it exists. Numba compares the time of modification."""
     module, code = directory.parent / "kept.py", MODULE.replace("FACTOR = 2", f"FACTOR = {factor}")
     if not module.exists() or module.read_text() != code:
         module.write_text(code)
@@ -42,14 +41,14 @@ def module_beside(directory: Path, factor: int = 2) -> Path:
 
 
 def run(directory: Path, limit: int = 0, factor: int = 2, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Compile a small function with its cache in `directory`. limit: the most bytes of a file, 0 for any number."""
+    """Compile a small function with its cache in `directory`. limit: the most bytes of a file, or 0 for no limit."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(directory), **variables}
     command = [sys.executable, str(module_beside(directory, factor)), str(limit)]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
 
 
 def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
-    module_beside(tmp_path / "cache")  # before the first process, so that none of them changes it
+    module_beside(tmp_path / "cache")  # before the processes start, so that none of them writes it
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(run, [tmp_path / "cache"] * 4))
     assert sorted(result.stdout for result in results) == ["8 10 0\n", *["8 10 1\n"] * 3]
@@ -78,12 +77,12 @@ def test_no_writable_directory_is_reported_once(tmp_path: Path) -> None:
     assert str(tmp_path / "__pycache__") in result.stderr
 
 
-@pytest.mark.parametrize(("ending", "keep"), [("nbi", 0), ("nbc", -10)])
-def test_damaged_file_is_replaced(tmp_path: Path, ending: str, keep: int) -> None:
+def test_damaged_files_are_replaced(tmp_path: Path) -> None:
     run(tmp_path / "cache")
-    for path in (tmp_path / "cache").rglob(f"*.{ending}"):
-        path.write_bytes(path.read_bytes()[:keep])
-    assert run(tmp_path / "cache").stderr == ""
+    for ending, keep in [("nbi", 0), ("nbc", -10)]:
+        for path in (tmp_path / "cache").rglob(f"*.{ending}"):
+            path.write_bytes(path.read_bytes()[:keep])
+        assert run(tmp_path / "cache").stderr == ""
     assert run(tmp_path / "cache").stdout == "8 10 1\n"
 
 
@@ -91,7 +90,7 @@ LOADS = """
 import json, os, pathlib, sys
 from numba.core import event
 
-class Compiles(BaseException):  # not an Exception, which would be taken for a damaged file
+class Compiles(BaseException):  # an Exception would look like a damaged file
     pass
 
 class Refuse(event.Listener):
@@ -125,8 +124,8 @@ print(json.dumps(results))
 
 
 def test_change_of_any_compiled_module_is_noticed(stories: LLM, tmp_path: Path) -> None:
-    """Numba alone would run the old code of all modules but the one that defines the step."""
-    assert "numba" in stories.model.arithmetic, "the code lies on disk"
+    """Numba itself checks only the module that defines the step."""
+    assert "numba" in stories.model.arithmetic
     shutil.copytree(ROOT / "tinylm", tmp_path / "tinylm")
     package = tmp_path / "tinylm" / "kernels"
     modules = [package / "batch.py", *sorted((package / "numba").glob("*.py"))]

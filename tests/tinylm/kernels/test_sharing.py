@@ -1,4 +1,4 @@
-"""One copy of an array for all processes of a user, and a private copy where that is impossible."""
+"""One copy of an array for all processes of a user, or a private copy if sharing is impossible."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ assert found is not array and np.array_equal(found, array)
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the directory that shared arrays go to in this test and its processes."""
+    """Return the directory of shared arrays in this test and its processes."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path / f"tinylm-{os.getuid()}"
@@ -38,11 +38,11 @@ def test_arrays_with_the_same_content_share_a_file(directory: Path) -> None:
     np.testing.assert_array_equal(one, ARRAY)
     (file,) = directory.iterdir()
     assert Path("/proc/self/maps").read_text().count(str(file)) == 2
-    one[:100] = 7  # changes this array only
+    one[:100] = 7  # changes only this array
     np.testing.assert_array_equal(other, ARRAY)
     np.testing.assert_array_equal(shared(ARRAY), ARRAY)
     file.unlink()
-    np.testing.assert_array_equal(other, ARRAY)  # mapped pages outlive the file
+    np.testing.assert_array_equal(other, ARRAY)  # mapped pages remain
 
 
 def test_processes_that_start_together_write_one_file(directory: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_full_disk_is_reported_and_leaves_the_array(tmp_path: Path) -> None:
     assert list((tmp_path / f"tinylm-{os.getuid()}").iterdir()) == []
 
 
-def test_a_directory_of_others_is_not_used(directory: Path) -> None:
+def test_a_directory_that_others_can_use_is_refused(directory: Path) -> None:
     directory.mkdir(mode=0o755)
     directory.chmod(0o755)
     assert shared(ARRAY) is ARRAY

@@ -1,4 +1,4 @@
-"""Which tokens the kernels choose: each setting keeps exactly the tokens it says, with the right probabilities."""
+"""Which tokens the kernels choose: each setting keeps the right tokens, with the right probabilities."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from hypothesis.extra import numpy as hnp
 
 from tinylm import ModelConfig, SamplingParams
 from tinylm.kernels.batch import Batch
-from tinylm.kernels.numpy import penalize
 
 LOGITS = hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(-20, 20, width=32))
-# Scores that are equal or clearly different, so that rounding never decides which token is likelier.
+# Scores that are equal or clearly different, so that rounding never decides which token is more likely.
 APART = hnp.arrays(np.float32, st.integers(1, 40), elements=st.integers(-1280, 1280).map(lambda n: n / 64))
 # Scores with many ties.
 TIED = hnp.arrays(np.float32, st.integers(1, 12), elements=st.sampled_from([-1.0, 0.0, 1.0]))
-EPSILON = 2e-5  # a difference of probabilities that the float32 of the compiled kernels may not see
+EPSILON = 2e-5  # the float32 of the compiled kernels may not resolve a smaller difference of probabilities
 
 
 @pytest.fixture(scope="module", params=["numpy", "numba"])
@@ -126,9 +125,11 @@ SETTINGS = {
 @given(APART | TIED, st.builds(SamplingParams, **SETTINGS))
 @example(
     np.array([0, -2.3, -2.3, -2.3, *[-4.6] * 30], np.float32),
-    SamplingParams(temperature=1, top_p=0.9, top_k=40, min_p=0.02),  # tokens below min_p count for top_p
+    SamplingParams(temperature=1, top_p=0.9, top_k=40, min_p=0.02),  # tokens below min_p count in top_p
 )
 @example(np.zeros(12, np.float32), SamplingParams(temperature=1, top_p=0.49, top_k=7))
+# The probabilities are 0.1, 0.2, 0.3 and 0.4. The two most likely of top_k's three have 0.78, but only 0.7 of all.
+@example(np.log(np.array([1, 2, 3, 4], np.float32)), SamplingParams(temperature=1, top_p=0.75, top_k=3))
 def test_tokens_follow_the_documented_rule(draw, logits, params):
     assert_draws(draw, logits, params)
 
@@ -143,38 +144,13 @@ def test_tokens_follow_the_documented_rule(draw, logits, params):
 @example(0, 4096, 0.0, SamplingParams(temperature=1, top_p=0.33333))
 @example(0, 4096, 0.0, SamplingParams(temperature=1, top_p=1, top_k=300))
 def test_a_whole_vocabulary_follows_the_documented_rule(draw, seed, n, spread, params):
-    """Flat, tied and peaked scores of many tokens: the compiled kernels look at the likeliest few first."""
+    """Flat, tied and peaked scores. The compiled kernels look first at the few most likely tokens."""
     logits = np.random.default_rng(seed).normal(0, spread, n)
     assert_draws(draw, (np.round(logits * 64) / 64).astype(np.float32), params)
 
 
-def tokens_drawn(draw, logits, params):
-    """Return the tokens that a hundred evenly spaced numbers draw."""
-    return sorted(set(draw(logits, params, np.linspace(0, 1, 100, endpoint=False))))
-
-
-@pytest.mark.parametrize("n", [5, 300, 4096])
-def test_lower_ids_of_equal_tokens_are_kept(draw, n):
-    logits = np.zeros(n, np.float32)
-    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, top_k=3)) == [0, 1, 2]
-    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=2.5 / n)) == [0, 1, 2]
-    logits[-2:] = 1
-    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, top_k=3)) == [0, n - 2, n - 1]
-    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, top_k=1)) == [n - 2]
-    assert tokens_drawn(draw, logits, SamplingParams(temperature=1, top_p=1, min_p=1)) == [n - 2, n - 1]
-
-
-def test_each_truncation_sees_what_the_previous_one_left(draw):
-    """The probabilities are 0.4, 0.3, 0.2 and 0.1. Two of top_k's three have a share of 0.78; of all four, only 0.7."""
-    logits = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
-    keep = {"temperature": 1, "top_p": 0.75}
-    assert tokens_drawn(draw, logits, SamplingParams(**keep)) == [1, 2, 3]
-    assert tokens_drawn(draw, logits, SamplingParams(**keep, top_k=3)) == [2, 3]
-    assert tokens_drawn(draw, logits, SamplingParams(**keep, top_k=3, min_p=0.8)) == [3]
-
-
 @given(APART | TIED, st.sampled_from([1e-300, 1e-38, 1e-9, 1e-3]), st.sampled_from([0.0, 0.5, 1 - 2**-53]))
-def test_temperatures_near_0_draw_the_likeliest_token(draw, logits, temperature, uniform):
+def test_temperatures_near_0_draw_the_most_likely_token(draw, logits, temperature, uniform):
     """Scores divided by such temperatures overflow."""
     [token] = draw(logits, SamplingParams(temperature=temperature), [uniform])
     assert logits[token] == logits.max()
@@ -182,7 +158,7 @@ def test_temperatures_near_0_draw_the_likeliest_token(draw, logits, temperature,
 
 @given(APART, st.sampled_from([0.0, 0.5, 1 - 2**-53]), st.floats(-1e4, 1e4, width=32))
 def test_only_differences_of_scores_matter(draw, logits, uniform, height):
-    """Large scores must not overflow: e^1000 is infinite, and e^-1000 is 0."""
+    """e^1000 overflows, and e^-1000 is 0."""
     logits = (logits + np.float32(height)).astype(np.float32)
     [token] = draw(logits, SamplingParams(temperature=1, top_p=0.5), [uniform])
     weights = np.exp(logits.astype(float) - logits.max())
@@ -190,15 +166,6 @@ def test_only_differences_of_scores_matter(draw, logits, uniform, height):
 
 
 # --- penalty and temperature 0
-
-
-@given(LOGITS, st.floats(1.001, 10))
-def test_a_penalty_never_makes_a_seen_token_likelier(logits, penalty):
-    """Dividing a negative score by the penalty would."""
-    seen = np.arange(len(logits)) % 2 == 0
-    punished = penalize(logits[None], seen[None], np.array([[penalty]]))[0]
-    assert (punished[seen] <= logits[seen]).all()
-    np.testing.assert_array_equal(punished[~seen], logits[~seen])
 
 
 @given(APART | TIED, st.sampled_from([0.5, 1.0, 1.75, 4.0]), st.floats(0.5, 2), st.sampled_from([1.0, 0.7]))
@@ -209,7 +176,7 @@ def test_the_penalty_precedes_temperature_and_truncation(draw, logits, penalty, 
 
 
 @given(LOGITS | TIED, st.sampled_from([1.0, 1.7]))
-def test_temperature_0_takes_the_first_of_the_likeliest(draw, logits, penalty):
+def test_temperature_0_takes_the_first_of_the_most_likely(draw, logits, penalty):
     seen = np.arange(len(logits)) % 3 == 0
     punished = slow_penalty(logits, seen, penalty).tolist()
     params = SamplingParams(temperature=0, repetition_penalty=penalty, top_p=0.5, top_k=2)
@@ -218,7 +185,6 @@ def test_temperature_0_takes_the_first_of_the_likeliest(draw, logits, penalty):
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 200), st.lists(st.builds(SamplingParams, **SETTINGS), min_size=1))
 def test_rows_of_a_batch_are_independent(kernels, seed, vocab_size, params):
-    """Each row has its own scores, settings, seen tokens and random number, in any slot and any row."""
     rng, n = np.random.default_rng(seed), len(params)
     params += [SamplingParams(temperature=0), SamplingParams(repetition_penalty=3.0)]
     slots = rng.permutation(n + 2)[:n]

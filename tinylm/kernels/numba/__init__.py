@@ -1,10 +1,10 @@
 """The compiled kernels: the functions of `tinylm.kernels.protocol`, for int8 weights.
 
-Precision "int8" rounds the input of each matmul to 8 bits with one scale a token, and keeps keys and values as 8 bits
-with one scale for each head and token. Precision "float32" rounds nothing but the weights.
+Precision "int8" rounds the input of each matmul to 8 bits with one scale per token, and keeps keys and values as 8 bits
+with one scale per head and token. Precision "float32" rounds only the weights.
 
-`layout` says how arrays lie in memory. `ops` and `sampling` compute, with the inner loops of `simd`, which `emitter`
-builds. `steps` puts a step together. `jit` compiles functions and keeps their code on disk.
+`layout` defines the arrays. `ops` and `sampling` compute, with the inner loops of `simd`, which `emitter` builds.
+`steps` combines them to a step. `jit` compiles functions and keeps their code on disk.
 """
 
 from tinylm.kernels.numba.layout import (

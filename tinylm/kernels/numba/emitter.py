@@ -1,20 +1,22 @@
-"""A builder of LLVM IR for vectors of LANES numbers: sums, exponentials and dot products of bytes.
+"""Build LLVM IR for vectors of LANES numbers: sums, exponentials and dot products of bytes.
 
-The processor's features, as Numba sees them, decide which instructions a dot product becomes. The variables
-NUMBA_CPU_NAME and NUMBA_CPU_FEATURES override them. All forms give the same numbers bit for bit, since sums of bytes
-are exact and all else follows IEEE 754 in one order. The one exception is GELU's division under AVX-512, where the last
+The features of the processor decide which instructions compute a dot product. The variables NUMBA_CPU_NAME and
+NUMBA_CPU_FEATURES override these features. All forms of the code give the same bits: sums of products of bytes are
+exact, and everything else follows IEEE 754 in the same order. The exception is GELU's division with AVX-512, whose last
 bit may differ. `tinylm.kernels.numba.simd` has the loops.
 """
 
 from __future__ import annotations
 
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
 from numba.core.registry import cpu_target
+from numba.core.types.containers import BaseNamedTuple
 
 LANES = 16
 
@@ -24,7 +26,7 @@ INTS = ir.VectorType(I32, LANES)
 FLOATS = ir.VectorType(F32, LANES)
 
 LOG2_E = 1.4426950408889634
-ROUNDER = 1.5 * 2**23  # adding it to a small float32 rounds that to a whole number
+ROUNDER = 1.5 * 2**23  # a small float32 plus this number is rounded to a whole number
 # A minimax polynomial for 2^x on [-1/2, 1/2], constant term first, with 2^0 = 1: the relative error is 1e-7.
 EXP2 = (1.0, 0.6931469775991349, 0.24022242084970577, 0.05550733743352955, 0.00967151265822045, 0.0013264727160435896)
 
@@ -51,21 +53,26 @@ def dot_product() -> str:
 
 
 class Emitter:
-    """An IR builder with the operations that the intrinsics are made of. Offsets count elements of an array."""
+    """An IR builder with the operations that intrinsics need. Offsets count the elements of an array."""
 
-    def __init__(self, context, builder, signature, args) -> None:
+    def __init__(self, context, builder) -> None:
         self.b = builder
         self.form = dot_product()
-        self.args = []  # the intrinsic's arguments; of an array, a pointer to its first element
-        self._shapes = {}
-        for kind, value in zip(signature.args, args, strict=True):
-            if isinstance(kind, types.Array):
-                array = cgutils.create_struct_proxy(kind)(context, builder, value=value)
-                data = array.data
-                self._shapes[data] = cgutils.unpack_tuple(builder, array.shape)
-                self.args.append(data)
-            else:
-                self.args.append(value)
+        self._context = context
+        self._shapes: dict[Any, Any] = {}  # of arrays, by the pointer to their first element
+
+    def argument(self, kind, value):
+        """Return an argument of an intrinsic as `emit` gets it (see `intrinsic`)."""
+        if isinstance(kind, types.Array):
+            array = cgutils.create_struct_proxy(kind)(self._context, self.b, value=value)
+            data = array.data  # one LLVM value: each access to the attribute loads it again
+            self._shapes[data] = cgutils.unpack_tuple(self.b, array.shape)
+            return data
+        if isinstance(kind, BaseNamedTuple):
+            values = cgutils.unpack_tuple(self.b, value)
+            fields = zip(kind.fields, kind, values, strict=True)
+            return SimpleNamespace(**{name: self.argument(k, v) for name, k, v in fields})
+        return value
 
     def load(self, array, offset, kind):
         """Load a number or vector of type `kind` from array[offset :]."""
@@ -123,7 +130,7 @@ class Emitter:
         return self.reduce(vector, self.larger)
 
     def reduce(self, vector, combine):
-        """Combine all lanes to one number, halves first: in the same order on every machine."""
+        """Combine all lanes into one number: halves, then quarters, and so on. Every machine uses this order."""
         for n in (8, 4, 2, 1):
             low, high = (self._shuffle(vector, vector, list(range(i, i + n))) for i in (0, n))
             vector = combine(low, high)
@@ -134,7 +141,7 @@ class Emitter:
         return self.b.sdiv(self.b.add(n, I64(LANES - 1)), I64(LANES))
 
     def first_lanes(self, n):
-        """Return (LANES,) bool: whether a lane's number is below `n`."""
+        """Return (LANES,) bool: True for lanes 0 to n - 1."""
         return self.b.icmp_signed("<", ir.Constant(INTS, list(range(LANES))), self.splat(self.b.trunc(n, I32)))
 
     def inverse_scale(self, largest, steps: float):
@@ -143,14 +150,14 @@ class Emitter:
         return self.b.select(some, self.b.fdiv(F32(steps), largest), F32(0))
 
     def to_ints(self, x, inverse, offset: float = 0.0):
-        """Return floor(x * inverse + offset + 1/2) as int32. This sum must not be negative."""
+        """Return floor(x * inverse + offset + 1/2) as int32. The result must not be negative."""
         return self.b.fptosi(self.fma(x, inverse, self.floats(offset + 0.5)), INTS)
 
     def to_bytes(self, ints):
         return self.b.trunc(ints, ir.VectorType(I8, LANES))
 
     def exp2(self, x):
-        """Return 2^x with a relative error of 2e-7. x is clipped to -126..126, the range of float32."""
+        """Return 2^x with a relative error of 2e-7. Clip x to -126..126, where float32 can hold the result."""
         bounded = self.larger(self.smaller(x, self.floats(126.0)), self.floats(-126.0))
         shifted = self.b.fadd(bounded, self.floats(ROUNDER))  # its low bits hold x rounded to a whole number
         rest = self.b.fsub(bounded, self.b.fsub(shifted, self.floats(ROUNDER)))
@@ -162,11 +169,11 @@ class Emitter:
 
     @property
     def sums(self):
-        """Return the type that `dot` adds up in: LANES sums, or 2 * LANES halves of sums."""
+        """Return the type of the sums of `dot`: LANES sums, or 2 * LANES halves of sums."""
         return INTS if self.form.endswith("vnni") else ir.VectorType(I32, 2 * LANES)
 
     def dot(self, total, unsigned, signed):
-        """Add four products of bytes to each lane's total, of operands (4 * LANES,). `folded` returns the sums."""
+        """Return `total` plus four products of bytes per lane. unsigned, signed: (4 * LANES,). See `folded`."""
         if self.form == "avx512-vnni":
             return self.call("llvm.x86.avx512.vpdpbusd.512", INTS, total, unsigned, signed)
         if self.form == "avx-vnni":
@@ -180,9 +187,8 @@ class Emitter:
         pairs = {"avx2": ("llvm.x86.avx2.pmadd.wd", 16), "sse2": ("llvm.x86.sse2.pmadd.wd", 8)}.get(self.form)
         if pairs is None:
             words = ir.VectorType(I16, 4 * LANES)
-            products = self.b.mul(
-                self.b.zext(unsigned, words), self.b.sext(signed, words)
-            )  # they stay below 2^15: no overflow
+            # A product is below 2^15, so that it fits.
+            products = self.b.mul(self.b.zext(unsigned, words), self.b.sext(signed, words))
             products = self.b.sext(products, ir.VectorType(I32, 4 * LANES))
             odd, even = (self._shuffle(products, products, list(range(i, 4 * LANES, 2))) for i in (1, 0))
             return self.b.add(even, odd)
@@ -192,7 +198,7 @@ class Emitter:
         return self._joined([self.call(name, ints, self.b.zext(a, words), self.b.sext(b, words)) for a, b in parts])
 
     def folded(self, total):
-        """Return the LANES sums of what `dot` added up."""
+        """Return the LANES sums that `dot` computed."""
         if self.sums is INTS:
             return total
         even, odd = (self._shuffle(total, total, list(range(i, 2 * LANES, 2))) for i in (0, 1))
@@ -209,7 +215,7 @@ class Emitter:
         return vectors[0]
 
     def sum_of(self, pointers):
-        """Return the folded sum of four totals of `dot`."""
+        """Return the LANES sums of four totals of `dot`."""
         a, b, c, d = (self.b.load(pointer) for pointer in pointers)
         return self.folded(self.b.add(self.b.add(a, b), self.b.add(c, d)))
 
@@ -218,37 +224,37 @@ class Emitter:
         return self.b.zext(self.call("llvm.ctpop.i16", I16, self.b.bitcast(chosen, I16)), I64)
 
     def store_chosen(self, vector, array, offset, chosen):
-        """Store the chosen lanes next to each other."""
+        """Store the chosen lanes next to each other to array[offset :]."""
         name = "llvm.masked.compressstore.v16" + ("f32" if vector.type is FLOATS else "i32")
         pointer = self.b.bitcast(self.b.gep(array, [offset]), vector.type.element.as_pointer())
         self.call(name, ir.VoidType(), vector, pointer, chosen)
 
     def totals(self, kind, n: int):
-        """Return pointers to `n` vectors of zeros to add up in. The optimizer keeps them in registers."""
+        """Return pointers to `n` vectors of zeros for sums. The optimizer keeps them in registers."""
         pointers = [cgutils.alloca_once(self.b, kind) for _ in range(n)]
         for pointer in pointers:
             self.b.store(ir.Constant(kind, None), pointer)
         return pointers
 
     def row(self, array, i, columns: int | ir.Value = 0):
-        """Return the offset of element (i, columns) of a 2-D array, which is an argument of the intrinsic."""
+        """Return the offset of element (i, columns) of a 2-D array that is an argument of the intrinsic."""
         width = self._shapes[array][1]
         return self.index(I64(columns) if isinstance(columns, int) else columns, width, i)
 
 
 def intrinsic(returns=types.void):
-    """Make a function for compiled code of one that emits LLVM IR: `emit(e, *parameters)`, with `e` an Emitter.
+    """Decorate a function `emit(e, *arguments)` that emits LLVM IR, with `e` an Emitter. Compiled code can call it.
 
-    The parameters are LLVM values, an array's being a pointer to its first element. `emit` returns the result's value,
-    or None where `returns` is void.
+    `emit` gets an array as a pointer to its first element, a named tuple as an object with the same fields, and a
+    number as an LLVM value. It returns the LLVM value of the result, or None if `returns` is void.
     """
 
     def decorate(emit):
         @wraps(emit)
         def define(typing, *kinds):
             def codegen(context, builder, signature, args):
-                e = Emitter(context, builder, signature, args)
-                result = emit(e, *e.args)
+                e = Emitter(context, builder)
+                result = emit(e, *map(e.argument, signature.args, args))
                 return context.get_dummy_value() if result is None else result
 
             return returns(*kinds), codegen

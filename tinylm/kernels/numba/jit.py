@@ -1,8 +1,8 @@
-"""How functions are compiled, and how machine code is kept on disk.
+"""Compile functions, and keep machine code on disk.
 
-Numba keeps the code of a step beside the module that defines it, or in NUMBA_CACHE_DIR, per kind of processor. It
-discards the code when that module changes, but it does not look at the modules that are compiled into the step. So
-`SOURCES`, a hash of all of them, is a closure variable of the step: Numba compares those too.
+Numba keeps the code of a step beside the module that defines it, or in NUMBA_CACHE_DIR, for each kind of processor. It
+discards the code when that module changes, but it ignores changes of the other modules that the step calls. So the step
+has `SOURCES`, a hash of all these modules, as a closure variable, which Numba compares too.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def kept_on_disk(function: Callable[..., None]) -> Any:
 
 
 def compile_or_load(dispatcher: Any, *arguments: Any) -> Callable[..., None]:
-    """Call a function that `kept_on_disk` returned, so that it is compiled or loaded, and return its machine code.
+    """Compile or load a function that `kept_on_disk` returned by a call, and return its machine code.
 
-    Compiling takes some ten seconds. A file lock makes processes that start together take turns, so that the first one
-    compiles and the others load. The returned function accepts arguments of these types only and does not check them,
-    which saves the 10 us that a dispatcher takes per call.
+    Compiling takes about ten seconds. With a file lock, the first of several processes compiles and the others load.
+    The returned function accepts only arguments of these types and does not check them. This saves the 10 us that a
+    dispatcher takes per call.
 
-    A damaged file in the cache is replaced. When the cache cannot be used (a full disk, a directory without write
-    permission), the process reports it once and goes on without it.
+    This replaces a damaged file in the cache. If the cache cannot be used (a full disk, no write permission), it logs
+    one warning and compiles without the cache.
     """
     directory = dispatcher.stats.cache_path
     if directory is None:
@@ -67,10 +67,10 @@ def compile_or_load(dispatcher: Any, *arguments: Any) -> Callable[..., None]:
 
 
 def _compile_into_cache(dispatcher: Any, arguments: tuple[Any, ...]) -> None:
-    """Call a function once, and leave no index behind that describes other files than those in the cache.
+    """Call a function once. If that fails, delete the cache's index.
 
-    Numba writes the index first. When the disk is full, the index then describes code that was not written, and the
-    next process would run the code of an earlier version that the file still holds.
+    Numba writes the index first. On a full disk, the index would then describe code that was not written, and the next
+    process would run the code of an earlier version.
     """
     index = Path(dispatcher._cache._cache_file._index_path)
     try:
@@ -78,7 +78,7 @@ def _compile_into_cache(dispatcher: Any, arguments: tuple[Any, ...]) -> None:
     except (OSError, KeyboardInterrupt):
         index.unlink(missing_ok=True)
         raise
-    except Exception:  # a damaged file ends in many kinds of error
+    except Exception:  # a damaged file causes many kinds of errors
         index.unlink(missing_ok=True)
         dispatcher(*arguments)
 
@@ -87,8 +87,8 @@ def _compile_into_cache(dispatcher: Any, arguments: tuple[Any, ...]) -> None:
 def _report(directory: str, reason: str) -> None:
     """Log, once per process, that there is no cache."""
     logger.warning(
-        "cannot keep compiled kernels in %s (%s): this process compiles them for itself. Free some space, remove that "
-        "directory, or set NUMBA_CACHE_DIR to another one",
+        "cannot keep compiled kernels in %s (%s), so every process compiles them. Free some space, remove that "
+        "directory, or set NUMBA_CACHE_DIR to another directory",
         directory,
         reason,
     )

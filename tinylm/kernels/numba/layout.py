@@ -1,8 +1,8 @@
 """How weights, the KV cache and intermediate results lie in memory.
 
-A matrix is packed in tiles of TILE rows. Within a tile the bytes are ordered (in / 4, TILE, 4): the four inputs that
-one instruction multiplies lie next to each other, and the rows lie side by side. Sizes are padded with zeros, rows to
-TILE and inputs to 4. `tinylm.kernels.numba.simd` reads these layouts.
+A matrix is packed in tiles of TILE rows. The bytes of a tile have the order (in / 4, TILE, 4), so that the four inputs
+that one instruction multiplies lie next to each other. Zeros pad the rows to TILE and the inputs to 4.
+`tinylm.kernels.numba.simd` reads these layouts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HUGE_PAGE = 2**21  # bytes
 
 
 class Shape(NamedTuple):
-    """The sizes of a model, in a form that compiled code can take."""
+    """The sizes of a model, as numbers that compiled code accepts."""
 
     hidden: int
     layers: int
@@ -39,9 +39,9 @@ class Shape(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """All matrices, in the order in which a step reads them: qkv, out, up and down of each layer, then the embedding.
+    """All matrices in the order in which a step reads them: qkv, out, up and down of each layer, then the embedding.
 
-    "rows" is the number of rows of all matrices, each padded to TILE.
+    "rows" means the rows of all matrices, each padded to TILE.
     """
 
     shape: Shape
@@ -70,7 +70,7 @@ class Int8Cache(NamedTuple):
 
 
 class Float32Cache(NamedTuple):
-    """Keys and values that are not rounded. Each array is (layers, slots, blocks, heads, one block), flat."""
+    """Keys and values as float32. Each array is (layers, slots, blocks, heads, one block), flat."""
 
     keys: np.ndarray  # float32; a block is (head_dim, LANES)
     values: np.ndarray  # float32; a block is (LANES, head_dim)
@@ -85,7 +85,7 @@ Cache = Int8Cache | Float32Cache
 class Scratch(NamedTuple):
     """The intermediate results of a step of T tokens.
 
-    Matrices have padded columns. The padding holds finite numbers, and the weights that it meets are zeros.
+    The columns of matrices are padded. The padding holds finite numbers, which are multiplied by zeros.
     """
 
     hidden: np.ndarray  # (T, hidden) float32: the residual stream
@@ -99,8 +99,8 @@ class Scratch(NamedTuple):
     offsets: np.ndarray  # (heads,) int32
     sums: np.ndarray  # (heads * 2 * D,) int32: weighted sums of values; zeros between tokens
     scores: np.ndarray  # (heads * context,) float32: attention scores of one token
-    high: np.ndarray  # (heads * context,) uint8: the upper byte of the attention weights
-    low: np.ndarray  # (heads * context,) uint8: the lower byte
+    high: np.ndarray  # (heads * context,) uint8: the upper bytes of the attention weights
+    low: np.ndarray  # (heads * context,) uint8: the lower bytes
     penalized: np.ndarray  # (1, vocab) float32: one row of logits after the repetition penalty
     weights: np.ndarray  # (vocab,) float32: unnormalized probabilities of one row
     candidates: np.ndarray  # (vocab,) int32: the token ids that the settings keep
@@ -158,7 +158,7 @@ def _matrix(tensors: Mapping[str, Tensor], name: str) -> QuantizedMatrix:
 
 
 def _pack(matrices: list[list[QuantizedMatrix]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pack matrices into tiles. Each item is a list of matrices (out_i, in) that are stacked along their rows.
+    """Pack matrices into tiles. Each item is a list of matrices (out_i, in), whose rows are stacked.
 
     Return the bytes of all tiles, and the scale and correction of each row.
     """
@@ -185,17 +185,17 @@ def _pack(matrices: list[list[QuantizedMatrix]]) -> tuple[np.ndarray, np.ndarray
 
 
 def aligned_zeros(shape: tuple[int, ...], kind: type) -> np.ndarray:
-    """Return zeros that begin on a cache line. Large arrays get huge pages where the system has them.
+    """Return zeros that begin on a cache line. Large arrays get huge pages if the system has them.
 
-    With pages of 4 KB the addresses of a KV cache don't fit into the processor's address tables, and looking them up
-    takes longer than the arithmetic of attention. The memory is not touched before it is used.
+    With pages of 4 KB, the addresses of a KV cache don't fit into the processor's TLB. The look-ups would then take
+    longer than the arithmetic of attention. The system allocates the memory when it is first used.
     """
     size = math.prod(shape) * np.dtype(kind).itemsize
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         room, boundary = np.zeros(size + CACHE_LINE, np.uint8), CACHE_LINE
     else:
         pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # Linux was built without huge pages
+        with suppress(OSError):  # this Linux has no huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
         room, boundary = np.frombuffer(pages, np.uint8), HUGE_PAGE
     start = -room.ctypes.data % boundary
@@ -228,7 +228,7 @@ def make_cache(config: ModelConfig, n_slots: int, precision: str) -> Cache:
 
 def make_scratch(config: ModelConfig, n_tokens: int, n_rows: int) -> Scratch:
     """Allocate the intermediate results of a step of at most `n_tokens` tokens."""
-    overhang = LANES  # the last head of a row may be read beyond its end, to the end of a vector
+    overhang = LANES  # a load of the last head of a row can reach up to one vector beyond the row's end
     hidden, mlp = padded(config.hidden_size + overhang, TILE), padded(config.mlp_size, TILE)
     wide = max(padded(3 * config.hidden_size + overhang, TILE), mlp)
     vocab, context = padded(config.vocab_size, TILE), padded(config.context, LANES)
@@ -259,7 +259,7 @@ def make_scratch(config: ModelConfig, n_tokens: int, n_rows: int) -> Scratch:
 
 
 def copy_prefix(cache: Cache, source: int, target: int, n: int) -> None:
-    """Copy the keys and values of the first `n` tokens of one slot to another, in whole blocks."""
+    """Copy the keys and values of the first `n` tokens of slot `source` to slot `target`, in whole blocks."""
     n_blocks = padded(n, LANES) // LANES
     for array in cache:
         if isinstance(array, np.ndarray):

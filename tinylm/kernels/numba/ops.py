@@ -1,8 +1,7 @@
-"""Matmuls, norms, rotation and attention, as compiled loops over tokens, tiles and heads.
+"""Matmuls, norms, rotation and attention: compiled loops over tokens, tiles and heads.
 
-Each token is computed by itself and in the same order in every batch, so that its numbers are the same bit for bit
-whatever else is in the batch. The inner loops are in `tinylm.kernels.numba.simd`. Compiled functions don't check
-indices.
+The numbers of a token are computed in the same order in every batch, so they have the same bits in every batch. The
+inner loops are in `tinylm.kernels.numba.simd`. Compiled functions don't check indices.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from tinylm.kernels.numba.jit import compiled
 from tinylm.kernels.numba.layout import Float32Cache, Int8Cache, Scratch, Shape, Weights
 from tinylm.kernels.numba.simd import NEVER, TILE
 
-# --- matmuls; a matrix is given by `at`, the byte where its tiles begin, and `row`, its first row among all matrices'
+# --- matmuls; a matrix's tiles begin at byte `at` of weights.packed, and its first row is `row` of weights.scales
 
 
 @compiled
@@ -34,7 +33,7 @@ def linear(
 ) -> tuple[int, int]:
     """Compute out = x @ matrix.T, or out += x @ matrix.T if `add`, for x (T, n_in) and out (T, n_out).
 
-    exact: use x as it is. Otherwise round x to bytes, with one scale a token.
+    exact: don't round x. Otherwise round x to bytes, with one scale per token.
     Return `at` and `row` of the next matrix.
     """
     if exact:
@@ -66,18 +65,16 @@ def multiply(
 ) -> tuple[int, int]:
     """Multiply scratch.bytes (T, n_in) by a matrix, like `linear`. Each tile of weights is read once for all tokens."""
     n_steps = (n_in + 3) // 4
-    packed, scales, corrections = weights.packed, weights.scales, weights.corrections
-    x, x_scales = scratch.bytes, scratch.scales
     for column in range(0, n_out, TILE):
         t = 0
         while t + 4 <= n_tokens:
-            simd.matmul_4(packed, at, n_steps, x, x_scales, t, scales, corrections, row, out, column, add)
+            simd.matmul_4(weights, at, row, n_steps, scratch.bytes, scratch, t, out, column, add)
             t += 4
         if t + 2 <= n_tokens:
-            simd.matmul_2(packed, at, n_steps, x, x_scales, t, scales, corrections, row, out, column, add)
+            simd.matmul_2(weights, at, row, n_steps, scratch.bytes, scratch, t, out, column, add)
             t += 2
         if t < n_tokens:
-            simd.matmul_1(packed, at, n_steps, x, x_scales, t, scales, corrections, row, out, column, add)
+            simd.matmul_1(weights, at, row, n_steps, scratch.bytes, scratch, t, out, column, add)
         at += TILE * 4 * n_steps
         row += TILE
     return at, row
@@ -98,14 +95,13 @@ def multiply_exact(
 ) -> tuple[int, int]:
     """Multiply x (T, n_in) by a matrix without rounding x, like `linear`."""
     n_steps = (n_in + 3) // 4
-    packed, scales, corrections = weights.packed, weights.scales, weights.corrections
     for column in range(0, n_out, TILE):
         t = 0
         while t + 4 <= n_tokens:
-            simd.matmul_exact_4(packed, at, n_steps, x, scratch.scales, t, scales, corrections, row, out, column, add)
+            simd.matmul_exact_4(weights, at, row, n_steps, x, scratch, t, out, column, add)
             t += 4
         while t < n_tokens:
-            simd.matmul_exact_1(packed, at, n_steps, x, scratch.scales, t, scales, corrections, row, out, column, add)
+            simd.matmul_exact_1(weights, at, row, n_steps, x, scratch, t, out, column, add)
             t += 1
         at += TILE * 4 * n_steps
         row += TILE
@@ -117,7 +113,7 @@ def multiply_exact(
 
 @compiled
 def embed(ids: np.ndarray, n_tokens: int, shape: Shape, weights: Weights, at: int, row: int, out: np.ndarray) -> None:
-    """Write the embedding of each token to out (T, hidden). `at` and `row` are those of the embedding matrix."""
+    """Write the embedding of each token to out (T, hidden). `at` and `row` belong to the embedding matrix."""
     n_steps = (shape.hidden + 3) // 4
     for t in range(n_tokens):
         tile, lane = ids[t] // TILE, ids[t] % TILE
@@ -186,17 +182,13 @@ def store_int8(
     """Round the tokens' keys and values to bytes and write them to the cache at their slots and positions (T,)."""
     size, heads, hidden = shape.head_dim, shape.heads, shape.heads * shape.head_dim
     width = (size + LANES - 1) // LANES * LANES
-    keys, key_scales, values, value_scales = cache.keys, cache.key_scales, cache.values, cache.value_scales
     for t in range(n_tokens):
         row, block, lane = t * qkv.shape[1], positions[t] // LANES, positions[t] % LANES
         first = ((slots_at + slots[t]) * cache.blocks + block) * heads
         for h in range(heads):
-            scale_at = (first + h) * LANES + lane
             key_at, value_at = row + hidden + h * size, row + 2 * hidden + h * size
-            block_at = (first + h) * LANES * width
-            simd.put_key(qkv, key_at, size, width, keys, block_at, lane, key_scales, scale_at)
-            quad_at = block_at + lane // 4 * 4 * width
-            simd.put_value(qkv, value_at, size, width, values, quad_at, lane % 4, value_scales, scale_at)
+            simd.put_key(qkv, key_at, size, width, cache, (first + h) * LANES, lane)
+            simd.put_value(qkv, value_at, size, width, cache, (first + h) * LANES, lane)
 
 
 @compiled
@@ -213,38 +205,28 @@ def attend_int8(
 ) -> None:
     """Write to out (T, hidden) each token's attention over its sequence up to itself.
 
-    The loops read keys and values in the order of the cache: block by block, and all heads of a block.
+    The loops read keys and values in the order of the cache: all heads of a block, then the next block.
     """
     size, heads, context = shape.head_dim, shape.heads, cache.blocks * LANES
     width = (size + LANES - 1) // LANES * LANES
-    keys, key_scales, values, value_scales = cache.keys, cache.key_scales, cache.values, cache.value_scales
-    query, factors, offsets, sums = scratch.query, scratch.factors, scratch.offsets, scratch.sums
-    scores, high, low = scratch.scores, scratch.high, scratch.low
     for t in range(n_tokens):
         row, length = t * qkv.shape[1], positions[t] + 1
         n_blocks = (length + LANES - 1) // LANES
         first = (slots_at + slots[t]) * cache.blocks * heads
         for h in range(heads):
-            simd.round_query(qkv, row + h * size, size, width, query, h * width, factors, offsets, h)
+            simd.round_query(qkv, row + h * size, size, width, scratch, h)
         for block in range(n_blocks):
             for h in range(heads):
-                at = (first + block * heads + h) * LANES
-                simd.key_scores(
-                    query, h * width, width, factors, offsets, h,
-                    keys, at * width, key_scales, at, length - block * LANES, scores, h * context + block * LANES,
-                )  # fmt: skip
+                at, token = (first + block * heads + h) * LANES, block * LANES
+                simd.key_scores(scratch, h, width, cache, at, length - token, h * context + token)
         for h in range(heads):
-            simd.soften(
-                scores, h * context, length, value_scales, (first + h) * LANES, heads * LANES, high, low, factors, h
-            )
+            simd.soften(scratch, h, h * context, length, cache, (first + h) * LANES, heads * LANES)
         for block in range(n_blocks):
             for h in range(heads):
-                at = (first + block * heads + h) * LANES
-                simd.weigh_values(
-                    high, low, h * context + block * LANES, values, at * width, width, sums, 2 * h * width
-                )
+                at, token = (first + block * heads + h) * LANES, block * LANES
+                simd.weigh_values(scratch, h, h * context + token, cache, at, width)
         for h in range(heads):
-            simd.put_sums(sums, 2 * h * width, width, factors, h, out, t * out.shape[1] + h * size)
+            simd.put_sums(scratch, h, width, out, t * out.shape[1] + h * size)
 
 
 @compiled
@@ -311,7 +293,7 @@ def attend_float32(
 
 @compiled
 def _exponentials(scores: np.ndarray, length: int) -> float:
-    """Replace the first `length` scores by exp(score - largest score), and return the sum of these."""
+    """Replace the first `length` scores by exp(score - largest score), and return the sum."""
     greatest = scores[0]
     for i in range(1, length):
         greatest = max(greatest, scores[i])

@@ -1,6 +1,6 @@
 """From logits to tokens: repetition penalty, temperature, top_k, top_p and min_p, without sorting.
 
-The rule is that of `tinylm.kernels.numpy.sample`, with probabilities in float32.
+They choose by the rule of `tinylm.kernels.numpy.sample`, with probabilities in float32.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tinylm.kernels.numba.jit import compiled
 from tinylm.kernels.numba.layout import Scratch
 from tinylm.kernels.numba.simd import NEVER
 
-LEAST_WEIGHT = np.float32(1e-37)  # a token with a smaller weight is never drawn; `Emitter.exp2` returns less for NEVER
-MAX_FACTOR = 1e30  # the inverse of the least temperature: a temperature nearer to 0 draws like this one
+LEAST_WEIGHT = np.float32(1e-37)  # tokens with less weight are never drawn; the exponential of NEVER is less
+MAX_FACTOR = 1e30  # the inverse of the least temperature: lower temperatures give the same tokens
 
 
 @compiled
@@ -27,7 +27,7 @@ def choose_tokens(batch: Batch, n_rows: int, scratch: Scratch) -> None:
     for r in range(n_rows):
         slot = batch.slots[batch.rows[r]]
         scores, at = batch.logits, r * n_columns
-        for i in range(n_vocab, n_columns):  # padding is no token
+        for i in range(n_vocab, n_columns):  # the padding
             scores[r, i] = NEVER
         if batch.penalty[slot] != 1:
             _penalize(scores, r, batch.seen, slot, np.float32(batch.penalty[slot]), scratch.penalized)
@@ -72,11 +72,10 @@ def _keep_likeliest(
     candidates: np.ndarray,
     masses: np.ndarray,
 ) -> int:
-    """Write the tokens that the settings keep to `candidates`, in order of their ids, and their weights to `masses`.
+    """Write the tokens that the settings keep to `candidates`, in the order of ids, and their weights to `masses`.
 
-    weights (vocab,) are relative to the likeliest token's, which is 1, and add up to `total`. Few tokens are kept as a
-    rule, so this gathers the tokens above a bound, and tries a lower bound if they are too few.
-    Return the number of tokens kept.
+    weights (vocab,): the most likely token has 1, and the sum is `total`. The settings usually keep few tokens, so this
+    gathers the tokens above a bound, and tries a lower bound if these are too few. Return the number of tokens kept.
     """
     truncates = top_k > 0 or top_p < 1 or min_p > 0
     bound = np.float32(1 / 64) if truncates else LEAST_WEIGHT
@@ -101,7 +100,7 @@ def _keep_likeliest(
 
 @compiled
 def _total(masses: np.ndarray, n: int) -> np.float32:
-    """Return the sum of the first n masses. Set those behind them to 0, to the end of the vector."""
+    """Return the sum of the first n masses. Set the masses after them to 0, up to the end of the vector."""
     n_blocks = (n + LANES - 1) // LANES
     for i in range(n, n_blocks * LANES):
         masses[i] = 0
@@ -110,17 +109,17 @@ def _total(masses: np.ndarray, n: int) -> np.float32:
 
 @compiled
 def _keep(candidates: np.ndarray, masses: np.ndarray, n: int, wanted: np.float32, counts: bool) -> int:
-    """Keep the fewest of the likeliest candidates whose masses reach `wanted`; of equal ones the lower ids.
+    """Keep the fewest of the most likely candidates whose masses reach `wanted`. Of equal ones keep the lower ids.
 
-    counts: each candidate counts as 1, whatever its mass. Behind the n masses there are zeros to the end of the vector,
-    before and after the call. Return the number of candidates kept.
+    counts: each candidate counts as 1 instead of its mass. Zeros follow the masses up to the end of the vector, before
+    and after the call. Return the number of candidates kept.
     """
     n_blocks = (n + LANES - 1) // LANES
     bound = max(simd.threshold(masses, n_blocks, wanted, counts), LEAST_WEIGHT)
     n = simd.keep(candidates, masses, n_blocks, bound)
     mass = _total(masses, n)
     surplus = n - int(wanted) if counts else int((mass - wanted) / bound)
-    if surplus > 0:  # this many of the candidates at the bound are not needed
+    if surplus > 0:  # this many candidates with the least mass are not needed
         equal = 0
         for i in range(n):
             equal += masses[i] == bound

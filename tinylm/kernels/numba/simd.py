@@ -1,10 +1,11 @@
-"""The inner loops: dot products of bytes and functions of whole vectors, which Numba can't express.
+"""The inner loops as intrinsics for compiled code: dot products of bytes and functions of vectors.
 
-Compiled code calls these intrinsics with arrays and offsets into them. An offset counts elements from the beginning of
-the array, and `n_blocks` counts vectors of LANES elements. Nothing is checked.
+Numba has no such operations. `e` is an `Emitter`. `weights`, `cache` and `scratch` are the tuples of
+`tinylm.kernels.numba.layout`. An offset (`at` and the like) counts elements from the beginning of an array, and
+`n_blocks` counts vectors of LANES elements. The intrinsics check nothing.
 
-Each lane of a vector holds one output, so that no sum runs across a vector. A dot product multiplies four bytes of each
-operand at a time. Weights, keys and values are stored so that these four bytes lie next to each other:
+Each lane of a vector holds one output, so that a dot product needs no sum over the lanes. It multiplies four bytes of
+each operand at a time. Weights, keys and values are stored so that these four bytes lie next to each other:
 
     weights  (rows / TILE, in / 4, TILE, 4) int8
     keys     (tokens / LANES, head_dim / 4, LANES, 4) uint8, with 128 added
@@ -22,33 +23,34 @@ from tinylm.kernels.batch import COLUMNS
 from tinylm.kernels.numba.emitter import BYTES, F32, FLOATS, I32, I64, INTS, LANES, LOG2_E, intrinsic
 
 TILE = COLUMNS  # the rows of a tile of weights, and the columns that a matmul writes at a time
-BLOCKS = TILE // LANES
-NEVER = -1e30  # the score of what is no token: its exponential is next to 0
+BLOCKS = TILE // LANES  # vectors of a tile
+NEVER = -1e30  # the score of padding: its exponential is almost 0
 
 
 def _matmul(n_tokens: int, exact: bool):
     """Make the matmul of `n_tokens` tokens and one tile of weights."""
 
     @intrinsic()
-    def matmul(e, weights, at, n_steps, x, scales_of_x, t, scales, corrections, row, out, column, add):
-        """Multiply rows t to t + n_tokens of x by a tile, and write or `add` the products to out from `column` on.
+    def matmul(e, weights, at, row, n_steps, x, scratch, t, out, column, add):
+        """Multiply rows t to t + n_tokens of x by a tile. Write the products to `out` from `column` on, or add them.
 
-        The tile begins at byte `at`. Its rows' scales and corrections (128 times the sum of a row) begin at `row`.
-        x holds bytes with 128 added and a scale for each row. If exact, x holds floats and scales_of_x is not used.
+        The tile begins at byte `at` of weights.packed, and its first row is `row`. x is scratch.bytes, or an array of
+        floats if `exact`.
         """
         tokens = [e.b.add(t, I64(i)) for i in range(n_tokens)]
-        wide = e.form == "avx512-vnni"  # its 32 registers of 64 bytes hold all sums at once; 16 of 32 bytes hold 2 or 4
+        # The 32 registers of AVX-512 hold all sums at once. Other processors have 16 registers of half the size.
+        wide = e.form == "avx512-vnni"
         for group in _in_parts(tokens, n_tokens if wide else 2):
             for blocks in _in_parts(range(BLOCKS), BLOCKS if wide else 2 if e.sums is INTS or exact else 1):
-                totals = _multiply(e, weights, at, n_steps, x, group, blocks, exact)
+                totals = _multiply(e, weights.packed, at, n_steps, x, group, blocks, exact)
                 for token, sums in zip(group, totals, strict=True):
-                    scale_of_x = None if exact else e.splat(e.load(scales_of_x, token, F32))
+                    scale_of_x = None if exact else e.splat(e.load(scratch.scales, token, F32))
                     for block, total in zip(blocks, sums, strict=True):
                         rows = e.index(row, LANES, block)
                         total = e.b.load(total)
-                        scale = e.load(scales, rows, FLOATS)
+                        scale = e.load(weights.scales, rows, FLOATS)
                         if not exact:
-                            product = e.b.sub(e.folded(total), e.load(corrections, rows, INTS))
+                            product = e.b.sub(e.folded(total), e.load(weights.corrections, rows, INTS))
                             total = e.b.sitofp(product, FLOATS)
                             scale = e.b.fmul(scale, scale_of_x)
                         target = e.row(out, token, e.index(column, LANES, block))
@@ -63,12 +65,12 @@ def _in_parts(items, n: int) -> list[Any]:
     return [items[i : i + n] for i in range(0, len(items), n)]
 
 
-def _multiply(e, weights, at, n_steps, x, tokens, blocks, exact: bool):
-    """Multiply tokens by some blocks of a tile. Return, for each token, pointers to the sums of these blocks."""
+def _multiply(e, packed, at, n_steps, x, tokens, blocks, exact: bool):
+    """Multiply tokens by some blocks of a tile. Return for each token the pointers to the sums of these blocks."""
     totals = [e.totals(FLOATS if exact else e.sums, len(blocks)) for _ in tokens]
     with cgutils.for_range(e.b, n_steps) as loop:
         here = e.index(at, 4 * TILE, loop.index)
-        tiles = [e.load(weights, e.index(here, 4 * LANES, block), BYTES) for block in blocks]
+        tiles = [e.load(packed, e.index(here, 4 * LANES, block), BYTES) for block in blocks]
         for token, sums in zip(tokens, totals, strict=True):
             inputs = e.row(x, token, e.index(I64(0), 4, loop.index))
             for k in range(4 if exact else 1):
@@ -91,7 +93,7 @@ matmul_exact_1, matmul_exact_4 = (_matmul(n, exact=True) for n in (1, 4))
 
 
 def _combined(e, x, at, n_blocks, combine, first=None):
-    """Return what combine(result, vector) gives for all vectors of x in turn, starting with `first` or zeros."""
+    """Compute result = combine(result, vector) for all vectors of x, from `first` or zeros. Return the result."""
     (result,) = e.totals(FLOATS, 1)
     if first is not None:
         e.b.store(first, result)
@@ -137,7 +139,7 @@ def round_to_bytes(e, x, at, n_blocks, out, out_at):
 
 @intrinsic(types.float32)
 def exponentials(e, x, at, n_blocks, shift, factor, out):
-    """Write e^(factor * (x[at :] - shift)) to out[0 :], and return the sum of these."""
+    """Write e^(factor * (x[at :] - shift)) to out[0 :], and return the sum."""
     shift, factor = e.splat(shift), e.splat(e.b.fmul(factor, F32(LOG2_E)))
     (total,) = e.totals(FLOATS, 1)
     with cgutils.for_range(e.b, n_blocks) as loop:
@@ -233,7 +235,7 @@ def gelu(e, x, at, n_blocks, out):
 
 @intrinsic()
 def rotate(e, x, at, half, cos, sin, tables_at, n_blocks):
-    """Replace each x and the y that is `half` elements after it by x cos - y sin and y cos + x sin."""
+    """Replace each x, and the y that is `half` elements after it, by x cos - y sin and y cos + x sin."""
     with cgutils.for_range(e.b, n_blocks) as loop:
         first = e.index(at, LANES, loop.index)
         second = e.b.add(first, half)
@@ -244,32 +246,34 @@ def rotate(e, x, at, half, cos, sin, tables_at, n_blocks):
         e.store(e.fma(b, c, e.b.fmul(a, s)), x, second)
 
 
-# --- attention of one head: `size` is its head_dim, and `width` is head_dim padded to LANES
+# --- attention of one head: `size` is head_dim, `width` is head_dim padded to LANES, `first` is a block's first token
 
 
 @intrinsic()
-def put_key(e, x, at, size, width, keys, block_at, lane, scales, scale_at):
-    """Round a key, x[at : at + size], to bytes, and write it to its lane of a block of keys. Write its scale too."""
-    inverse = _put_scale(e, x, at, size, width, scales, scale_at)
+def put_key(e, x, at, size, width, cache, first, lane):
+    """Round a key, x[at : at + size], to bytes, and write it and its scale to a lane of a block of keys."""
+    inverse = _put_scale(e, x, at, size, width, cache.key_scales, e.b.add(first, lane))
+    block_at = e.b.mul(first, width)
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as loop:
         four_at = e.index(e.index(block_at, 4, lane), LANES * LANES, loop.index)
         ints = e.to_ints(_head(e, x, at, size, loop.index), inverse, 128.0)
         fours = e.b.bitcast(e.to_bytes(ints), ir.VectorType(I32, LANES // 4))
         for i in range(LANES // 4):
-            e.store(e.b.extract_element(fours, I32(i)), keys, e.index(four_at, 4 * LANES, i))
+            e.store(e.b.extract_element(fours, I32(i)), cache.keys, e.index(four_at, 4 * LANES, i))
 
 
 @intrinsic()
-def put_value(e, x, at, size, width, values, quad_at, lane, scales, scale_at):
-    """Round a value, x[at : at + size], to bytes, and write it to its lane of a group of four. Write its scale too."""
-    inverse = _put_scale(e, x, at, size, width, scales, scale_at)
-    shift = e.splat(e.b.trunc(e.b.mul(lane, I64(8)), I32))
+def put_value(e, x, at, size, width, cache, first, lane):
+    """Round a value, x[at : at + size], to bytes, and write it and its scale to a lane of a block of values."""
+    inverse = _put_scale(e, x, at, size, width, cache.value_scales, e.b.add(first, lane))
+    quad_at = e.b.mul(e.b.add(first, e.b.and_(lane, I64(-4))), width)
+    shift = e.splat(e.b.trunc(e.b.mul(e.b.and_(lane, I64(3)), I64(8)), I32))
     others = e.b.not_(e.b.shl(e.ints(255), shift))
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as loop:
         here = e.index(quad_at, 4 * LANES, loop.index)
         ints = e.b.sub(e.to_ints(_head(e, x, at, size, loop.index), inverse, 128.0), e.ints(128))
         mine = e.b.shl(e.b.and_(ints, e.ints(255)), shift)
-        e.store(e.b.or_(e.b.and_(e.load(values, here, INTS), others), mine), values, here)
+        e.store(e.b.or_(e.b.and_(e.load(cache.values, here, INTS), others), mine), cache.values, here)
 
 
 def _head(e, x, at, size, block):
@@ -296,48 +300,52 @@ def _put_scale(e, x, at, size, width, scales, scale_at):
 
 
 @intrinsic()
-def round_query(e, x, at, size, width, out, out_at, factors, offsets, head):
-    """Round a query, x[at : at + size], to bytes in out[out_at :].
+def round_query(e, x, at, size, width, scratch, head):
+    """Round a query, x[at : at + size], to bytes in scratch.query.
 
-    factors[head]: what makes its dot products with keys scores for powers of 2, softmax's scaling included.
-    offsets[head]: what a dot product gains because 128 is added to the bytes of keys.
+    Write to scratch.factors the factor that turns dot products with keys into scores, which are exponents of 2. It
+    includes softmax's scaling. Write to scratch.offsets the excess of a dot product, since keys have 128 added.
     """
+    query_at = e.b.mul(head, width)
     largest = _largest_of_head(e, x, at, size, width)
     inverse = e.splat(e.inverse_scale(largest, 127.0))
     (offset,) = e.totals(INTS, 1)
     e.b.store(e.ints(0), offset)
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as loop:
         ints = e.b.sub(e.to_ints(_head(e, x, at, size, loop.index), inverse, 128.0), e.ints(128))
-        e.store(e.to_bytes(ints), out, e.index(out_at, LANES, loop.index))
+        e.store(e.to_bytes(ints), scratch.query, e.index(query_at, LANES, loop.index))
         e.b.store(e.b.add(e.b.load(offset), e.b.shl(ints, e.ints(7))), offset)
     root = e.call("llvm.sqrt.f32", F32, e.b.sitofp(size, F32))
-    e.store(e.b.fdiv(e.b.fmul(largest, F32(LOG2_E / 127)), root), factors, head)
-    e.store(e.reduce(e.b.load(offset), e.b.add), offsets, head)
+    e.store(e.b.fdiv(e.b.fmul(largest, F32(LOG2_E / 127)), root), scratch.factors, head)
+    e.store(e.reduce(e.b.load(offset), e.b.add), scratch.offsets, head)
 
 
 @intrinsic()
-def key_scores(e, query, query_at, width, factors, offsets, head, keys, at, scales, scales_at, n, scores, scores_at):
-    """Write the scores of a rounded query (width,) with the keys of the block at byte `at`: NEVER from key n on."""
+def key_scores(e, scratch, head, width, cache, first, n, scores_at):
+    """Write the scores of a rounded query with a block of keys to scratch.scores: NEVER from the block's key n on."""
+    query_at, at = e.b.mul(head, width), e.b.mul(first, width)
     totals = e.totals(e.sums, LANES // 4)
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
         for i, total in enumerate(totals):
             step = e.index(I64(i), LANES // 4, group.index)
-            part = e.splat(e.load(query, e.index(query_at, 4, step), I32))
-            block = e.load(keys, e.index(at, 4 * LANES, step), BYTES)
+            part = e.splat(e.load(scratch.query, e.index(query_at, 4, step), I32))
+            block = e.load(cache.keys, e.index(at, 4 * LANES, step), BYTES)
             e.b.store(e.dot(e.b.load(total), block, e.b.bitcast(part, BYTES)), total)
-    product = e.b.sub(e.sum_of(totals), e.splat(e.load(offsets, head, I32)))
-    scale = e.b.fmul(e.load(scales, scales_at, FLOATS), e.splat(e.load(factors, head, F32)))
+    product = e.b.sub(e.sum_of(totals), e.splat(e.load(scratch.offsets, head, I32)))
+    scale = e.b.fmul(e.load(cache.key_scales, first, FLOATS), e.splat(e.load(scratch.factors, head, F32)))
     score = e.b.fmul(e.b.sitofp(product, FLOATS), scale)
-    e.store(e.b.select(e.first_lanes(n), score, e.floats(NEVER)), scores, scores_at)
+    e.store(e.b.select(e.first_lanes(n), score, e.floats(NEVER)), scratch.scores, scores_at)
 
 
 @intrinsic()
-def soften(e, scores, at, length, scales, scales_at, stride, high, low, factors, head):
-    """Turn scores into the 16-bit weights of values: 2^(score - largest score) times the scale of the value.
+def soften(e, scratch, head, at, length, cache, first, stride):
+    """Turn `length` scores into the 16-bit weights of values: 2^(score - largest score) times the value's scale.
 
-    The scales of the next block of values are `stride` after those of a block. high, low: (tokens,) uint8, the two
-    bytes of the weights, of which the largest is 65535. factors[head]: what makes the weights add up to 1.
+    The value_scales of each next block of values are `stride` elements further on. Write the two bytes of each weight
+    to scratch.high and scratch.low; the largest weight is 65535. Write to scratch.factors the factor that makes the sum
+    of the weights 1.
     """
+    scores = scratch.scores
     n_blocks = e.blocks(length)
     best, total, heaviest = (e.totals(FLOATS, 1)[0] for _ in range(3))
     e.b.store(e.floats(NEVER), best)
@@ -349,42 +357,44 @@ def soften(e, scores, at, length, scales, scales_at, stride, high, low, factors,
         here = e.index(at, LANES, loop.index)
         weight = e.exp2(e.b.fsub(e.load(scores, here, FLOATS), shift))
         e.b.store(e.b.fadd(weight, e.b.load(total)), total)
-        weight = e.b.fmul(weight, e.load(scales, e.index(scales_at, stride, loop.index), FLOATS))
+        weight = e.b.fmul(weight, e.load(cache.value_scales, e.index(first, stride, loop.index), FLOATS))
         left = e.b.sub(length, e.index(I64(0), LANES, loop.index))
         weight = e.b.select(e.first_lanes(left), weight, e.floats(0.0))
         e.store(weight, scores, here)
         e.b.store(e.larger(weight, e.b.load(heaviest)), heaviest)
     largest = e.largest_lane(e.b.load(heaviest))
     sums = e.sum_of_lanes(e.b.load(total))
-    e.store(e.b.fdiv(e.b.fmul(largest, F32(1 / 65535)), sums), factors, head)
+    e.store(e.b.fdiv(e.b.fmul(largest, F32(1 / 65535)), sums), scratch.factors, head)
     inverse = e.splat(e.inverse_scale(largest, 65535.0))
     with cgutils.for_range(e.b, n_blocks) as loop:
         here = e.index(at, LANES, loop.index)
         ints = e.to_ints(e.load(scores, here, FLOATS), inverse)
-        e.store(e.to_bytes(e.b.lshr(ints, e.ints(8))), high, here)
-        e.store(e.to_bytes(ints), low, here)
+        e.store(e.to_bytes(e.b.lshr(ints, e.ints(8))), scratch.high, here)
+        e.store(e.to_bytes(ints), scratch.low, here)
 
 
 @intrinsic()
-def weigh_values(e, high, low, weights_at, values, at, width, sums, sums_at):
-    """Add a block of values times the high and the low bytes of its weights to sums[sums_at :], (2, width) int32."""
+def weigh_values(e, scratch, head, weights_at, cache, first, width):
+    """Add a block of values, times the high and the low bytes of its weights, to the head's two rows of sums."""
+    at, sums_at = e.b.mul(first, width), e.b.mul(e.b.mul(head, I64(2)), width)
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
         column = e.index(I64(0), LANES, group.index)
         quads = [e.index(at, e.b.mul(width, I64(4)), quad) for quad in range(LANES // 4)]
-        blocks = [e.load(values, e.index(quad, 4, column), BYTES) for quad in quads]
-        for half, weights in enumerate((high, low)):
+        blocks = [e.load(cache.values, e.index(quad, 4, column), BYTES) for quad in quads]
+        for half, weights in enumerate((scratch.high, scratch.low)):
             here = e.b.add(e.index(sums_at, width, half), column)
             chains = [ir.Constant(e.sums, None)] * 2
             for quad, block in enumerate(blocks):
                 four = e.splat(e.load(weights, e.index(weights_at, 4, quad), I32))
                 chains[quad % 2] = e.dot(chains[quad % 2], e.b.bitcast(four, BYTES), block)
-            e.store(e.b.add(e.load(sums, here, INTS), e.folded(e.b.add(*chains))), sums, here)
+            e.store(e.b.add(e.load(scratch.sums, here, INTS), e.folded(e.b.add(*chains))), scratch.sums, here)
 
 
 @intrinsic()
-def put_sums(e, sums, sums_at, width, factors, head, out, out_at):
+def put_sums(e, scratch, head, width, out, out_at):
     """Write (256 * high sums + low sums) * the head's factor to out[out_at : out_at + width]. Set the sums to 0."""
-    factor = e.splat(e.load(factors, head, F32))
+    sums, sums_at = scratch.sums, e.b.mul(e.b.mul(head, I64(2)), width)
+    factor = e.splat(e.load(scratch.factors, head, F32))
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
         column = e.index(I64(0), LANES, group.index)
         halves = [e.b.add(e.index(sums_at, width, half), column) for half in range(2)]
@@ -396,14 +406,14 @@ def put_sums(e, sums, sums_at, width, factors, head, out, out_at):
 
 @intrinsic(types.int64)
 def multiply_adds(e, n, out):
-    """Compute n rounds of independent dot products, as fast as the processor can.
+    """Compute n rounds of independent dot products at the processor's full speed.
 
-    Write their sums to out (LANES,) int32, so that the compiler can't leave them out. Return the number of products of
-    bytes in a round.
+    Write the sums to out (LANES,) int32. Otherwise the compiler would remove the computation. Return the number of
+    products of bytes in a round.
     """
     n_chains = 16 if e.form == "avx512-vnni" else 4
     totals = e.totals(e.sums, n_chains)
-    unsigned = e.b.bitcast(e.load(out, I64(0), INTS), BYTES)  # a value that the compiler can't know
+    unsigned = e.b.bitcast(e.load(out, I64(0), INTS), BYTES)  # a value that is unknown when this is compiled
     with cgutils.for_range(e.b, n):
         for total in totals:
             e.b.store(e.dot(e.b.load(total), unsigned, unsigned), total)

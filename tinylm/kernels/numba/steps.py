@@ -1,4 +1,4 @@
-"""A whole step, forward pass and sampling, as one compiled call that allocates nothing and does not hold the GIL."""
+"""A whole step, forward pass and sampling, as one compiled call. It allocates nothing and releases the GIL."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinylm.kernels.numba.simd import TILE
 def _make_pass(exact: bool) -> Callable[..., None]:
     """Make the forward pass for one type of cache.
 
-    `exact` is a constant when the pass is compiled, so that the compiler sees the functions of this cache only.
+    `exact` is a constant for the compiler, so that it compiles only the functions of this cache.
     """
 
     @compiled
@@ -63,7 +63,7 @@ _pass_int8, _pass_float32 = _make_pass(exact=False), _make_pass(exact=True)
 def _make_run(exact: bool, sources: str) -> Any:
     """Make the function that Python calls: the forward pass, and sampling if `samples`.
 
-    `sources` is used only so that the function closes over it (see `tinylm.kernels.numba.jit`).
+    The function uses `sources` only to make it a closure variable (see `tinylm.kernels.numba.jit`).
     """
 
     def run(
@@ -115,7 +115,7 @@ def describe() -> str:
 
 
 def measure_peak() -> float:
-    """Measure how many multiply-adds of bytes one core does per second of CPU time at most."""
+    """Return the most multiply-adds of bytes that one core does per CPU second."""
     sums = np.arange(LANES, dtype=np.int32)
     _multiply_adds(1, sums)  # compiles
     n_rounds = 1_000_000
