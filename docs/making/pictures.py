@@ -7,11 +7,10 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,10 +21,11 @@ from tinylm.files import write_file
 
 RESULTS = Path("docs/results")
 OUT = Path("docs/images")
+Results = dict[str, Any]  # name of the file -> content
 BLUE, ORANGE, GREY = "#2f6db3", "#d9822b", "#9aa5b1"
 
 
-def attention(results: dict) -> Figure:
+def attention(results: Results) -> Figure:
     """Draw which tokens three heads attend to, on one story."""
     inside = results["pictures"]["inside"]
     labels = [piece.strip() or "␣" for piece in inside["pieces"]]
@@ -40,7 +40,7 @@ def attention(results: dict) -> Figure:
     return figure
 
 
-def lens(results: dict) -> Figure:
+def lens(results: Results) -> Figure:
     """Draw the rank of the answer among all tokens after each layer."""
     inside = results["pictures"]["inside"]
     ranks = np.array(inside["lens"]["ranks"])  # (layers, positions)
@@ -59,7 +59,7 @@ def lens(results: dict) -> Figure:
     return figure
 
 
-def rotation(results: dict) -> Figure:
+def rotation(results: Results) -> Figure:
     """Draw how four of a head's pairs of numbers rotate with the position."""
     shape = results["pictures"]["shape"]
     positions = np.arange(shape["context"])
@@ -74,7 +74,7 @@ def rotation(results: dict) -> Figure:
     return figure
 
 
-def cache(results: dict) -> Figure:
+def cache(results: Results) -> Figure:
     """Draw the CPU time of the next token by text length, with and without a KV cache."""
     cache = results["pictures"]["cache"]
     figure, axes = _axes("the next token: with the cache, and reading the whole text again")
@@ -87,7 +87,7 @@ def cache(results: dict) -> Figure:
     return figure
 
 
-def eight_bits(results: dict) -> Figure:
+def eight_bits(results: Results) -> Figure:
     """Draw a stored row of weights, and a matmul's input before and after rounding."""
     pictures = results["pictures"]
     weights, activation = pictures["weights"], pictures["inside"]["activation"]
@@ -111,7 +111,7 @@ def eight_bits(results: dict) -> Figure:
     return figure
 
 
-def next_token(results: dict) -> Figure:
+def next_token(results: Results) -> Figure:
     """Draw the most likely next tokens at several temperatures."""
     shown = results["pictures"]["next_token"]
     figure = Figure((11, 3.4), layout="constrained")
@@ -126,7 +126,7 @@ def next_token(results: dict) -> Figure:
     return figure
 
 
-def timeline(results: dict) -> Figure:
+def timeline(results: Results) -> Figure:
     """Draw what each step of an engine with four slots processes of eight requests."""
     line = results["pictures"]["timeline"]
     figure = Figure((11, 3.4), layout="constrained")
@@ -149,7 +149,7 @@ def timeline(results: dict) -> Figure:
     return figure
 
 
-def batches(results: dict) -> Figure:
+def batches(results: Results) -> Figure:
     """Draw tokens per second by batch size, below two limits: reading bytes and multiplying."""
     bench = results["bench"]
     sizes = np.array([row["batch"] for row in bench["decode"]])
@@ -172,7 +172,7 @@ def batches(results: dict) -> Figure:
     return figure
 
 
-PICTURES: dict[str, Callable[[dict], Figure]] = {
+PICTURES = {
     "how-attention": attention,
     "how-lens": lens,
     "how-rotation": rotation,
@@ -184,7 +184,7 @@ PICTURES: dict[str, Callable[[dict], Figure]] = {
 }
 
 
-def load_results() -> dict:
+def load_results() -> Results:
     """Return the contents of the result files by name."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
 
@@ -192,12 +192,13 @@ def load_results() -> dict:
 def draw(directory: Path) -> list[Path]:
     """Draw every picture as a PNG file in the directory, and return their paths."""
     results = load_results()
-    paths = [directory / f"{name}.png" for name in PICTURES]
+    paths = []
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.5}):
-        for path, make in zip(paths, PICTURES.values(), strict=True):
-            picture = io.BytesIO()
-            make(results).savefig(picture, dpi=110, metadata={"Software": None})
-            write_file(path, picture.getvalue())
+        for name, picture in PICTURES.items():
+            png = io.BytesIO()
+            picture(results).savefig(png, dpi=110, metadata={"Software": None})
+            paths.append(directory / f"{name}.png")
+            write_file(paths[-1], png.getvalue())
     return paths
 
 
@@ -209,8 +210,6 @@ def _axes(title: str) -> tuple[Figure, Axes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m docs.making.pictures", description=__doc__.partition("\n")[0])
-    parser.parse_args()
     for path in draw(OUT):
         print(f"wrote {path}")
 

@@ -6,14 +6,12 @@ The weights have the names of Hugging Face's Llama family, so that exporting the
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.config import ModelConfig
-from tinylm.weights import as_float32, load_model
 
 QUERY_BLOCK = 64  # queries that attention computes together
 BYTE = 256  # dropout has steps of 1 / BYTE
@@ -196,11 +194,3 @@ class GPT(nn.Module):
         """Compile the blocks one by one. They are alike, so this takes 15 s; the whole model would take two minutes."""
         for block in self.model.layers:
             block.compile()
-
-
-def released_model(directory: Path) -> GPT:
-    """Return the model in a directory, with the weights that its int8 values stand for; raises ModelError."""
-    config, tensors = load_model(directory)
-    model = GPT(config)
-    model.load_state_dict({name: torch.from_numpy(as_float32(tensor).copy()) for name, tensor in tensors.items()})
-    return model
