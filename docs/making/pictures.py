@@ -50,11 +50,8 @@ def lens(results: Results) -> Figure:
     axes.plot(layers, np.median(ranks, axis=1), color=BLUE, linewidth=2, label="median of all positions")
     answer = inside["lens"]["answer"].strip()
     axes.plot(layers, ranks[:, -1], color=ORANGE, linewidth=2, label=f'the last position, answer "{answer}"')
-    axes.set_yscale("log")
+    axes.set(yscale="log", xticks=layers, xlabel="layer", ylabel="rank (1 is the most likely)")
     axes.invert_yaxis()
-    axes.set_xticks(layers)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("rank (1 is the most likely)")
     axes.legend()
     return figure
 
@@ -80,9 +77,7 @@ def cache(results: Results) -> Figure:
     figure, axes = _axes("the next token: with the cache, and reading the whole text again")
     axes.plot(cache["lengths"], cache["without_ms"], "o-", color=ORANGE, label="without a cache")
     axes.plot(cache["lengths"], cache["with_ms"], "o-", color=BLUE, label="with the KV cache")
-    axes.set_ylim(0)
-    axes.set_xlabel("tokens so far")
-    axes.set_ylabel("CPU ms per token")
+    axes.set(ylim=(0, None), xlabel="tokens so far", ylabel="CPU ms per token")
     axes.legend()
     return figure
 
@@ -91,23 +86,23 @@ def eight_bits(results: Results) -> Figure:
     """Draw a stored row of weights, and a matmul's input before and after rounding."""
     pictures = results["pictures"]
     weights, activation = pictures["weights"], pictures["inside"]["activation"]
+    before = np.array(activation["before"])
+    after = np.array(activation["after"]) * activation["scale"]
     figure = Figure((11, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.hist(weights["values"], np.arange(-128, 129, 8), color=BLUE)
-    left.set_title(f"row {weights['row']} of a matrix, as stored", fontsize=10)
-    left.set_xlabel(f"integer (times {weights['scale']:.5f})", fontsize=8)
-    left.set_ylabel("weights", fontsize=8)
-    before = np.array(activation["before"])
-    after = np.array(activation["after"]) * activation["scale"]
     middle.plot(before, after, ".", color=BLUE, markersize=4)
-    middle.set_title("a matmul's input and its rounding", fontsize=10)
-    middle.set_xlabel("before", fontsize=8)
-    middle.set_ylabel("after", fontsize=8)
     right.plot(before, before - after, ".", color=ORANGE, markersize=4)
     for side in (-0.5, 0.5):
         right.axhline(side * activation["scale"], color=GREY, linewidth=1)
-    right.set_title("the error: at most half a step", fontsize=10)
-    right.set_xlabel("before", fontsize=8)
+    for axes, title, xlabel, ylabel in (
+        (left, f"row {weights['row']} of a matrix, as stored", f"integer (times {weights['scale']:.5f})", "weights"),
+        (middle, "a matmul's input and its rounding", "before", "after"),
+        (right, "the error: at most half a step", "before", ""),
+    ):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(xlabel, fontsize=8)
+        axes.set_ylabel(ylabel, fontsize=8)
     return figure
 
 
@@ -139,9 +134,9 @@ def timeline(results: Results) -> Figure:
             axes.barh(number, 1, left=step, color=ORANGE if kind == "prompt" else BLUE, edgecolor="white")
             if kind == "prompt":
                 axes.text(step + 0.5, number, count, ha="center", va="center", fontsize=7, color="white")
-    for colour, hatch, label in ((GREY, "///", "waiting for a slot"), (ORANGE, "", "prompt tokens"),
-                                 (BLUE, "", "one answer token")):  # fmt: skip
-        axes.barh([0], [0], color="none" if hatch else colour, edgecolor=colour, hatch=hatch, label=label)
+    axes.barh([0], [0], color="none", edgecolor=GREY, hatch="///", label="waiting for a slot")
+    axes.barh([0], [0], color=ORANGE, label="prompt tokens")
+    axes.barh([0], [0], color=BLUE, label="one answer token")
     axes.set_yticks(range(len(line["sequences"])), [f"request {n + 1}" for n in range(len(line["sequences"]))])
     axes.invert_yaxis()
     axes.set_xlabel("step of the engine")
@@ -163,11 +158,8 @@ def batches(results: Results) -> Figure:
     for size, value in zip(sizes, rate, strict=True):
         axes.annotate(f"{value:,.0f}", (size, value), (0, -13), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_ylim(rate.min() * 0.7)
     axes.set_xticks(sizes, sizes)
-    axes.set_xlabel("batch size")
-    axes.set_ylabel("tokens/s")
+    axes.set(yscale="log", ylim=(rate.min() * 0.7, None), xlabel="batch size", ylabel="tokens/s")
     axes.legend(fontsize=8)
     return figure
 

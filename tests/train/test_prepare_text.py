@@ -71,13 +71,6 @@ def test_parquet_keeps_source_author_and_licence(tmp_path: Path):
     assert manifest["train"]["licences"] == ["CC-BY-4.0", "of the collection"]
 
 
-def test_without_a_source_column_each_document_is_a_source(tmp_path: Path):
-    rows = prepared(tmp_path / "w", write_parquet(tmp_path / "t.parquet", {"text": STORIES}), licence="L")
-    assert texts(rows) == sorted(STORIES)
-    assert len({row["source"] for row in rows}) == len(STORIES)
-    assert {row["licence"] for row in rows} == {"L"}
-
-
 def test_columns_may_have_other_names_and_types(tmp_path: Path):
     """Number 0 is a source too. If it counted as missing, its documents could go to both splits."""
     books = [n // 2 for n in range(80)]
@@ -209,7 +202,9 @@ def test_cleaning_is_idempotent_and_keeps_every_letter(text: str):
 def test_duplicates_and_short_documents_are_dropped(tmp_path: Path):
     more = [*(story + " \r\n" for story in STORIES), "too short", "", None, "x" * 63]
     path = write_parquet(tmp_path / "t.parquet", {"text": [*STORIES, *more]})
-    assert texts(prepared(tmp_path / "w", path)) == sorted(STORIES)
+    rows = prepared(tmp_path / "w", path)
+    assert texts(rows) == sorted(STORIES)
+    assert len({row["source"] for row in rows}) == len(STORIES)  # without a source column
 
 
 def test_minimum_and_max_documents_filter_rows(tmp_path: Path):
