@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -67,7 +68,7 @@ def export_huggingface(model: Path, out: Path) -> None:
 
 def _convert_model(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> transformers.ArceeForCausalLM:
     """Return the model as a PyTorch module of `transformers`. tensors: float32 by name."""
-    special_ids = {
+    special_ids: dict[str, Any] = {
         "bos_token_id": config.boundary_id,
         "eos_token_id": config.boundary_id,
         "pad_token_id": config.boundary_id,

@@ -1,4 +1,4 @@
-"""The tokenizer and the tokens of the work directory, as training reads them."""
+"""The tokenizer and the tokens of the work directory."""
 
 from __future__ import annotations
 
