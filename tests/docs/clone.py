@@ -260,11 +260,11 @@ class Clone:
 
     def _expect_as_committed(self, terminal: Terminal, ran: list[Walk]) -> None:
         """Fail if committed files changed that the walks may not rewrite. Restore them all."""
-        anew = tuple(path for how in ran for path in how.rewrites)
+        rewritten = tuple(path for how in ran for path in how.rewrites)
         git = ["git", "-C", str(self.directory)]
         changed = subprocess.run(
             [*git, "diff", "--name-only"], check=True, capture_output=True, text=True
         ).stdout.split()
         subprocess.run([*git, "checkout", "--quiet", "."], check=True)
-        if wrong := [path for path in changed if not path.startswith(anew)]:
+        if wrong := [path for path in changed if not path.startswith(rewritten)]:
             terminal.fail(f"changed committed files: {wrong}")

@@ -35,9 +35,8 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
             zero = (of_row == 0).float()
             assert abs(zero.mean() - share) <= 5 * (share * (1 - share) / of_row.numel()) ** 0.5
             assert of_row[of_row != 0].unique().tolist() == pytest.approx([1 / (1 - share)])
-            neighbours = (
-                (zero[..., 1:] == zero[..., :-1]).float().mean()
-            )  # elements are independent, also within eight bytes of one draw
+            # Elements are independent, also within the eight bytes of one draw.
+            neighbours = (zero[..., 1:] == zero[..., :-1]).float().mean()
             assert abs(neighbours - (share**2 + (1 - share) ** 2)) < 0.02
 
 
