@@ -1,4 +1,4 @@
-"""From text to a model directory: prepare, tokenizer, encode, run, export, evaluate — each a command of its own.
+"""Train a model from text. Each stage is a command: prepare, tokenizer, encode, run (or alone), export.
 
-Imports PyTorch and Ray, and of `tinylm` what reads and writes models, and the engine that judges them.
+`data` makes training rows, `core` trains on them, and `release` describes and converts the result.
 """

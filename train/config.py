@@ -1,28 +1,33 @@
-"""The training settings, and `KEY=VALUE` overrides from the command line.
+"""The training settings: a YAML file, and `KEY=VALUE` overrides from the command line of each stage.
 
-Every stage reads the same file and uses its own section. Only this module knows the paths below `workdir`.
+Every stage reads the same file and uses its section. Only this module knows the paths below `workdir`.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from tinylm.config import ModelConfig
 from tinylm.sampling import SamplingParams
 from tinylm.system.text_files import read_text
+from tinylm.terminal.output import one_line_errors
+from tinylm.weights import ModelError
 
 MAX_VOCAB = 2**16  # token shards are uint16
-INDEX_FILE = "index.json"  # beside the shards
 METRICS_FILE = "metrics.jsonl"  # in a run's directory, and in that of its exported model
 TOP_P = 0.95  # of every sample of an exported model
 
+T = TypeVar("T")
+
 
 class ConfigError(ValueError):
-    """A setting or a file of the user is unusable. The message names it and says what is wrong."""
+    """The user must correct a setting or a file. The message names it and says what is wrong."""
 
 
 class _Section(BaseModel):
@@ -38,7 +43,7 @@ class Collection(_Section):
     licence: str = ""
     attribution: str = ""
     text_column: str = "text"
-    source_column: str = "source"  # documents with the same value are never split; without the column, each is alone
+    source_column: str = "source"  # documents with the same value stay together; without it, each document is a source
     minimum: dict[str, float] = {}  # keep only rows whose column is at least this
 
 
@@ -71,7 +76,7 @@ class Run(_Section):
     muon_lr: float = Field(default=0.02, gt=0)  # peak learning rate of the blocks' matrices
     adamw_lr: float = Field(default=3e-3, gt=0)  # peak learning rate of the embedding and the norms
     weight_decay: float = Field(default=0.02, ge=0)  # of the blocks' matrices
-    dropout: DropoutShare | dict[str, DropoutShare] = 0.0  # or by collection, for text that the run reads many times
+    dropout: DropoutShare | dict[str, DropoutShare] = 0.0  # for all rows, or by collection
     warmup_steps: int = Field(default=100, ge=0)
     constant_share: float = Field(default=0.4, ge=0, le=1)  # of the steps, before the linear decay begins
     log_every_steps: int = Field(default=10, ge=1)
@@ -92,19 +97,19 @@ class Run(_Section):
 class Export(_Section):
     evaluate_bytes: int = Field(default=200_000, ge=1)  # of held-out text of each collection
     n_samples: int = Field(default=10, ge=0)  # stories in samples.md
-    n_stories: int = Field(default=200, ge=1)  # whose variety and copying are measured
-    prompts: Path = Path("configs/prompts.yaml")  # whose answers go into prompts.md
+    n_stories: int = Field(default=200, ge=1)  # stories whose variety and copying are measured
+    prompts: Path = Path("configs/prompts.yaml")  # the answers to these go into prompts.md
     sample_prompt: str = "Once upon a time"
     sample_temperature: float = Field(default=0.8, ge=0)
     formats: tuple[Literal["onnx", "huggingface"], ...] = ("onnx", "huggingface")  # besides TinyLM's own
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Export:
-        self.sampling(max_tokens=1)  # SamplingParams checks itself
+        self.sampling(max_tokens=1)  # SamplingParams raises ValueError
         return self
 
     def sampling(self, max_tokens: int) -> SamplingParams:
-        """Return how an exported model writes its samples, without a seed."""
+        """Return the settings of an exported model's samples, without a seed."""
         return SamplingParams(max_tokens=max_tokens, temperature=self.sample_temperature, top_p=TOP_P)
 
 
@@ -121,20 +126,36 @@ class TrainConfig(_Section):
     export: Export = Export()
 
     @model_validator(mode="after")
-    def _start_is_kept(self) -> TrainConfig:
+    def _check_sections_together(self) -> TrainConfig:
         target = self.models_dir / self.name
         if self.start_from and self.start_from.resolve() == target.resolve():
             raise ValueError(f"name is {self.name!r}: {target} is start_from and would be replaced: set another name")
+        named = self.run.dropout if isinstance(self.run.dropout, dict) else {}
+        if unknown := sorted(named.keys() - self.weights.keys()):
+            raise ValueError(f"run.dropout: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
+        try:
+            shape = self.shape
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model: {error}") from None
+        if shape.vocab_size > MAX_VOCAB:
+            raise ValueError(
+                f"model.vocab_size is {shape.vocab_size}: at most {MAX_VOCAB}, since tokens are stored as uint16"
+            )
+        if shape.context < 2:
+            raise ValueError(f"model.context is {shape.context}: training needs at least 2 tokens")
         return self
 
-    def resolved(self) -> TrainConfig:
-        """Return the same settings with absolute paths, for workers that run in other directories."""
+    def with_absolute_paths(self) -> TrainConfig:
+        """Return the same settings for workers that run in other directories."""
         names = ("workdir", "models_dir", "start_from")
         return self.model_copy(update={name: path.resolve() for name in names if (path := getattr(self, name))})
 
     @property
     def text_dir(self) -> Path:
         return self.workdir / "text"
+
+    def text_file(self, collection: str, split: str) -> Path:
+        return self.text_dir / f"{collection}.{split}.parquet"
 
     @property
     def manifest_path(self) -> Path:
@@ -149,16 +170,8 @@ class TrainConfig(_Section):
         return self.workdir / "tokens"
 
     @property
-    def index_path(self) -> Path:
-        return self.tokens_dir / INDEX_FILE
-
-    @property
-    def runs_dir(self) -> Path:
-        return self.workdir / "runs"
-
-    @property
     def run_dir(self) -> Path:
-        return self.runs_dir / self.name
+        return self.workdir / "runs" / self.name
 
     @property
     def metrics_path(self) -> Path:
@@ -172,53 +185,52 @@ class TrainConfig(_Section):
     def weights(self) -> dict[str, float]:
         return {collection.name: collection.weight for collection in self.prepare.collections}
 
-    @model_validator(mode="after")
-    def _check_dropout(self) -> TrainConfig:
-        named = set(self.run.dropout) if isinstance(self.run.dropout, dict) else set()
-        if unknown := sorted(named - set(self.weights)):
-            raise ValueError(f"run.dropout: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
-        return self
+    @property
+    def tokens_per_step(self) -> int:
+        return self.run.batch_rows * self.shape.context
 
-    @model_validator(mode="after")
-    def _check_shape(self) -> TrainConfig:
-        try:
-            shape = self.shape
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"model: {error}") from None
-        if shape.vocab_size > MAX_VOCAB:
-            raise ValueError(
-                f"model.vocab_size is {shape.vocab_size}: at most {MAX_VOCAB}, since tokens are stored as uint16"
-            )
-        if shape.context < 2:
-            raise ValueError(f"model.context is {shape.context}: training needs at least 2 tokens")
-        return self
+    @property
+    def steps(self) -> int:
+        """The complete optimizer steps in `run.tokens`, at least one."""
+        return max(1, self.run.tokens // self.tokens_per_step)
 
 
-def load_config(path: Path, overrides: list[str] = []) -> TrainConfig:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a config and apply `key=value` overrides, such as `run.tokens=2e6` or `prepare.collections.0.weight=0.5`.
 
     Raises ConfigError with one line that names the file or the key that is wrong.
     """
-    try:
-        values = yaml.safe_load(read_text(path))
-    except FileNotFoundError:
-        raise ConfigError(f"no such config: {path}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as text: {error}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no settings")
     for override in overrides:
         _apply(values, override)
+    return validated(TrainConfig, values, path)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file; raise ConfigError, which names it, when it cannot be read."""
     try:
-        return TrainConfig.model_validate(values)
+        return yaml.safe_load(read_text(path))
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+
+
+def validated(kind: type[T], values: Any, path: Path) -> T:
+    """Return the content of `path` as an object of this type; raise ConfigError, which names the wrong key."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_one_line(error)}") from None
+        first = max(error.errors(), key=lambda found: len(found["loc"]))  # of a union, the form that was meant
+    keys = [str(key) for key in first["loc"] if not str(key).startswith(("dict[", "constrained-"))]
+    given = "" if isinstance(first["input"], dict | list) else f" (given: {first['input']!r})"
+    raise ConfigError(f"{path}: {'.'.join(keys) or 'settings'}: {first['msg']}{given}")
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one key of nested settings; raises ConfigError when it is not `key=value` or lies below a plain value."""
+    """Set one key of nested settings; raise ConfigError when it is not `key=value` or lies below a plain value."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r} is not an override: write key=value, as in run.tokens=2e6")
@@ -231,7 +243,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"{key}: {text!r} is not a value: quote it as YAML does") from None
     except (AttributeError, IndexError, TypeError, ValueError):
-        raise ConfigError(f"{key}: the config has no such place") from None
+        raise ConfigError(f"{key}: the config has no such key") from None
 
 
 def _parse(text: str) -> Any:
@@ -239,13 +251,26 @@ def _parse(text: str) -> Any:
     try:
         number = float(text)
         return int(number) if number.is_integer() else number
-    except (ValueError, OverflowError):
+    except ValueError:
         return yaml.safe_load(text)
 
 
-def _one_line(error: ValidationError) -> str:
-    first = max(error.errors(), key=lambda one: len(one["loc"]))  # of the forms of a union, the one that was written
-    keys = [str(key) for key in first["loc"]]
-    where = ".".join(key for key in keys if not key.startswith(("dict[", "constrained-"))) or "settings"
-    given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
-    return f"{where}: {first['msg']}{given}"
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that every stage has: `--config FILE` and `KEY=VALUE ...`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/train.yaml"), help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a setting, as in run.tokens=2e6")
+    return parser
+
+
+def run_stage(description: str | None, stage: Callable[[TrainConfig], Any]) -> None:
+    """Parse the command line and run the stage. Print an error that the user can correct as one line."""
+    with one_line_errors(ConfigError, ModelError):
+        arguments = command_line(description).parse_args()
+        stage(load_config(arguments.config, arguments.overrides))
+
+
+def require(path: Path, made_by: str) -> None:
+    """Raise ConfigError that names the command to run when a stage's input is missing."""
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: run `python -m {made_by}` first")

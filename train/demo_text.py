@@ -1,10 +1,9 @@
-"""Small stories made by a grammar, so that the whole of training can be tried without downloading any text.
+"""Generate small stories from a grammar, to try all of training without a download.
 
     python -m train.demo_text [--out data/demo/stories.txt] [--stories 3000] [--seed 1]
 
-`make train-demo` begins with it. The same seed gives the same file, byte for byte; documents are parted by lines of
-<|endoftext|>, as `train.prepare` reads them. A model trained on it learns to write sentences of this grammar and
-nothing else: it shows that training works, not what a model of this size can learn from real stories.
+`make train-demo` begins with it. The same seed gives the same file, byte for byte. A model that is trained on these
+stories writes sentences of this grammar only: it shows that training works, not what a model of its size can learn.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from tinylm.system.files import check_own, write_file
 from tinylm.terminal.output import one_line_errors, say
-from train.prepare import DOCUMENT_SEPARATOR
+from train.data.sources import DOCUMENT_SEPARATOR
 
 NAMES = {
     "she": ["Anna", "Bella", "Cora", "Dora", "Ella", "Fay", "Greta", "Hanna", "Ida", "Lily", "Mina", "Nora", "Rosa"],
@@ -37,7 +36,7 @@ COLOURS = ["red", "blue", "yellow", "green", "white", "golden"]
 THINGS = ["kite", "ball", "boat", "hat", "drum", "lamp", "basket", "bell"]
 GIVERS = ["grandmother", "mother", "uncle", "best friend", "old neighbour"]
 TIMES = ["One morning", "One windy day", "The next day", "One evening", "On a rainy afternoon"]
-# What happens to the thing, and how a helper mends it.
+# What happens to the thing, and how a helper solves it.
 TROUBLES = [
     (
         "the wind took the {thing} and carried it up into a tall tree",
@@ -66,7 +65,7 @@ MORALS = [
 
 
 def story(rng: random.Random) -> str:
-    """One story: somebody gets a thing, loses it, and is helped."""
+    """Return a story: somebody gets a thing, loses it, and gets help."""
     pronoun = rng.choice(sorted(NAMES))
     name = rng.choice(NAMES[pronoun])
     helper = rng.choice([other for names in NAMES.values() for other in names if other != name])
@@ -96,7 +95,7 @@ def story(rng: random.Random) -> str:
 
 
 def demo_text(n_stories: int, seed: int) -> str:
-    """`n_stories` stories with a separator line between each two, the same for the same seed."""
+    """Return `n_stories` stories, separated by lines of DOCUMENT_SEPARATOR; the same seed gives the same text."""
     rng = random.Random(seed)
     return f"\n{DOCUMENT_SEPARATOR}\n".join(story(rng) for _ in range(n_stories)) + "\n"
 
@@ -107,18 +106,14 @@ def main() -> None:
     parser.add_argument("--stories", type=int, default=3000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
     with one_line_errors(ValueError):
-        write_demo(parser.parse_args())
-
-
-def write_demo(arguments: argparse.Namespace) -> None:
-    """Write the stories to a file."""
-    if arguments.stories < 1:
-        raise ValueError(f"--stories is {arguments.stories}: it must be at least 1")
-    text = demo_text(arguments.stories, arguments.seed)
-    if arguments.out.is_file():
-        check_own(arguments.out, lambda content: content.startswith(b"Once upon a time there was a "))
-    write_file(arguments.out, text)
-    say(f"{arguments.out}: {arguments.stories:,} stories, {len(text.encode()):,} bytes")
+        arguments = parser.parse_args()
+        if arguments.stories < 1:
+            raise ValueError(f"--stories is {arguments.stories}: it must be at least 1")
+        text = demo_text(arguments.stories, arguments.seed)
+        if arguments.out.is_file():
+            check_own(arguments.out, lambda content: content.startswith(b"Once upon a time there was a "))
+        write_file(arguments.out, text)
+        say(f"{arguments.out}: {arguments.stories:,} stories, {len(text.encode()):,} bytes")
 
 
 if __name__ == "__main__":

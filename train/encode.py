@@ -1,9 +1,9 @@
-"""Prepared text into shards of token ids that training memory-maps, by Ray Data on one core or a cluster.
+"""Encode the prepared text as shards of token ids, with Ray Data on one core or a cluster.
 
     python -m train.encode [--config configs/train.yaml] [KEY=VALUE ...]
 
 Writes `<workdir>/tokens/<collection>.<split>-00000.npy` (uint16; each document is the boundary and then its text)
-and `index.json`. The order is the text's own, so that two runs give the same bytes; shuffling is the loader's.
+and `index.json`. Documents keep the order of the text, so two runs write the same bytes. Training shuffles them.
 """
 
 from __future__ import annotations
@@ -20,30 +20,75 @@ import pyarrow.parquet as pq
 from tinylm.system.files import manifest_names, replaced_directory
 from tinylm.terminal.output import say
 from tinylm.tokenizer import Tokenizer
-from train.config import INDEX_FILE, TrainConfig
-from train.files import file_sha256
-from train.stage import load_tokenizer, progress, require, run_stage, start_ray
+from train.config import TrainConfig, require, run_stage
+from train.data.progress import progress
+from train.data.tokens import INDEX_FILE, file_sha256, load_tokenizer
 
 TOKEN_DTYPE = np.uint16
 BATCH_DOCUMENTS = 256
-# (config, Parquet file) -> batches in order: `tokens` of documents end to end, and the number of `documents`
+# (config, Parquet file) -> batches in order: the concatenated `tokens` of documents, and the number of `documents`
 Encoded = Callable[[TrainConfig, Path], Iterable[dict[str, Any]]]
 
 
-class _Encoder:
-    """What a Ray Data worker runs; it loads the tokenizer once."""
+def encode(config: TrainConfig) -> dict[str, Any]:
+    """Run the stage; return the index that it wrote. The old tokens stay until the new tokens are complete."""
+    require(config.manifest_path, "train.prepare")
+    for collection in config.prepare.collections:  # one may be new in the config
+        require(config.text_file(collection.name, "train"), "train.prepare")
+    tokenizer = load_tokenizer(config)
+    with replaced_directory(config.tokens_dir, token_files) as new:
+        index = write_tokens(config, tokenizer, new, _encoded_by_ray)
+    for name, entry in index["collections"].items():
+        counts = ", ".join(f"{split} {written['tokens']:,}" for split, written in entry.items())
+        say(f"{name}: {counts} tokens")
+    return index
 
-    def __init__(self, tokenizer: str) -> None:
-        self._tokenizer = Tokenizer(tokenizer)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        documents = [np.array(self._tokenizer.encode_document(text), TOKEN_DTYPE) for text in batch["text"]]
-        # One row a batch: its documents end to end. They part again at their boundaries.
-        return {"tokens": [np.concatenate(documents)], "documents": [len(documents)]}
+def token_files(directory: Path) -> set[str] | None:
+    """Return the names of the files that `encode` wrote; None when it did not write `directory`."""
+
+    def names(index: dict[str, Any]) -> list[str]:
+        if not index["tokenizer_sha256"]:
+            raise KeyError("tokenizer_sha256 is empty")
+        return [name for entry in index["collections"].values() for split in entry.values() for name in split["shards"]]
+
+    return manifest_names(directory / INDEX_FILE, names)
+
+
+def write_tokens(config: TrainConfig, tokenizer: Tokenizer, directory: Path, encoded: Encoded) -> dict[str, Any]:
+    """Write the shards of all collections and their index; return the index."""
+    collections: dict[str, Any] = {}
+    with progress("documents") as bar:
+        for name in config.weights:
+            collections[name] = {}
+            for split in ("train", "validation"):
+                path = config.text_file(name, split)
+                n_documents = pq.ParquetFile(path).metadata.num_rows
+                if not n_documents:
+                    continue  # of a collection with weight 0
+                task = bar.add_task(f"{name} {split}", total=n_documents)
+                writer = _ShardWriter(directory, f"{name}.{split}", config.encode.shard_tokens, tokenizer.boundary_id)
+                n_tokens = 0
+                for batch in encoded(config, path):
+                    tokens = np.asarray(batch["tokens"], TOKEN_DTYPE)
+                    writer.add(tokens)
+                    n_tokens += len(tokens)
+                    bar.advance(task, int(batch["documents"]))
+                writer.flush()
+                collections[name][split] = {"shards": writer.shards, "tokens": n_tokens, "documents": n_documents}
+    index = {
+        "text_sha256": file_sha256(config.manifest_path),
+        "tokenizer_sha256": file_sha256(config.tokenizer_path),
+        "vocab_size": tokenizer.vocab_size,
+        "boundary_id": tokenizer.boundary_id,
+        "collections": collections,
+    }
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return index
 
 
 class _ShardWriter:
-    """Gathers arrays and writes them as files of at most `limit` tokens, a document never across two."""
+    """Write tokens as files of at most `limit` tokens. A document is never split between two files."""
 
     def __init__(self, directory: Path, stem: str, limit: int, boundary_id: int) -> None:
         self._directory, self._stem, self._limit, self._boundary_id = directory, stem, limit, boundary_id
@@ -67,72 +112,14 @@ class _ShardWriter:
             self._pending, self._size = [], 0
 
 
-def token_files(directory: Path) -> set[str] | None:
-    """Return the names of the files that `encode` wrote; None when it did not write `directory`."""
-
-    def names(index: dict[str, Any]) -> list[str]:
-        if not index["tokenizer_sha256"]:
-            raise KeyError("an index without its tokenizer")
-        return [name for entry in index["collections"].values() for split in entry.values() for name in split["shards"]]
-
-    return manifest_names(directory / INDEX_FILE, names)
-
-
-def encode(config: TrainConfig) -> dict[str, Any]:
-    """Run the stage; return the index that it wrote. The old tokens stay until the new are whole."""
-    require(config.manifest_path, "train.prepare")
-    for collection in config.prepare.collections:  # one may be new in the config
-        require(config.text_dir / f"{collection.name}.train.parquet", "train.prepare")
-    tokenizer = load_tokenizer(config)
-    with replaced_directory(config.tokens_dir, token_files) as new:
-        index = write_tokens(config, tokenizer, new, _encoded_by_ray)
-    for name, entry in index["collections"].items():
-        counts = ", ".join(f"{split} {entry[split]['tokens']:,}" for split in ("train", "validation") if split in entry)
-        say(f"{name}: {counts} tokens")
-    return index
-
-
-def write_tokens(config: TrainConfig, tokenizer: Tokenizer, directory: Path, encoded: Encoded) -> dict[str, Any]:
-    """Write the shards of all collections and their index; return the index."""
-    index: dict[str, Any] = {
-        "text_sha256": file_sha256(config.manifest_path),
-        "tokenizer_sha256": file_sha256(config.tokenizer_path),
-        "vocab_size": tokenizer.vocab_size,
-        "boundary_id": tokenizer.boundary_id,
-        "collections": {},
-    }
-    with progress("documents") as bar:
-        for collection in config.prepare.collections:
-            entry: dict[str, Any] = {}
-            for split in ("train", "validation"):
-                path = config.text_dir / f"{collection.name}.{split}.parquet"
-                n_rows = pq.ParquetFile(path).metadata.num_rows
-                if not n_rows:
-                    continue  # never trained on
-                task = bar.add_task(f"{collection.name} {split}", total=n_rows)
-                stem, limit = f"{collection.name}.{split}", config.encode.shard_tokens
-                writer = _ShardWriter(directory, stem, limit, tokenizer.boundary_id)
-                n_tokens = n_documents = 0
-                for batch in encoded(config, path):
-                    tokens = np.asarray(batch["tokens"], TOKEN_DTYPE)
-                    writer.add(tokens)
-                    n_tokens += len(tokens)
-                    n_documents += int(batch["documents"])
-                    bar.advance(task, int(batch["documents"]))
-                writer.flush()
-                entry[split] = {"shards": writer.shards, "tokens": n_tokens, "documents": n_documents}
-            index["collections"][collection.name] = entry
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return index
-
-
 def _encoded_by_ray(config: TrainConfig, path: Path) -> Iterator[dict[str, Any]]:
-    """Yield what `_Encoder` makes of each batch of documents of a Parquet file, in their order."""
-    import ray.data  # slow to import, and only the running of the stage needs it
+    """Yield the encoded batches of documents of a Parquet file, in their order."""
+    import ray.data  # slow to import
 
-    start_ray()
+    if not ray.is_initialized():
+        ray.init(os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts documents
+    ray.data.DataContext.get_current().enable_progress_bars = False  # this module shows one
     yield from (
         ray.data.read_parquet(str(path.resolve()), columns=["text"])
         .map_batches(
@@ -143,6 +130,18 @@ def _encoded_by_ray(config: TrainConfig, path: Path) -> Iterator[dict[str, Any]]
         )
         .iter_rows()
     )
+
+
+class _Encoder:
+    """Encode batches in a Ray Data worker, with one tokenizer per worker."""
+
+    def __init__(self, tokenizer: str) -> None:
+        self._tokenizer = Tokenizer(tokenizer)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        documents = [np.array(self._tokenizer.encode_document(text), TOKEN_DTYPE) for text in batch["text"]]
+        # One row holds the whole batch. `_ShardWriter` splits it again at the boundaries.
+        return {"tokens": [np.concatenate(documents)], "documents": [len(documents)]}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Measure an exported model's bits per byte on held-out text, by collection, with TinyLM's own engine.
+"""Measure a model's bits per byte on held-out text, by collection, with TinyLM's engine.
 
     python -m train.evaluate --model models/stories-8m --data FILE.parquet [MORE.parquet ...] [--json]
 
-A Parquet file needs a column `text`. The optional column `collection` groups the scores, and `source` (such as a book's
-name) tells the interval which documents belong together.
+A Parquet file needs a column `text`. The optional column `collection` groups the scores. The optional column `source`,
+such as the name of a book, tells which documents belong together.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from tinylm.terminal.output import PlainConsole, one_line_errors
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
 from train.config import ConfigError
+from train.data.progress import progress
 from train.release.intervals import ratio_interval
-from train.stage import progress
 
-WINDOWS_A_BATCH = 8
-STRETCH = 10_000  # characters of a long document that are drawn together
+WINDOWS_PER_BATCH = 8
+STRETCH = 10_000  # characters; longer documents are cut into stretches
 
 
 class Document(NamedTuple):
     """A text to score, or a stretch of one."""
 
     collection: str
-    source: str  # such as a book
+    source: str  # for example a book
     text: str
 
 
@@ -72,10 +72,10 @@ def per_byte(scores: Sequence[Score]) -> float:
 
 
 def windows(n_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, end, first) of each window: ids[start:end] go in, and the targets ids[first:end + 1] count.
+    """Yield (start, end, first) of each window: the input is ids[start:end], and ids[first : end + 1] are scored.
 
-    The windows overlap by half. Each token but the first is a target once. Beyond the first half context, every target
-    has at least half a context before it.
+    The windows overlap by half. Every token except the first is scored once. From the second window on, it has at least
+    half a context before it.
     """
     start, first = 0, 1
     while first < n_tokens:
@@ -87,30 +87,33 @@ def windows(n_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
 
 def make_runner(model: Model) -> ModelRunner:
     """Return a runner with room for a batch of windows."""
-    size = WINDOWS_A_BATCH * model.config.context
-    return ModelRunner(model, WINDOWS_A_BATCH, size, size)
+    size = WINDOWS_PER_BATCH * model.config.context
+    return ModelRunner(model, WINDOWS_PER_BATCH, size, size)
 
 
 def score_document(runner: ModelRunner, tokenizer: Tokenizer, text: str, source: str = "") -> Score:
     """Return the score of one document. The model sees the boundary token before it."""
     ids = np.array(tokenizer.encode_document(text))
-    bits = 0.0
     spans = list(windows(len(ids), runner.model.config.context))
-    for i in range(0, len(spans), WINDOWS_A_BATCH):
-        batch = spans[i : i + WINDOWS_A_BATCH]
-        chunks = [Chunk(slot, 0, end - start) for slot, (start, end, _) in enumerate(batch)]
-        rows, targets, offset = [], [], 0
-        for start, end, first in batch:
-            rows.append(np.arange(first - 1 - start, end - start) + offset)
-            targets.append(ids[first : end + 1])
-            offset += end - start
-        fed = np.concatenate([ids[start:end] for start, end, _ in batch])
-        logits = runner.forward(fed, chunks, np.concatenate(rows)).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        target = np.concatenate(targets)
-        nats = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(target)), target]
-        bits += float(nats.sum()) / np.log(2)
+    bits = 0.0
+    for i in range(0, len(spans), WINDOWS_PER_BATCH):
+        bits += _bits(runner, ids, spans[i : i + WINDOWS_PER_BATCH])
     return Score(len(ids) - 1, len(text.encode()), bits, source)
+
+
+def _bits(runner: ModelRunner, ids: np.ndarray, spans: Sequence[tuple[int, int, int]]) -> float:
+    """Return the code length of the targets of some windows, computed in one batch."""
+    chunks = [Chunk(slot, 0, end - start) for slot, (start, end, _) in enumerate(spans)]
+    rows, offset = [], 0
+    for start, end, first in spans:
+        rows.append(np.arange(first - 1 - start, end - start) + offset)
+        offset += end - start
+    inputs = np.concatenate([ids[start:end] for start, end, _ in spans])
+    targets = np.concatenate([ids[first : end + 1] for _, end, first in spans])
+    logits = runner.forward(inputs, chunks, np.concatenate(rows)).astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    nats = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(targets)), targets]
+    return float(nats.sum()) / np.log(2)
 
 
 def evaluate(
@@ -119,7 +122,7 @@ def evaluate(
     """Return the scores of documents by collection, in their order. Shows a progress bar."""
     scores: dict[str, list[Score]] = {}
     runner = make_runner(model)
-    # A second BLAS thread waits by spinning, which is many times slower beside other work.
+    # A waiting BLAS thread uses a whole core, so a second thread makes other work many times slower.
     with progress("bytes") as bar, threadpool_limits(1, user_api="blas"):
         task = bar.add_task(title, total=sum(len(document.text) for document in documents))
         for collection, source, text in documents:
@@ -129,32 +132,20 @@ def evaluate(
 
 
 def read_documents(paths: Sequence[Path], max_bytes: int | None = None) -> list[Document]:
-    """Read Parquet files, up to `max_bytes` of each collection (see `spread`).
+    """Read Parquet files, up to `max_bytes` of each collection (see `spread`); raise ConfigError that names the file.
 
-    Without a column `collection`, each file is one. Without `source`, each document is its own. Raises ConfigError that
-    names the file.
+    Without a column `collection`, each file is a collection. Without `source`, each document is a source.
     """
     collections: dict[str, list[Document]] = {}
     for path in paths:
-        try:
-            names = pq.read_schema(path).names
-            if "text" not in names:
-                raise ConfigError(f"{path} has no column 'text', only {names}")
-            columns = [name for name in ("text", "collection", "source") if name in names]
-            table = pq.read_table(path, columns=columns).to_pylist()
-        except FileNotFoundError:
-            raise ConfigError(f"no such file: {path}") from None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ConfigError(f"{path} is not a readable Parquet file: {error}") from None
-        for number, row in enumerate(table):
+        for number, row in enumerate(_read_rows(path)):
             collection, source = row.get("collection"), row.get("source")
             collection = path.stem if collection is None else str(collection)
             source = f"{path}#{number}" if source in (None, "") else str(source)
             text = row["text"] or ""
             if not isinstance(text, str):
                 raise ConfigError(f"{path}: column 'text' holds {type(text).__name__}, not text")
-            text = text.removeprefix(BYTE_ORDER_MARK)
-            if text:
+            if text := text.removeprefix(BYTE_ORDER_MARK):
                 collections.setdefault(collection, []).append(Document(collection, source, text))
     taken = [document for documents in collections.values() for document in spread(documents, max_bytes)]
     if not taken:
@@ -163,24 +154,37 @@ def read_documents(paths: Sequence[Path], max_bytes: int | None = None) -> list[
     return taken
 
 
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        names = pq.read_schema(path).names
+        if "text" not in names:
+            raise ConfigError(f"{path} has no column 'text', only {names}")
+        columns = [name for name in ("text", "collection", "source") if name in names]
+        return pq.read_table(path, columns=columns).to_pylist()
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ConfigError(f"{path} is not a readable Parquet file: {error}") from None
+
+
 def spread(documents: Sequence[Document], max_bytes: int | None) -> list[Document]:
-    """Return random stretches of the documents, up to `max_bytes`, taken from each source in turn.
+    """Return random stretches of the documents, up to `max_bytes`, one from each source in turn.
 
     A stretch is a whole document, or STRETCH characters of a longer one. The same documents give the same stretches, in
     the documents' order. With None, return all documents uncut.
     """
     if max_bytes is None or sum(len(document.text.encode()) for document in documents) <= max_bytes:
         return list(documents)
-    step = max(1, min(STRETCH, max_bytes // 4))  # a character has at most four bytes, so one stretch fits
-    stretches = [d._replace(text=d.text[i : i + step]) for d in documents for i in range(0, len(d.text), step)]
-    turns: dict[str, int] = {}
-    order: list[tuple[int, int]] = []  # (turn, stretch): one stretch of each source in a turn
+    size = max(1, min(STRETCH, max_bytes // 4))  # a character has at most four bytes, so one stretch fits
+    stretches = [d._replace(text=d.text[i : i + size]) for d in documents for i in range(0, len(d.text), size)]
+    n_drawn: dict[str, int] = {}  # stretches of each source
+    draws: list[tuple[int, int]] = []  # (turn, stretch): each turn has one stretch of each source
     for i in np.random.default_rng(0).permutation(len(stretches)).tolist():
-        turn = turns.setdefault(stretches[i].source, 0)
-        turns[stretches[i].source] += 1
-        order.append((turn, i))
+        source = stretches[i].source
+        draws.append((n_drawn.setdefault(source, 0), i))
+        n_drawn[source] += 1
     taken: list[int] = []
-    for _, i in sorted(order, key=itemgetter(0)):
+    for _, i in sorted(draws, key=itemgetter(0)):
         max_bytes -= len(stretches[i].text.encode())
         if max_bytes < 0:
             break

@@ -1,11 +1,10 @@
-"""The last checkpoint of a run into a model directory: averaged weights, quantized, evaluated, with its card.
+"""Write the last checkpoint of a run as a model directory: averaged weights, quantized, evaluated, with a model card.
 
     python -m train.export [--config configs/train.yaml] [KEY=VALUE ...]
 
-Writes `models/<name>/` as `tinylm.weights` defines it, and beside that, for people: README.md (the model card),
-ATTRIBUTION.md, evaluation.json, samples.md, prompts.md, and metrics.jsonl with its curve.png. All of it appears at
-once, or nothing does. The same weights in the formats of `export.formats` go to `<workdir>/exports/<name>/`, which is
-not meant to be committed.
+Writes `models/<name>/` in the format of `tinylm.weights`, with pages for people: README.md (the model card),
+ATTRIBUTION.md, evaluation.json, samples.md, prompts.md, and metrics.jsonl with its curve.png. The whole directory
+appears at once. The formats in `export.formats` go to `<workdir>/exports/<name>/`.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from tinylm.system.files import check_directory
 from tinylm.terminal.output import say
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import Tensor, model_files, quantize_rows, save_model
-from train.config import METRICS_FILE, ConfigError, TrainConfig
+from train.config import METRICS_FILE, ConfigError, TrainConfig, require, run_stage
 from train.core.checkpoint import Checkpoint, last_checkpoint
-from train.core.curve import draw_curve
-from train.core.metrics import metrics_text, read_metrics
-from train.evaluate import Document, evaluate, per_byte, read_documents, summary
+from train.core.record import Line, loss_curve, metrics_text, read_metrics
+from train.data.tokens import load_tokenizer, load_tokens
+from train.evaluate import Document, Score, evaluate, per_byte, read_documents, summary
 from train.release.card import attribution_page, model_card, prompts_page, samples_page
 from train.release.format_checks import export_files
 from train.release.generated_text import judge, training_words, write_stories
-from train.release.prompts import answers, load_prompts
-from train.stage import load_tokenizer, load_tokens, require, run_stage
+from train.release.prompts import Prompt, answers, load_prompts
 
-Exporter = Callable[[Path, Path], None]  # a model directory, where to write
+Exporter = Callable[[Path, Path], None]  # (model directory, output directory)
+Scores = dict[str, list[Score]]  # by collection
 
 
 class TrainedModel(NamedTuple):
-    """The end of a run, and the held-out text of the work directory that it is to be judged on."""
+    """The result of a run, and the held-out text to evaluate it on."""
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -53,14 +52,14 @@ class TrainedModel(NamedTuple):
 
 
 def load_trained(config: TrainConfig) -> TrainedModel:
-    """Raises ConfigError when a stage before this one is missing, or was run on something else than the next one."""
+    """Return the last checkpoint and its text; raise ConfigError when an earlier stage has to run first."""
     require(config.manifest_path, "train.prepare")
     tokenizer, data = load_tokenizer(config), load_tokens(config)
     checkpoint = last_checkpoint(config)
     checkpoint.check_same_data(config, data)
     tensors = checkpoint.weights()
     manifest = json.loads(config.manifest_path.read_text(encoding="utf-8"))
-    held_out = [config.text_dir / f"{name}.validation.parquet" for name in manifest]
+    held_out = [config.text_file(name, "validation") for name in manifest]
     return TrainedModel(
         checkpoint,
         tokenizer,
@@ -72,84 +71,44 @@ def load_trained(config: TrainConfig) -> TrainedModel:
 
 
 def export(config: TrainConfig) -> None:
-    """Run the stage."""
-    shape = config.shape
-    checkpoint, tokenizer, tensors, quantized, manifest, documents = load_trained(config)
+    """Run the stage. It checks everything that can be wrong before it measures."""
+    trained = load_trained(config)
     prompts = load_prompts(config.export.prompts)
-    exporters = load_exporters(config.export.formats)
+    exporters = _load_exporters(config.export.formats)
     directory, exports = config.models_dir / config.name, config.workdir / "exports" / config.name
     check_directory(directory, model_files)
     for name in exporters:
         check_directory(exports / name, partial(export_files, name))
-    check_sample_prompt(config, tokenizer)
-    lines = read_metrics(config.metrics_path, checkpoint.step)
-    exact = evaluate(Model(shape, tensors), tokenizer, documents, "float32")
-    model = Model(shape, quantized)
-    served = evaluate(model, tokenizer, documents, model.arithmetic)
-    run = checkpoint.config.run
-    evaluation = {
-        "step": checkpoint.step,
-        "tokens_seen": checkpoint.step * run.batch_rows * shape.context,
-        "planned_tokens": run.tokens,
-        "tokens_by_collection": checkpoint.tokens_by_collection,
-        "training_wall_s": round(checkpoint.wall_s, 1),
-        "training_machine": checkpoint.machine,
-        "seed": checkpoint.config.seed,
-        "started_from": checkpoint.started_from,
-        "text_sha256": checkpoint.text_sha256,
-        "arithmetic": model.arithmetic,
-        "collections": {name: summary(scores) for name, scores in served.items()},
-        "float32_bits_per_byte": {name: per_byte(scores) for name, scores in exact.items()},
-        "generated_text": judge_stories(config, model, tokenizer, documents, manifest),
-    }
-    params = config.export.sampling(shape.context)
-    llm = LLM.from_parts(tokenizer, model)
-    samples = [
-        (seeded, llm.generate(config.export.sample_prompt, seeded)[0])
-        for seeded in (replace(params, seed=seed) for seed in range(config.export.n_samples))
-    ]
-    answered = list(zip(prompts, answers(llm, prompts, params), strict=True))
+    _check_sample_prompt(config, trained.tokenizer)
+
+    model = Model(config.shape, trained.quantized)
+    exact = evaluate(Model(config.shape, trained.tensors), trained.tokenizer, trained.documents, "float32")
+    served = evaluate(model, trained.tokenizer, trained.documents, model.arithmetic)
+    evaluation = _evaluation(config, trained, model, exact, served)
+    lines = read_metrics(config.metrics_path, trained.checkpoint.step)
+    save = partial(
+        save_model,
+        config=config.shape,
+        tensors=trained.tensors,
+        tokenizer=config.tokenizer_path.read_bytes(),
+        extra_files=_extra_files(config, trained, model, prompts, evaluation, lines),
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        curve = Path(scratch) / "curve.png"
-        draw_curve(lines, curve)
-        extra_files = {
-            "README.md": model_card(config, evaluation, manifest).encode(),
-            "ATTRIBUTION.md": attribution_page(config, manifest).encode(),
-            "evaluation.json": (json.dumps(evaluation, indent=2) + "\n").encode(),
-            "samples.md": samples_page(config, samples).encode(),
-            "prompts.md": prompts_page(config, answered).encode(),
-            "curve.png": curve.read_bytes(),
-            METRICS_FILE: metrics_text(lines).encode(),
-        }
-        save = partial(
-            save_model,
-            config=shape,
-            tensors=tensors,
-            tokenizer=config.tokenizer_path.read_bytes(),
-            extra_files=extra_files,
-        )
         save(Path(scratch) / config.name)
-        for name, exporter in exporters.items():  # before the model is put in place: one that fails stops it all
+        for name, exporter in exporters.items():  # if one fails, models/<name> stays as it is
             exporter(Path(scratch) / config.name, exports / name)
     save(directory)
 
-    say(f"{directory}: step {checkpoint.step}, {evaluation['tokens_seen']:,} tokens seen")
-    before, after = sum(t.nbytes for t in tensors.values()), (directory / "model.safetensors").stat().st_size
+    say(f"{directory}: step {trained.checkpoint.step}, {evaluation['tokens_seen']:,} tokens seen")
+    before, after = sum(t.nbytes for t in trained.tensors.values()), (directory / "model.safetensors").stat().st_size
     say(f"size: float32 {before:,} bytes, int8 {after:,} bytes ({after / before:.1%})")
     for name in served:
-        full, small = (per_byte(scores[name]) for scores in (exact, served))
+        full, small = per_byte(exact[name]), per_byte(served[name])
         say(f"{name}: bits per byte float32 {full:.4f}, as served {small:.4f} ({small - full:+.4f})")
 
 
-def check_sample_prompt(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError, before anything is measured, when the samples' prompt leaves no room in the context."""
-    size, context = len(tokenizer.encode_document(config.export.sample_prompt)), config.shape.context
-    if size >= context:
-        raise ConfigError(f"export.sample_prompt has {size} tokens: the context is {context}")
-
-
-def load_exporters(formats: Sequence[str]) -> dict[str, Exporter]:
-    """The exports to these formats; raises ConfigError when a package that one needs is not installed."""
+def _load_exporters(formats: Sequence[str]) -> dict[str, Exporter]:
+    """Return the functions that write these formats; raise ConfigError when a package is not installed."""
     exporters = {}
     for name in formats:
         try:
@@ -163,18 +122,73 @@ def load_exporters(formats: Sequence[str]) -> dict[str, Exporter]:
     return exporters
 
 
-def judge_stories(
-    config: TrainConfig, model: Model, tokenizer: Tokenizer, documents: list[Document], manifest: dict[str, Any]
+def _check_sample_prompt(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    size, context = len(tokenizer.encode_document(config.export.sample_prompt)), config.shape.context
+    if size >= context:
+        raise ConfigError(f"export.sample_prompt has {size} tokens: it must be shorter than the context, {context}")
+
+
+def _evaluation(
+    config: TrainConfig, trained: TrainedModel, model: Model, exact: Scores, served: Scores
 ) -> dict[str, Any]:
-    """The figures of stories that the model makes up from nothing, of held-out text beside them, and their settings."""
+    """Return the content of evaluation.json."""
+    checkpoint = trained.checkpoint
+    run_config = checkpoint.config
+    return {
+        "step": checkpoint.step,
+        "tokens_seen": checkpoint.step * run_config.tokens_per_step,
+        "planned_tokens": run_config.run.tokens,
+        "tokens_by_collection": checkpoint.tokens_by_collection,
+        "training_wall_s": round(checkpoint.wall_s, 1),
+        "training_machine": checkpoint.machine,
+        "seed": run_config.seed,
+        "started_from": checkpoint.started_from,
+        "text_sha256": checkpoint.text_sha256,
+        "arithmetic": model.arithmetic,
+        "collections": {name: summary(scores) for name, scores in served.items()},
+        "float32_bits_per_byte": {name: per_byte(scores) for name, scores in exact.items()},
+        "generated_text": _judge_stories(config, trained, model),
+    }
+
+
+def _judge_stories(config: TrainConfig, trained: TrainedModel, model: Model) -> dict[str, Any]:
+    """Return the figures of stories that the model writes without a prompt, of held-out text, and the settings."""
     params = config.export.sampling(model.config.context)
-    stories = write_stories(model, tokenizer, [replace(params, seed=seed) for seed in range(config.export.n_stories)])
+    seeded = [replace(params, seed=seed) for seed in range(config.export.n_stories)]
+    stories = write_stories(model, trained.tokenizer, seeded)
     held_out: dict[str, list[str]] = {}
-    for document in documents:
+    for document in trained.documents:
         held_out.setdefault(document.collection, []).append(document.text)
-    trained_on = [config.text_dir / f"{name}.train.parquet" for name in manifest]
+    training = training_words(config.text_file(name, "train") for name in trained.manifest)
     settings = {"temperature": params.temperature, "top_p": params.top_p}
-    return {**settings, **judge(stories, held_out, training_words(trained_on))}
+    return {**settings, **judge(stories, held_out, training)}
+
+
+def _extra_files(
+    config: TrainConfig,
+    trained: TrainedModel,
+    model: Model,
+    prompts: list[Prompt],
+    evaluation: dict[str, Any],
+    lines: list[Line],
+) -> dict[str, bytes]:
+    """Return the files of the model directory besides weights and tokenizer."""
+    params = config.export.sampling(config.shape.context)
+    llm = LLM.from_parts(trained.tokenizer, model)
+    samples = [
+        (seeded, llm.generate(config.export.sample_prompt, seeded)[0])
+        for seeded in (replace(params, seed=seed) for seed in range(config.export.n_samples))
+    ]
+    answered = list(zip(prompts, answers(llm, prompts, params), strict=True))
+    return {
+        "README.md": model_card(config, evaluation, trained.manifest).encode(),
+        "ATTRIBUTION.md": attribution_page(config, trained.manifest).encode(),
+        "evaluation.json": (json.dumps(evaluation, indent=2) + "\n").encode(),
+        "samples.md": samples_page(config, samples).encode(),
+        "prompts.md": prompts_page(config, answered).encode(),
+        "curve.png": loss_curve(lines),
+        METRICS_FILE: metrics_text(lines).encode(),
+    }
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Prepared text into a SentencePiece BPE tokenizer that loses nothing.
+"""Train a lossless SentencePiece BPE tokenizer on the prepared text.
 
     python -m train.tokenizer [--config configs/train.yaml] [KEY=VALUE ...]
 
-Trains on `<workdir>/text`, every collection in proportion to its weight, and writes `<workdir>/tokenizer.model`.
+Reads each collection of `<workdir>/text` in proportion to its weight, and writes `<workdir>/tokenizer.model`.
 With `start_from` it copies the tokenizer of that model instead.
 """
 
@@ -18,57 +18,42 @@ from tinylm.system.files import check_file, check_own, write_file
 from tinylm.terminal.output import say
 from tinylm.tokenizer import BOUNDARY_PIECE, Tokenizer
 from tinylm.weights import TOKENIZER, load_model
-from train.config import ConfigError, TrainConfig
-from train.stage import progress, require, run_stage
+from train.config import ConfigError, TrainConfig, require, run_stage
+from train.data.progress import progress
 
 MAX_BYTES = 40_000_000  # of training text, taken from the collections by weight
 THREADS = 2
-ASCII = "".join(map(chr, range(0x21, 0x7F)))  # what people type must not fall back to bytes, however rare in stories
-
-
-def training_lines(config: TrainConfig, advance: Callable[[int], None] = lambda count: None) -> Iterator[str]:
-    """Paragraphs of the training text, up to each collection's share of MAX_BYTES, the same every time."""
-    total = sum(collection.weight for collection in config.prepare.collections)
-    for collection in config.prepare.collections:
-        budget = int(MAX_BYTES * collection.weight / total)
-        path = config.text_dir / f"{collection.name}.train.parquet"
-        for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                if budget <= 0:
-                    break
-                budget -= len(text.encode())
-                advance(1)
-                yield from (line for line in text.split("\n") if line)
+ASCII = "".join(map(chr, range(0x21, 0x7F)))  # each is a piece, even if it is rare in the stories
 
 
 def train_tokenizer(config: TrainConfig) -> None:
     """Run the stage: train a tokenizer, or copy that of the model in `start_from`."""
     require(config.manifest_path, "train.prepare")
-    check_own(config.tokenizer_path, is_trained_here)
+    check_own(config.tokenizer_path, _is_trained_here)
     check_file(config.tokenizer_path)
     if config.start_from:
         load_model(config.start_from)  # raises ModelError when the model is damaged
         model = (config.start_from / TOKENIZER).read_bytes()
     else:
-        model = trained_on(config)
+        model = _trained_on(config)
     write_file(config.tokenizer_path, model)
     say(f"{config.tokenizer_path}: {Tokenizer(config.tokenizer_path).vocab_size} pieces")
 
 
-def is_trained_here(content: bytes) -> bool:
-    """Return whether this is a tokenizer by `trained_on`: its settings are part of it."""
+def _is_trained_here(content: bytes) -> bool:
+    """Return whether this tokenizer contains the settings that `_trained_on` uses."""
     return ASCII.encode() in content and BOUNDARY_PIECE.encode() in content
 
 
-def trained_on(config: TrainConfig) -> bytes:
-    """Return a SentencePiece model trained on the prepared text; raises ConfigError when the text is too small."""
+def _trained_on(config: TrainConfig) -> bytes:
+    """Return a SentencePiece model trained on the prepared text; raise ConfigError when the text is too small."""
     model = io.BytesIO()
     shape = config.shape
     with progress("documents") as bar:
         task = bar.add_task("tokenizer", total=None)
         try:
             spm.SentencePieceTrainer.train(
-                sentence_iterator=training_lines(config, lambda count: bar.advance(task, count)),
+                sentence_iterator=_training_lines(config, lambda: bar.advance(task)),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=shape.vocab_size,
@@ -92,6 +77,23 @@ def trained_on(config: TrainConfig) -> bytes:
         except RuntimeError as error:
             raise ConfigError(f"SentencePiece could not train {shape.vocab_size} pieces: {error}") from None
     return model.getvalue()
+
+
+def _training_lines(config: TrainConfig, advance: Callable[[], None]) -> Iterator[str]:
+    """Yield paragraphs of the training text, up to each collection's share of MAX_BYTES, in a fixed order.
+
+    advance: called once for each document.
+    """
+    total = sum(config.weights.values())
+    for name, weight in config.weights.items():
+        budget = int(MAX_BYTES * weight / total)
+        for batch in pq.ParquetFile(config.text_file(name, "train")).iter_batches(columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                if budget <= 0:
+                    break
+                budget -= len(text.encode())
+                advance()
+                yield from (line for line in text.split("\n") if line)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Measure what the pictures and figures of docs/how-it-works.md show, on the released model.
+"""Measure on the released model what the pictures and figures of docs/how-it-works.md show.
 
     python -m docs.making.measure
 
-Writes docs/results/pictures.json. `docs.making.pictures` and `docs.making.page` use it. Times are
-CPU times of one thread, so that other work on the machine matters little. Everything else is deterministic.
+Writes docs/results/pictures.json, which `docs.making.pictures` and `docs.making.page` read. Times are CPU times of one
+thread, so other programs have little influence. Everything else is deterministic.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+from scipy.special import softmax
 from threadpoolctl import ThreadpoolController
 
 from tinylm.engine import Engine, Request
@@ -35,13 +38,26 @@ TEXTS = ("Once upon a time, there was a little girl.", "The astrolabe glittered.
 PROMPT = "One day, Tom went to the"
 PENALIZED = "The dog saw a big dog. The"
 TEMPERATURES = (0.0, 0.5, 0.8, 1.5)
+TOP_P = 0.95
 LENGTHS = (16, 32, 64, 96, 128, 160, 192, 224, 255)
 ROUNDS = 9
-MATRIX = "model.layers.8.mlp.up_proj.weight"
+LAYER = 8
+MATRIX = f"model.layers.{LAYER}.mlp.up_proj.weight"
+SLOTS, PREFILL_TOKENS = 4, 12
+REQUESTS = (  # (prompt, step of arrival, tokens of the answer)
+    ("Once upon a time", 0, 24),
+    (STORY, 0, 30),
+    ("A fox and a cat sat by the river. " * 2, 3, 14),
+    ("It was raining and", 6, 22),
+    (STORY + " ball", 8, 12),
+    ("One day", 10, 10),
+    ("A bird", 18, 16),
+    ("Tom", 24, 8),
+)
 
 
-def shape(model: Model) -> dict:
-    """Return the numbers of the model's shape, and where its parameters are."""
+def shape(model: Model) -> dict[str, Any]:
+    """Return the numbers of the model's shape, and the number of parameters of each part."""
     c = model.config
     return {
         "parameters": c.n_parameters,
@@ -63,17 +79,16 @@ def shape(model: Model) -> dict:
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """Return each token's text, or its bytes in hexadecimal if they are part of a character."""
 
-    def show(token: int) -> str:
-        data = tokenizer.piece_bytes[token]
+    def shown(data: bytes) -> str:
         try:
-            return data.decode()
+            return data.decode() or "<boundary>"
         except UnicodeDecodeError:
             return f"<{data.hex()}>"
 
-    return [show(token) if tokenizer.piece_bytes[token] else "<boundary>" for token in ids]
+    return [shown(tokenizer.piece_bytes[token]) for token in ids]
 
 
-def tokens(tokenizer: Tokenizer) -> list[dict]:
+def tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Return the tokens of common and of rare texts."""
     encoded = {text: tokenizer.encode(text) for text in TEXTS}
     return [{"text": t, "bytes": len(t.encode()), "ids": i, "pieces": pieces(tokenizer, i)} for t, i in encoded.items()]
@@ -98,33 +113,48 @@ def watched() -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
         normed.append(x.copy())
         return rms_norm(x, weight, eps)
 
-    kernels.attention, kernels.rms_norm = watched_attention, watched_norm
-    try:
+    with patch.object(kernels, "attention", watched_attention), patch.object(kernels, "rms_norm", watched_norm):
         yield attended, normed
-    finally:
-        kernels.attention, kernels.rms_norm = attention, rms_norm
 
 
-def inside(tokenizer: Tokenizer, model: Model) -> dict:
-    """Return attention maps of three heads, and the ranks of the answer after every layer, for one story."""
+def inside(tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
+    """Return attention maps of three heads, and the rank of the answer after every layer, for one story."""
     ids = tokenizer.encode_document(STORY)
     n = len(ids)
     runner = ModelRunner(model, 1, n, n)
     with watched() as (attended, normed):
         logits = runner.forward(np.asarray(ids), [Chunk(0, 0, n)], np.arange(n)).copy()
     maps = np.stack([weights.transpose(1, 0, 2) for weights in attended])  # (layers, heads, to, from)
+    chosen, w = logits.argmax(-1), model.weights
+    ranks = []
+    for x in normed[2::2]:  # the output of each layer, which is the input of the first norm after it
+        scores = kernels.linear(kernels.rms_norm(x, w.norm, w.config.norm_eps), w.embedding, False)
+        ranks.append(((scores > scores[np.arange(n), chosen][:, None]).sum(-1) + 1).tolist())
+    return {
+        "text": STORY,
+        "pieces": pieces(tokenizer, ids),
+        "heads": heads(maps, ids),
+        "lens": {"ranks": ranks, "answer": pieces(tokenizer, [int(chosen[-1])])[0]},
+        "activation": rounded_activation(normed[2 * LAYER + 1][-1], w.layers[LAYER].mlp_norm, w.config.norm_eps),
+    }
 
-    later = np.arange(2, n)
-    same = [(t, s) for t in later for s in range(1, t) if ids[s] == ids[t] and ids[t] != model.config.boundary_id]
+
+def heads(maps: np.ndarray, ids: list[int]) -> list[dict[str, Any]]:
+    """Return the head with the largest share of attention for each of three targets.
+
+    maps: attention weights, (layers, heads, to, from).
+    """
+    later = np.arange(2, len(ids))
+    same = [(t, s) for t in later for s in range(1, t - 1) if ids[s] == ids[t]]
     shares = {
         "the token before": maps[:, :, later, later - 1].mean(-1),
         "the first token": maps[:, :, later, 0].mean(-1),
-        "what came after the same token": np.mean([maps[:, :, t, s + 1] for t, s in same if s + 1 < t], axis=0),
+        "what came after the same token": np.mean([maps[:, :, t, s + 1] for t, s in same], axis=0),
     }
-    heads = []
+    found = []
     for name, share in shares.items():
         layer, head = np.unravel_index(share.argmax(), share.shape)
-        heads.append(
+        found.append(
             {
                 "looks_at": name,
                 "layer": int(layer) + 1,
@@ -133,40 +163,22 @@ def inside(tokenizer: Tokenizer, model: Model) -> dict:
                 "weights": maps[layer, head].round(4).tolist(),
             }
         )
-
-    # The answer after each layer: its output through the final norm and the embedding.
-    chosen = logits.argmax(-1)
-    w = model.weights
-    ranks, guesses = [], []
-    for x in normed[2::2]:  # two norms per layer: the input of the next layer's first norm, and of the final one
-        scores = kernels.linear(kernels.rms_norm(x, w.norm, w.config.norm_eps), w.embedding, False)
-        best = scores.argmax(-1)
-        ranks.append(((scores > scores[np.arange(n), chosen][:, None]).sum(-1) + 1).tolist())
-        guesses.append(pieces(tokenizer, [int(best[-1])])[0])
-    return {
-        "text": STORY,
-        "pieces": pieces(tokenizer, ids),
-        "heads": heads,
-        "lens": {"ranks": ranks, "guesses": guesses, "answer": pieces(tokenizer, [int(chosen[-1])])[0]},
-        "activation": rounded_activation(normed[2 * 8 + 1][-1], w.layers[8].mlp_norm, w.config.norm_eps),
-    }
+    return found
 
 
-def rounded_activation(x: np.ndarray, norm: np.ndarray, eps: float) -> dict:
+def rounded_activation(x: np.ndarray, norm: np.ndarray, eps: float) -> dict[str, Any]:
     """Return a matmul's input for the last token, before and after rounding to 8 bits."""
     before = kernels.rms_norm(x[None], norm, eps)
     values, scale = kernels.round_to_int8(before)
-    error = before - values * scale
     return {
         "before": before[0].round(6).tolist(),
         "after": values[0].astype(int).tolist(),
         "scale": float(scale[0, 0]),
-        "largest_error": float(np.abs(error).max()),
-        "relative_error": float(np.linalg.norm(error) / np.linalg.norm(before)),
+        "relative_error": float(np.linalg.norm(before - values * scale) / np.linalg.norm(before)),
     }
 
 
-def weights() -> dict:
+def weights() -> dict[str, Any]:
     """Return a row of one matrix as the model directory stores it: integers and a scale."""
     matrix = load_model(MODEL)[1][MATRIX]
     assert isinstance(matrix, QuantizedMatrix)
@@ -174,23 +186,21 @@ def weights() -> dict:
     largest = 127 * matrix.scale
     return {
         "matrix": MATRIX,
-        "shape": list(matrix.values.shape),
         "row": row,
         "values": matrix.values[row].tolist(),
         "scale": float(matrix.scale[row]),
-        "largest_of_a_row": {"least": float(largest.min()), "median": float(np.median(largest)),
-                             "most": float(largest.max())},
-    }  # fmt: skip
+        "largest_of_a_row": {"least": float(largest.min()), "most": float(largest.max())},
+    }
 
 
-def next_token(tokenizer: Tokenizer, model: Model) -> dict:
-    """Return the most likely next tokens at several temperatures, and how many top_p keeps."""
+def next_token(tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
+    """Return the most likely next tokens at several temperatures, and the number that top_p keeps."""
     logits = _last_logits(tokenizer, model, PROMPT)
     likeliest = np.argsort(-logits, kind="stable")[:12]
     settings = []
     for temperature in TEMPERATURES:
         unnormalized = np.exp((logits.astype(np.float64) - logits.max()) / max(temperature, kernels.LEAST_TEMPERATURE))
-        kept = kernels.keep(unnormalized, 0, 0.95, 0.0)
+        kept = kernels.keep(unnormalized, 0, TOP_P, 0.0)
         probabilities = unnormalized / unnormalized.sum()
         settings.append(
             {
@@ -200,20 +210,29 @@ def next_token(tokenizer: Tokenizer, model: Model) -> dict:
                 "entropy_bits": float(-(probabilities * np.log2(probabilities + 1e-300)).sum()),
             }
         )
-    before = _last_logits(tokenizer, model, PENALIZED)
-    ids = tokenizer.encode_document(PENALIZED)
-    seen = np.zeros(len(before), bool)
-    seen[ids] = True
-    after = kernels.penalize(before, seen, 1.3)
-    dog = tokenizer.encode(" dog")[0]
     return {
         "prompt": PROMPT,
         "pieces": pieces(tokenizer, likeliest.tolist()),
-        "top_p": 0.95,
+        "top_p": TOP_P,
         "settings": settings,
-        "penalty": {"prompt": PENALIZED, "penalty": 1.3, "piece": pieces(tokenizer, [dog])[0],
-                    "before": float(_softmax(before)[dog]), "after": float(_softmax(after)[dog])},
-    }  # fmt: skip
+        "penalty": penalty(tokenizer, model),
+    }
+
+
+def penalty(tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
+    """Return the probability of a repeated token with and without a repetition penalty."""
+    before = _last_logits(tokenizer, model, PENALIZED)
+    seen = np.zeros(len(before), bool)
+    seen[tokenizer.encode_document(PENALIZED)] = True
+    after = kernels.penalize(before, seen, 1.3)
+    (dog,) = tokenizer.encode(" dog")
+    return {
+        "prompt": PENALIZED,
+        "penalty": 1.3,
+        "piece": pieces(tokenizer, [dog])[0],
+        "before": float(softmax(before.astype(np.float64))[dog]),
+        "after": float(softmax(after.astype(np.float64))[dog]),
+    }
 
 
 def _last_logits(tokenizer: Tokenizer, model: Model, text: str) -> np.ndarray:
@@ -222,12 +241,7 @@ def _last_logits(tokenizer: Tokenizer, model: Model, text: str) -> np.ndarray:
     return runner.forward(np.asarray(ids), [Chunk(0, 0, len(ids))], np.array([-1]))[0].copy()
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    return exponentials / exponentials.sum()
-
-
-def cache_times(model: Model) -> dict:
+def cache_times(model: Model) -> dict[str, Any]:
     """Return the CPU time in ms of the next token by text length, with and without the cache."""
     context = model.config.context
     runner = ModelRunner(model, 1, context, 1)
@@ -252,44 +266,32 @@ def cache_times(model: Model) -> dict:
     }
 
 
-def timeline(tokenizer: Tokenizer, model: Model) -> dict:
-    """Run eight requests on four slots, and return what each step processed of each request."""
-    prompts = (
-        "Once upon a time",
-        STORY,
-        "A fox and a cat sat by the river. " * 2,
-        "It was raining and",
-        STORY + " ball",
-        "One day",
-        "A bird",
-        "Tom",
-    )
-    arrivals = (0, 0, 3, 6, 8, 10, 18, 24)
-    lengths = (24, 30, 14, 22, 12, 10, 16, 8)
-    engine = Engine(model, n_slots=4, prefill_tokens=12)
-    sequences: list[Request] = []
-    rows: list[dict] = []
+def timeline(tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
+    """Run REQUESTS on a few slots, and return the tokens that each step processed of each request."""
+    engine = Engine(model, n_slots=SLOTS, prefill_tokens=PREFILL_TOKENS)
+    requests: list[Request] = []
+    rows: list[dict[str, Any]] = []
     step = 0
-    while len(sequences) < len(prompts) or engine.has_work:
-        while len(sequences) < len(prompts) and arrivals[len(sequences)] <= step:
-            number = len(sequences)
-            params = SamplingParams(max_tokens=lengths[number], seed=number)
-            sequences.append(engine.submit(tokenizer.encode_document(prompts[number]), params))
-            rows.append({"arrived": step, "prompt_tokens": len(sequences[-1].prompt), "steps": []})
-        before = [sequence.n_cached for sequence in sequences]
+    while len(requests) < len(REQUESTS) or engine.has_work:
+        for seed, (prompt, arrival, max_tokens) in enumerate(REQUESTS):
+            if arrival == step:
+                ids = tokenizer.encode_document(prompt)
+                requests.append(engine.submit(ids, SamplingParams(max_tokens=max_tokens, seed=seed)))
+                rows.append({"arrived": step, "prompt_tokens": len(ids), "steps": []})
+        before = [request.n_cached for request in requests]
         engine.step()
-        for sequence, row, cached in zip(sequences, rows, before, strict=True):
-            begin = max(cached, sequence.n_reused)
-            if sequence.n_cached > begin:
-                kind = "prompt" if begin < len(sequence.prompt) else "answer"
-                row["steps"].append([step, sequence.n_cached - begin, kind])
+        for request, row, cached in zip(requests, rows, before, strict=True):
+            begin = max(cached, request.n_reused)
+            if request.n_cached > begin:
+                kind = "prompt" if begin < len(request.prompt) else "answer"
+                row["steps"].append([step, request.n_cached - begin, kind])
         step += 1
-    for sequence, row in zip(sequences, rows, strict=True):
-        row |= {"reused": sequence.n_reused, "tokens": len(sequence.tokens), "ended": sequence.finish_reason}
-    return {"slots": 4, "prefill_tokens": 12, "n_steps": step, "sequences": rows}
+    for request, row in zip(requests, rows, strict=True):
+        row["reused"] = request.n_reused
+    return {"slots": SLOTS, "prefill_tokens": PREFILL_TOKENS, "n_steps": step, "sequences": rows}
 
 
-def computed() -> dict:
+def computed() -> dict[str, Any]:
     """Return everything that does not depend on the machine."""
     tokenizer, reference = load(MODEL, "numpy", "float32")
     return {
@@ -302,15 +304,10 @@ def computed() -> dict:
     }
 
 
-def measured() -> dict:
-    """Return the times, which depend on the machine."""
-    return {"cache": cache_times(load(MODEL)[1])}
-
-
 def main() -> None:
     result = {"command": "python -m docs.making.measure", "clock": "CPU time of the thread", **describe()}
     with ThreadpoolController().limit(limits=1, user_api="blas"):
-        result |= computed() | measured()
+        result |= {**computed(), "cache": cache_times(load(MODEL)[1])}
     write_file(OUT, json.dumps(result) + "\n")
     print(f"wrote {OUT}")
 

@@ -1,14 +1,10 @@
 """Write docs/how-it-works.md from its template, the committed results and excerpts of the code.
 
-    python -m docs.making.page [--check]
-
-`--check` writes nothing and fails when the page is stale.
+python -m docs.making.page
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import textwrap
 from pathlib import Path
 
@@ -44,15 +40,10 @@ def render() -> str:
     served = next(row for row in results["quantization"]["formats"] if row["arithmetic"] == "as served")
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        pictures=pictures,
-        shape=pictures["shape"],
-        inside=pictures["inside"],
-        lens_last=[ranks[-1] for ranks in pictures["inside"]["lens"]["ranks"]],
-        cache=pictures["cache"],
-        weights=pictures["weights"],
-        line=pictures["timeline"],
+        **pictures,
         bench=bench,
-        batch=lambda size: next(row for row in bench["decode"] if row["batch"] == size),
+        batch={row["batch"]: row for row in bench["decode"]},
+        lens_last=[ranks[-1] for ranks in pictures["inside"]["lens"]["ranks"]],
         cost_of_int8=served["collections"]["tinystories"]["more_than_float32"],
         code=excerpt,
         n=lambda number: f"{number:,.0f}",
@@ -61,14 +52,7 @@ def render() -> str:
 
 
 def main() -> None:
-    """Write the page, or check it."""
-    parser = argparse.ArgumentParser(prog="python -m docs.making.page", description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when the page is stale")
-    page = render()
-    if parser.parse_args().check:
-        stale = page != OUT.read_text(encoding="utf-8")
-        sys.exit(f"{OUT} is stale: run python -m docs.making.page" if stale else 0)
-    write_file(OUT, page)
+    write_file(OUT, render())
     print(f"wrote {OUT}")
 
 

@@ -7,11 +7,10 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,10 +21,11 @@ from tinylm.system.files import write_file
 
 RESULTS = Path("docs/results")
 OUT = Path("docs/images")
+Results = dict[str, Any]  # name of the file -> content
 BLUE, ORANGE, GREY = "#2f6db3", "#d9822b", "#9aa5b1"
 
 
-def attention(results: dict) -> Figure:
+def attention(results: Results) -> Figure:
     """Draw which tokens three heads attend to, on one story."""
     inside = results["pictures"]["inside"]
     labels = [piece.strip() or "␣" for piece in inside["pieces"]]
@@ -40,7 +40,7 @@ def attention(results: dict) -> Figure:
     return figure
 
 
-def lens(results: dict) -> Figure:
+def lens(results: Results) -> Figure:
     """Draw the rank of the answer among all tokens after each layer."""
     inside = results["pictures"]["inside"]
     ranks = np.array(inside["lens"]["ranks"])  # (layers, positions)
@@ -50,16 +50,13 @@ def lens(results: dict) -> Figure:
     axes.plot(layers, np.median(ranks, axis=1), color=BLUE, linewidth=2, label="median of all positions")
     answer = inside["lens"]["answer"].strip()
     axes.plot(layers, ranks[:, -1], color=ORANGE, linewidth=2, label=f'the last position, answer "{answer}"')
-    axes.set_yscale("log")
+    axes.set(yscale="log", xticks=layers, xlabel="layer", ylabel="rank (1 is the most likely)")
     axes.invert_yaxis()
-    axes.set_xticks(layers)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("rank (1 is the most likely)")
     axes.legend()
     return figure
 
 
-def rotation(results: dict) -> Figure:
+def rotation(results: Results) -> Figure:
     """Draw how four of a head's pairs of numbers rotate with the position."""
     shape = results["pictures"]["shape"]
     positions = np.arange(shape["context"])
@@ -74,44 +71,42 @@ def rotation(results: dict) -> Figure:
     return figure
 
 
-def cache(results: dict) -> Figure:
+def cache(results: Results) -> Figure:
     """Draw the CPU time of the next token by text length, with and without a KV cache."""
     cache = results["pictures"]["cache"]
     figure, axes = _axes("the next token: with the cache, and reading the whole text again")
     axes.plot(cache["lengths"], cache["without_ms"], "o-", color=ORANGE, label="without a cache")
     axes.plot(cache["lengths"], cache["with_ms"], "o-", color=BLUE, label="with the KV cache")
-    axes.set_ylim(0)
-    axes.set_xlabel("tokens so far")
-    axes.set_ylabel("CPU ms per token")
+    axes.set(ylim=(0, None), xlabel="tokens so far", ylabel="CPU ms per token")
     axes.legend()
     return figure
 
 
-def eight_bits(results: dict) -> Figure:
+def eight_bits(results: Results) -> Figure:
     """Draw a stored row of weights, and a matmul's input before and after rounding."""
     pictures = results["pictures"]
     weights, activation = pictures["weights"], pictures["inside"]["activation"]
+    before = np.array(activation["before"])
+    after = np.array(activation["after"]) * activation["scale"]
     figure = Figure((11, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.hist(weights["values"], np.arange(-128, 129, 8), color=BLUE)
-    left.set_title(f"row {weights['row']} of a matrix, as stored", fontsize=10)
-    left.set_xlabel(f"integer (times {weights['scale']:.5f})", fontsize=8)
-    left.set_ylabel("weights", fontsize=8)
-    before = np.array(activation["before"])
-    after = np.array(activation["after"]) * activation["scale"]
     middle.plot(before, after, ".", color=BLUE, markersize=4)
-    middle.set_title("a matmul's input and its rounding", fontsize=10)
-    middle.set_xlabel("before", fontsize=8)
-    middle.set_ylabel("after", fontsize=8)
     right.plot(before, before - after, ".", color=ORANGE, markersize=4)
     for side in (-0.5, 0.5):
         right.axhline(side * activation["scale"], color=GREY, linewidth=1)
-    right.set_title("the error: at most half a step", fontsize=10)
-    right.set_xlabel("before", fontsize=8)
+    for axes, title, xlabel, ylabel in (
+        (left, f"row {weights['row']} of a matrix, as stored", f"integer (times {weights['scale']:.5f})", "weights"),
+        (middle, "a matmul's input and its rounding", "before", "after"),
+        (right, "the error: at most half a step", "before", ""),
+    ):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(xlabel, fontsize=8)
+        axes.set_ylabel(ylabel, fontsize=8)
     return figure
 
 
-def next_token(results: dict) -> Figure:
+def next_token(results: Results) -> Figure:
     """Draw the most likely next tokens at several temperatures."""
     shown = results["pictures"]["next_token"]
     figure = Figure((11, 3.4), layout="constrained")
@@ -126,7 +121,7 @@ def next_token(results: dict) -> Figure:
     return figure
 
 
-def timeline(results: dict) -> Figure:
+def timeline(results: Results) -> Figure:
     """Draw what each step of an engine with four slots processes of eight requests."""
     line = results["pictures"]["timeline"]
     figure = Figure((11, 3.4), layout="constrained")
@@ -139,9 +134,9 @@ def timeline(results: dict) -> Figure:
             axes.barh(number, 1, left=step, color=ORANGE if kind == "prompt" else BLUE, edgecolor="white")
             if kind == "prompt":
                 axes.text(step + 0.5, number, count, ha="center", va="center", fontsize=7, color="white")
-    for colour, hatch, label in ((GREY, "///", "waiting for a slot"), (ORANGE, "", "prompt tokens"),
-                                 (BLUE, "", "one answer token")):  # fmt: skip
-        axes.barh([0], [0], color="none" if hatch else colour, edgecolor=colour, hatch=hatch, label=label)
+    axes.barh([0], [0], color="none", edgecolor=GREY, hatch="///", label="waiting for a slot")
+    axes.barh([0], [0], color=ORANGE, label="prompt tokens")
+    axes.barh([0], [0], color=BLUE, label="one answer token")
     axes.set_yticks(range(len(line["sequences"])), [f"request {n + 1}" for n in range(len(line["sequences"]))])
     axes.invert_yaxis()
     axes.set_xlabel("step of the engine")
@@ -149,7 +144,7 @@ def timeline(results: dict) -> Figure:
     return figure
 
 
-def batches(results: dict) -> Figure:
+def batches(results: Results) -> Figure:
     """Draw tokens per second by batch size, below two limits: reading bytes and multiplying."""
     bench = results["bench"]
     sizes = np.array([row["batch"] for row in bench["decode"]])
@@ -163,16 +158,13 @@ def batches(results: dict) -> Figure:
     for size, value in zip(sizes, rate, strict=True):
         axes.annotate(f"{value:,.0f}", (size, value), (0, -13), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_ylim(rate.min() * 0.7)
     axes.set_xticks(sizes, sizes)
-    axes.set_xlabel("batch size")
-    axes.set_ylabel("tokens/s")
+    axes.set(yscale="log", ylim=(rate.min() * 0.7, None), xlabel="batch size", ylabel="tokens/s")
     axes.legend(fontsize=8)
     return figure
 
 
-PICTURES: dict[str, Callable[[dict], Figure]] = {
+PICTURES = {
     "how-attention": attention,
     "how-lens": lens,
     "how-rotation": rotation,
@@ -184,7 +176,7 @@ PICTURES: dict[str, Callable[[dict], Figure]] = {
 }
 
 
-def load_results() -> dict:
+def load_results() -> Results:
     """Return the contents of the result files by name."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
 
@@ -192,12 +184,13 @@ def load_results() -> dict:
 def draw(directory: Path) -> list[Path]:
     """Draw every picture as a PNG file in the directory, and return their paths."""
     results = load_results()
-    paths = [directory / f"{name}.png" for name in PICTURES]
+    paths = []
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.5}):
-        for path, make in zip(paths, PICTURES.values(), strict=True):
-            picture = io.BytesIO()
-            make(results).savefig(picture, dpi=110, metadata={"Software": None})
-            write_file(path, picture.getvalue())
+        for name, picture in PICTURES.items():
+            png = io.BytesIO()
+            picture(results).savefig(png, dpi=110, metadata={"Software": None})
+            paths.append(directory / f"{name}.png")
+            write_file(paths[-1], png.getvalue())
     return paths
 
 
@@ -209,8 +202,6 @@ def _axes(title: str) -> tuple[Figure, Axes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m docs.making.pictures", description=__doc__.partition("\n")[0])
-    parser.parse_args()
     for path in draw(OUT):
         print(f"wrote {path}")
 

@@ -105,7 +105,7 @@ class Terminal:
         if self.status not in INTERRUPTED:
             self.fail(f"ended with status {self.status} after Ctrl-C")
         if "Traceback (most recent call last)" in self.output[before:]:
-            self.fail("answered Ctrl-C by a traceback")
+            self.fail("printed a traceback after Ctrl-C")
         self.expect_nothing_left()
 
     def expect_nothing_left(self) -> None:
@@ -133,9 +133,11 @@ class Clone:
         for name, port in PORTS.items():
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    raise WalkError(f"port {port} ({name}) is in use: the pages' commands need it, stop what is there")
+                    raise WalkError(
+                        f"port {port} ({name}) is in use: the pages' commands need it, so stop the program that uses it"
+                    )
         if any(process.name() == "gcs_server" for process in psutil.process_iter()):
-            raise WalkError("another Ray runs on this machine: `ray status` could not tell which is meant")
+            raise WalkError("another Ray runs on this machine: stop it, because `ray status` would find two")
         self._place = Path(tempfile.mkdtemp(prefix="tw-", dir="/tmp"))  # short: Ray's sockets lie in it
         self.directory = self._place / "tinylm"
         self._running: dict[str, Terminal | WalkError] = {}
@@ -189,7 +191,7 @@ class Clone:
         self._expect_as_committed(terminal, [how, *(rows[server] for server in how.beside)])
 
     def keep_running(self, text: str, rows: dict[str, Walk], shown: str = "") -> None:
-        """Start it unless it runs. Raise the same WalkError each time if it does not answer."""
+        """Start a server unless it runs. Raise the same WalkError each time if it does not answer."""
         if text not in self._running:
             how = rows[text]
             for server in how.beside:
@@ -235,7 +237,7 @@ class Clone:
             terminal.fail(f"did not print {how.says!r}")
 
     def _ask_until_answered(self, terminal: Terminal, how: Walk) -> None:
-        """Ask once if it ended, and until it answers if it is a server."""
+        """Ask a command that ended once, and ask a server until it answers."""
         deadline = time.monotonic() + (how.limit_s if how.until is not Until.END else 0)
         while True:
             try:
@@ -258,11 +260,11 @@ class Clone:
 
     def _expect_as_committed(self, terminal: Terminal, ran: list[Walk]) -> None:
         """Fail if committed files changed that the walks may not rewrite. Restore them all."""
-        anew = tuple(path for how in ran for path in how.rewrites)
+        rewritten = tuple(path for how in ran for path in how.rewrites)
         git = ["git", "-C", str(self.directory)]
         changed = subprocess.run(
             [*git, "diff", "--name-only"], check=True, capture_output=True, text=True
         ).stdout.split()
         subprocess.run([*git, "checkout", "--quiet", "."], check=True)
-        if wrong := [path for path in changed if not path.startswith(anew)]:
+        if wrong := [path for path in changed if not path.startswith(rewritten)]:
             terminal.fail(f"changed committed files: {wrong}")

@@ -34,10 +34,10 @@ from tinylm.weights import save_model
 from train import demo_text
 from train.config import TrainConfig
 from train.core.record import recorded
+from train.data.tokens import load_tokenizer
 from train.encode import token_files, write_tokens
 from train.prepare import prepare
 from train.release.format_checks import exported_directory
-from train.stage import load_tokenizer
 from train.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

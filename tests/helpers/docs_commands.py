@@ -1,4 +1,4 @@
-"""Read every command that README.md and docs/*.md show, and say in a table what executes it.
+"""The commands that README.md and docs/*.md show, and a table of what executes each of them.
 
 A new command on a page needs a row here, unless one fits already. `tests/docs/test_docs_commands.py` checks that.
 """

@@ -1,4 +1,4 @@
-"""What is evaluated and what is told of it: the choice of documents, and the figures of their scores."""
+"""The choice of documents to evaluate, and the figures of their scores."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ DOCUMENTS = st.lists(
 
 
 @given(DOCUMENTS, st.integers(1, 600))
-def test_a_part_of_a_collection_is_spread_over_its_sources(documents: list[Document], max_bytes: int):
-    """No source gives two stretches more than another that has one left."""
+def test_stretches_are_taken_from_each_source_in_turn(documents: list[Document], max_bytes: int):
+    """No source has two stretches more than a source that has one left."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "STRETCH", 5)
         taken = spread(documents, max_bytes)
@@ -42,7 +42,7 @@ def test_a_part_of_a_collection_is_spread_over_its_sources(documents: list[Docum
     assert max(part.values(), default=0) <= min(part[source] for source in left) + 1
 
 
-def test_names_with_markup_are_shown_as_they_are(tmp_path, tiny_model_dir, capsys, monkeypatch):
+def test_names_with_markup_are_printed_unchanged(tmp_path, tiny_model_dir, capsys, monkeypatch):
     path = tmp_path / "held-out.parquet"
     pq.write_table(pa.table({"text": ["a cat"], "collection": ["a[/x]:smile:"]}), path)
     monkeypatch.setattr("sys.argv", ["evaluate", "--model", str(tiny_model_dir), "--data", str(path)])
@@ -51,13 +51,7 @@ def test_names_with_markup_are_shown_as_they_are(tmp_path, tiny_model_dir, capsy
     assert "a[/x]:smile:" in capsys.readouterr().out
 
 
-def test_documents_are_read_without_a_byte_order_mark(tmp_path):
-    path = tmp_path / "stories.parquet"
-    pq.write_table(pa.table({"text": ["\ufeffOnce", "\ufeff"], "source": ["a", "b"]}), path)
-    assert evaluate.read_documents([path]) == [Document("stories", "a", "Once")]
-
-
-def test_one_long_book_is_not_all_of_a_collection():
+def test_one_long_book_does_not_fill_a_collection():
     books = [Document("books", "long", "x" * 90_000), *(Document("books", f"{i}", "y" * 4000) for i in range(5))]
     taken = Counter(document.source for document in spread(books, 50_000))
     assert taken == {"long": 3, **{f"{i}": 1 for i in range(5)}}
@@ -69,4 +63,4 @@ def test_a_summary_adds_up():
     figures = summary(scores)
     assert (figures["documents"], figures["sources"], figures["tokens"], figures["bytes"]) == (3, 2, 60, 200)
     assert figures["bits_per_byte"] == pytest.approx(230 / 200)
-    assert figures["interval_95"] == [round(110 / 120, 5), round(120 / 80, 5)]  # twice the one source, or the other
+    assert figures["interval_95"] == [round(110 / 120, 5), round(120 / 80, 5)]  # of each source alone

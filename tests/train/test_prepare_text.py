@@ -1,4 +1,4 @@
-"""Preparing text: every format, the same result every time, nothing held out that is also trained on, clear errors."""
+"""Preparing text: every format, the same result every time, no held-out text in training, and clear errors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.train import make_config, python, texts_of, tree_bytes, write_parquet
+from helpers.train import make_config, python, tree_bytes, write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import ConfigError, TrainConfig
+from train.data.sources import matching_files
 from train.demo_text import demo_text
-from train.files import matching_files
 from train.prepare import SPLITS, clean, is_validation, prepare
 
 STORIES = [
@@ -29,20 +29,23 @@ STORIES = [
 
 
 def rows_of(config: TrainConfig, collection: str = "a") -> list[dict]:
-    """Rows of both splits, each with its split's name."""
+    """Return the rows of both splits, each with its split's name."""
     return [
         {**row, "split": split}
         for split in SPLITS
-        for row in pq.read_table(config.text_dir / f"{collection}.{split}.parquet").to_pylist()
+        for row in pq.read_table(config.text_file(collection, split)).to_pylist()
     ]
 
 
-def prepared(workdir: Path, source: Path | str, **collection: object) -> list[dict]:
-    config = make_config(
-        workdir, [{"name": "a", "source": str(source), **collection}], prepare={"validation_share": 0.2}
-    )
+def prepared(workdir: Path, source: Path | str, max_documents: int | None = None, **collection: object) -> list[dict]:
+    section = {"validation_share": 0.2, "max_documents": max_documents}
+    config = make_config(workdir, [{"name": "a", "source": str(source), **collection}], prepare=section)
     prepare(config)
     return rows_of(config)
+
+
+def texts(rows: list[dict]) -> list[str]:
+    return sorted(row["text"] for row in rows)
 
 
 def test_parquet_keeps_source_author_and_licence(tmp_path: Path):
@@ -58,9 +61,8 @@ def test_parquet_keeps_source_author_and_licence(tmp_path: Path):
     assert set(by_text) == set(STORIES)
     for n, text in enumerate(STORIES):
         row = by_text[text]
-        assert (row["source"], row["author"]) == (columns["source"][n], columns["author"][n])
+        assert (row["collection"], row["source"], row["author"]) == ("a", columns["source"][n], columns["author"][n])
         assert row["licence"] == ("CC-BY-4.0" if n < 40 else "of the collection")
-        assert row["collection"] == "a"
     manifest = json.loads((tmp_path / "w/text/manifest.json").read_text())["a"]
     trained = [row for row in rows if row["split"] == "train"]
     assert manifest["train"]["documents"] == len(trained)
@@ -69,15 +71,8 @@ def test_parquet_keeps_source_author_and_licence(tmp_path: Path):
     assert manifest["train"]["licences"] == ["CC-BY-4.0", "of the collection"]
 
 
-def test_parquet_with_text_alone_splits_by_document(tmp_path: Path):
-    rows = prepared(tmp_path / "w", write_parquet(tmp_path / "t.parquet", {"text": STORIES}), licence="L")
-    assert sorted(row["text"] for row in rows) == sorted(STORIES)
-    assert len({row["source"] for row in rows}) == len(STORIES)
-    assert {row["licence"] for row in rows} == {"L"}
-
-
-def test_columns_of_other_names_and_kinds(tmp_path: Path):
-    """Book numbers are sources too, number 0 as well: it must not be taken for 'no source' and split by document."""
+def test_columns_may_have_other_names_and_types(tmp_path: Path):
+    """Number 0 is a source too. If it counted as missing, its documents could go to both splits."""
     books = [n // 2 for n in range(80)]
     path = write_parquet(tmp_path / "t.parquet", {"story": STORIES, "book": books})
     rows = prepared(tmp_path / "w", path, text_column="story", source_column="book")
@@ -94,15 +89,14 @@ COMPRESSORS = {
 
 
 @pytest.mark.parametrize("ending", COMPRESSORS)
-def test_plain_text_in_every_compression(tmp_path: Path, ending: str):
+def test_plain_text_is_read_in_every_compression(tmp_path: Path, ending: str):
     path = tmp_path / f"stories.txt{ending}"
     path.write_bytes(COMPRESSORS[ending]("\n<|endoftext|>\n".join(STORIES).encode()))
-    assert sorted(row["text"] for row in prepared(tmp_path / "w", path)) == sorted(STORIES)
+    assert texts(prepared(tmp_path / "w", path)) == sorted(STORIES)
 
 
 @given(name=st.text("[]*?!ab-", min_size=1, max_size=8), pattern=st.sampled_from(["*.txt", "**/*.txt"]))
-def test_an_existing_path_is_no_pattern(name: str, pattern: str):
-    """Brackets, stars and question marks may be in the names of files and of the directories before a pattern."""
+def test_an_existing_path_is_not_a_pattern(name: str, pattern: str):
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch, name)
         directory.mkdir()
@@ -112,17 +106,16 @@ def test_an_existing_path_is_no_pattern(name: str, pattern: str):
         assert matching_files(str(directory / pattern)) == [file]
 
 
-def test_a_glob_of_text_files_is_one_document_each(tmp_path: Path):
+def test_a_pattern_reads_each_file_as_a_document(tmp_path: Path):
     for n, story in enumerate(STORIES):
         (tmp_path / f"{n}.txt").write_text(story, encoding="utf-8")
     rows = prepared(tmp_path / "w", tmp_path / "*.txt")
     assert {row["source"]: row["text"] for row in rows} == {f"{n}.txt": story for n, story in enumerate(STORIES)}
 
 
-def test_the_demo_text_is_reproducible_and_read_completely(tmp_path: Path):
+def test_a_seed_gives_the_same_demo_text(tmp_path: Path):
     text = demo_text(60, seed=1)
-    assert text == demo_text(60, seed=1)
-    assert text != demo_text(60, seed=2)
+    assert text == demo_text(60, seed=1) != demo_text(60, seed=2)
     path = tmp_path / "stories.txt"
     path.write_text(text, encoding="utf-8")
     rows = prepared(tmp_path / "w", path)
@@ -131,35 +124,36 @@ def test_the_demo_text_is_reproducible_and_read_completely(tmp_path: Path):
     assert not any("<|endoftext|>" in row["text"] or "{" in row["text"] for row in rows)
 
 
-def test_two_runs_give_the_same_bytes(tmp_path: Path):
-    path = write_parquet(tmp_path / "t.parquet", {"text": STORIES, "author": [f"A{n % 30}" for n in range(80)]})
-    prepared(tmp_path / "one", path)
-    prepared(tmp_path / "two", path)
-    assert tree_bytes(tmp_path / "one/text") == tree_bytes(tmp_path / "two/text")
-    prepared(tmp_path / "two", path)  # over what is there
-    assert tree_bytes(tmp_path / "one/text") == tree_bytes(tmp_path / "two/text")
+def test_preparing_twice_gives_the_same_bytes(tmp_path: Path):
+    """The sums in the manifest change with every letter, because they show whether tokens belong to this text."""
+    columns = {"text": STORIES, "author": [f"A{n % 30}" for n in range(80)], "source": [f"{n // 2}" for n in range(80)]}
+    path = write_parquet(tmp_path / "t.parquet", columns)
+    prepared(tmp_path, path)
+    first = tree_bytes(tmp_path / "text")
+    prepared(tmp_path, path)
+    assert tree_bytes(tmp_path / "text") == first
+    changed = [STORIES[0].replace("mouse", "louse"), *STORIES[1:]]
+    prepared(tmp_path, write_parquet(path, {**columns, "text": changed}))
+    assert tree_bytes(tmp_path / "text")["manifest.json"] != first["manifest.json"]
 
 
-def test_every_source_stays_on_one_side(tmp_path: Path):
+def test_every_source_stays_in_its_split(tmp_path: Path):
+    """More books before the old ones, and more text of the old ones, move no source."""
     sources = [f"book {n // 2}" for n in range(80)]
-    few = prepared(
-        tmp_path / "few", write_parquet(tmp_path / "few.parquet", {"text": STORIES[:40], "source": sources[:40]})
-    )
-    # More books, in front of the old ones, and more of the old ones' text.
+    few = {"text": STORIES[:40], "source": sources[:40]}
     more = STORIES[40:] + STORIES[:40] + [story.replace("mouse", "squirrel") for story in STORIES]
-    columns = {"text": more, "source": sources[40:] + sources[:40] + sources}
-    many = prepared(tmp_path / "many", write_parquet(tmp_path / "many.parquet", columns))
-    assert len(few) == 40
-    assert len(many) == 160
-    sides: dict[str, set[str]] = {}
-    for row in few + many:
-        sides.setdefault(row["source"], set()).add(row["split"])
-    assert len(sides) == 40
-    assert all(len(splits) == 1 for splits in sides.values())
-    assert set.union(*sides.values()) == set(SPLITS)
+    many = {"text": more, "source": sources[40:] + sources[:40] + sources}
+    rows = prepared(tmp_path / "few", write_parquet(tmp_path / "few.parquet", few))
+    rows += prepared(tmp_path / "many", write_parquet(tmp_path / "many.parquet", many))
+    assert len(rows) == 40 + 160
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        splits.setdefault(row["source"], set()).add(row["split"])
+    assert all(len(of_source) == 1 for of_source in splits.values())
+    assert set.union(*splits.values()) == set(SPLITS)
 
 
-def test_a_collection_without_weight_is_held_out_whole(tmp_path: Path):
+def test_a_collection_with_weight_0_is_only_held_out(tmp_path: Path):
     path = write_parquet(tmp_path / "t.parquet", {"text": STORIES})
     collections = [{"name": "a", "source": str(path)}, {"name": "held", "source": str(path), "weight": 0}]
     config = make_config(tmp_path, collections, prepare={"validation_share": 0.2})
@@ -169,17 +163,7 @@ def test_a_collection_without_weight_is_held_out_whole(tmp_path: Path):
     assert manifest["held"]["train"]["documents"] == 0
 
 
-def test_the_manifest_tells_one_text_from_another(tmp_path: Path):
-    """Same counts, another letter: tokens of the one are not those of the other."""
-    path = tmp_path / "t.parquet"
-    sums = []
-    for stories in (STORIES, STORIES, [STORIES[0].replace("mouse", "louse"), *STORIES[1:]]):
-        prepared(tmp_path, write_parquet(path, {"text": stories, "source": [f"book {n // 2}" for n in range(80)]}))
-        sums.append((tmp_path / "text/manifest.json").read_bytes())
-    assert sums[0] == sums[1] != sums[2]
-
-
-def test_the_seed_selects_which_sources_are_held_out():
+def test_the_seed_selects_the_held_out_sources():
     held = {seed: {n for n in range(5000) if is_validation(f"book {n}", 0.1, seed)} for seed in (1, 2)}
     assert 400 < len(held[1]) < 600  # 500 ± 21
     assert len(held[1] & held[2]) < 100  # 50 by chance
@@ -192,7 +176,6 @@ def test_the_seed_selects_which_sources_are_held_out():
         ("Hi \r\n\n\n\n\nthere\x00", "Hi\n\nthere"),
         ("one\rtwo", "one\ntwo"),
         ("a\tb", "a\tb"),
-        ("cafe\u0301", "café"),
         ("cafe\x00\u0301", "café"),
         ("one\r\x00\ntwo", "one\ntwo"),
         ("line \t\xa0\nnext", "line\nnext"),
@@ -200,15 +183,14 @@ def test_the_seed_selects_which_sources_are_held_out():
         ("a\n \n \n \nb", "a\n\nb"),
         ("bell\x07\x1b[0m\x7f", "bell[0m"),
         ("", ""),
-        ("naïve — “quoted” 😀", "naïve — “quoted” 😀"),
     ],
 )
-def test_cleaning(raw: str, cleaned: str):
+def test_text_is_cleaned(raw: str, cleaned: str):
     assert clean(raw) == cleaned
 
 
 @given(st.text(alphabet=st.sampled_from("ab \t\n\r\x00\xa0\u0301é😀")))
-def test_cleaning_is_done_once_and_loses_no_letter(text: str):
+def test_cleaning_is_idempotent_and_keeps_every_letter(text: str):
     def letters(text: str) -> list[str]:
         return [c for c in unicodedata.normalize("NFD", text) if c.isprintable() and not c.isspace()]
 
@@ -218,37 +200,23 @@ def test_cleaning_is_done_once_and_loses_no_letter(text: str):
 
 
 def test_duplicates_and_short_documents_are_dropped(tmp_path: Path):
-    path = write_parquet(tmp_path / "t.parquet", {"text": [*STORIES, *STORIES[:20], "too short", "", None, "x" * 63]})
+    more = [*(story + " \r\n" for story in STORIES), "too short", "", None, "x" * 63]
+    path = write_parquet(tmp_path / "t.parquet", {"text": [*STORIES, *more]})
     rows = prepared(tmp_path / "w", path)
-    assert sorted(row["text"] for row in rows) == sorted(STORIES)
+    assert texts(rows) == sorted(STORIES)
+    assert len({row["source"] for row in rows}) == len(STORIES)  # without a source column
 
 
-def test_a_duplicate_is_known_after_cleaning(tmp_path: Path):
-    path = write_parquet(tmp_path / "t.parquet", {"text": [*STORIES, *(story + " \r\n" for story in STORIES)]})
-    assert len(prepared(tmp_path / "w", path)) == len(STORIES)
+def test_minimum_and_max_documents_filter_rows(tmp_path: Path):
+    columns = {"text": STORIES, "ease": [n / 80 for n in range(78)] + [None, math.nan]}
+    path = write_parquet(tmp_path / "t.parquet", columns)
+    assert texts(prepared(tmp_path / "w", path, minimum={"ease": 0.5})) == sorted(STORIES[40:78])
+    assert texts(prepared(tmp_path / "w", path, max_documents=30)) == sorted(STORIES[:30])
 
 
-def test_minimum_filters_rows(tmp_path: Path):
-    path = write_parquet(
-        tmp_path / "t.parquet", {"text": STORIES, "ease": [n / 80 for n in range(78)] + [None, math.nan]}
-    )
-    rows = prepared(tmp_path / "w", path, minimum={"ease": 0.5})
-    assert sorted(row["text"] for row in rows) == sorted(STORIES[40:78])
-
-
-def test_max_documents_takes_the_first(tmp_path: Path):
-    path = write_parquet(tmp_path / "t.parquet", {"text": STORIES})
-    config = make_config(
-        tmp_path / "w", [{"name": "a", "source": str(path)}], prepare={"max_documents": 30, "validation_share": 0.2}
-    )
-    prepare(config)
-    assert sorted(texts_of(config, "a", "train") + texts_of(config, "a", "validation")) == sorted(STORIES[:30])
-
-
-def _broken_sources(directory: Path) -> dict[str, tuple[dict, str]]:
-    """Case -> (the collection's settings, what the error must name)."""
+def broken_sources(directory: Path) -> dict[str, tuple[dict, str]]:
+    """Write unusable sources; return for each file the collection's settings and a part of the expected error."""
     (directory / "empty.parquet").write_bytes(b"")
-    (directory / "text.parquet").write_text("no Parquet at all", encoding="utf-8")
     (directory / "latin.txt").write_bytes("Ein Bär ging über die Brücke. ".encode("latin-1") * 10)
     (directory / "empty.txt").write_bytes(b"")
     (directory / "cut.txt.gz").write_bytes(gzip.compress(b"word " * 1000)[:-20])
@@ -260,48 +228,43 @@ def _broken_sources(directory: Path) -> dict[str, tuple[dict, str]]:
     write_parquet(directory / "words.parquet", {"text": STORIES, "ease": ["high"] * 80})
     write_parquet(directory / "one.parquet", {"text": STORIES, "source": ["one book"] * 80})
     (directory / "good.txt").write_text("\n<|endoftext|>\n".join(STORIES), encoding="utf-8")
-    cases = {
+    return {
         "nothing.parquet": ({}, "no file matches"),
         "nothing-*.txt": ({}, "no file matches"),
-        "empty.parquet": ({}, "not a Parquet file"),
-        "text.parquet": ({}, "not a Parquet file"),
-        "latin.txt": ({}, "UTF-8"),
+        "empty.parquet": ({}, "empty.parquet is not a Parquet file"),
+        "latin.txt": ({}, "latin.txt as UTF-8"),
         "empty.txt": ({}, "no documents for train"),
-        "cut.txt.gz": ({}, "cannot read"),
-        "cut.txt.xz": ({}, "cannot read"),
-        "folder.txt": ({}, "cannot read"),
-        "folder.parquet": ({}, "not a Parquet file"),
+        "cut.txt.gz": ({}, "cut.txt.gz"),
+        "cut.txt.xz": ({}, "cut.txt.xz"),
+        "folder.txt": ({}, "folder.txt"),
+        "folder.parquet": ({}, "folder.parquet is not a Parquet file"),
         "body.parquet": ({}, "no column 'text'"),
         "numbers.parquet": ({}, "not text"),
-        "words.parquet": ({"minimum": {"ease": 0.5}}, "no number"),
+        "words.parquet": ({"minimum": {"ease": 0.5}}, "not a number"),
         "one.parquet": ({}, "no documents for"),
         "good.txt": ({"minimum": {"ease": 0.5}}, "no column 'ease'"),
     }
-    return {name: ({"source": str(directory / name), **settings}, named) for name, (settings, named) in cases.items()}
 
 
-def test_unusable_sources_are_named_and_earlier_text_stays(tmp_path: Path):
-    workdir = tmp_path / "w"
-    prepared(workdir, write_parquet(tmp_path / "t.parquet", {"text": STORIES}))
+def test_an_unusable_source_leaves_the_earlier_text(tmp_path: Path):
+    workdir, good = tmp_path / "w", write_parquet(tmp_path / "t.parquet", {"text": STORIES})
+    prepared(workdir, good)
     earlier = tree_bytes(workdir / "text")
-    for name, (settings, named) in _broken_sources(tmp_path).items():
-        config = make_config(
-            workdir, [{"name": "good", "source": str(tmp_path / "t.parquet")}, {"name": "b", **settings}]
-        )
+    for name, (settings, named) in broken_sources(tmp_path).items():
+        broken = {"name": "b", "source": str(tmp_path / name), **settings}
+        config = make_config(workdir, [{"name": "good", "source": str(good)}, broken])
         with pytest.raises(ConfigError) as raised:
             prepare(config)
         message = str(raised.value)
+        assert message.startswith("collection 'b': "), name
         assert named in message, name
-        assert "collection 'b'" in message
-        assert name in message or "column" in named or "not text" in named or "number" in named, message
         assert "\n" not in message, name
         assert tree_bytes(workdir / "text") == earlier, name
 
 
 def test_a_dataset_that_cannot_be_loaded_is_one_line(tmp_path: Path):
-    result = python(
-        ["-m", "train.prepare", "--config", "configs/train.yaml", f"workdir={tmp_path}"], tmp_path, timeout_s=120
-    )
+    command = ["-m", "train.prepare", "--config", "configs/train.yaml", f"workdir={tmp_path}"]
+    result = python(command, tmp_path, timeout_s=120)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -311,7 +274,7 @@ def test_a_dataset_that_cannot_be_loaded_is_one_line(tmp_path: Path):
 
 @pytest.mark.parametrize("through", ["text", "link", "linked file"])
 def test_a_source_inside_the_output_is_refused_and_kept(tmp_path: Path, through: str):
-    """All sources were deleted: `data/text` is a natural place for texts, and the default of workdir is `data`."""
+    """`data/text` is a natural place for texts, and the default of workdir is `data`."""
     text = tmp_path / "text"
     text.mkdir()
     for n, story in enumerate(STORIES):
@@ -326,7 +289,7 @@ def test_a_source_inside_the_output_is_refused_and_kept(tmp_path: Path, through:
 
 
 def test_a_work_directory_of_an_older_release_is_usable(tmp_path: Path):
-    """Its manifest has the form of today's, and lists which files may be replaced."""
+    """Its manifest lists the files that may be replaced. Files beside the directory stay."""
     text = tmp_path / "text"
     text.mkdir()
     splits = {split: {"documents": 1, "bytes": 1, "sources": 1, "sha256": "0"} for split in SPLITS}

@@ -1,4 +1,4 @@
-"""Settings: a mistake in the file or on the command line is named in one line, never a traceback or silence."""
+"""Settings: an error in the file or on the command line is one line that names it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 def test_committed_configs_load(path: Path):
     config = load_config(path)
     assert config.run.batch_rows % (config.run.micro_rows * config.run.workers) == 0
-    # Text without a licence and a name can't be credited on the model card.
+    # The model card credits the text by its licence and attribution.
     assert all(collection.licence or path.name == "stories-8m.yaml" for collection in config.prepare.collections)
     assert all(collection.attribution for collection in config.prepare.collections)
 
@@ -60,11 +60,9 @@ def test_overrides_reach_every_kind_of_key(path: Path):
     assert config.run_dir == Path("elsewhere/runs/m")
 
 
-def test_overrides_leave_the_rest_alone(path: Path):
-    plain, changed = load_config(path).model_dump(), load_config(path, ["run.tokens=5"]).model_dump()
-    assert changed["run"].pop("tokens") == 5
-    assert plain["run"].pop("tokens") != 5
-    assert changed == plain
+def test_a_run_has_at_least_one_step(path: Path):
+    assert load_config(path, ["run.tokens=8191", "run.batch_rows=4"]).steps == 7
+    assert load_config(path, ["run.tokens=1"]).steps == 1
 
 
 @pytest.mark.parametrize(
@@ -75,8 +73,6 @@ def test_overrides_leave_the_rest_alone(path: Path):
         ("run.tokens=many", "run.tokens"),
         ("run.tokens=0", "run.tokens"),
         ("run.tokens=2.5", "run.tokens"),
-        ("run.tokens=nan", "run.tokens"),
-        ("run.tokens=", "run.tokens"),
         ("run.tokens=[1", "run.tokens"),  # not YAML
         ("run.sample_prompt=a: b: c", "run.sample_prompt"),
         ("run.tokens", "run.tokens"),  # no value
@@ -91,48 +87,40 @@ def test_overrides_leave_the_rest_alone(path: Path):
         ("model.hiden_size=64", "hiden_size"),
         ("model.n_heads=5", "n_heads"),
         ("name=../m", "name"),
-        ("name=..", "name"),
         ("seed=-1", "seed"),
-        ("seed=1e20", "seed"),
         ("run.muon_lr=inf", "run.muon_lr"),
         ("run.dropout=0.95", "run.dropout"),
         ("run.dropout={nothing: 0.1}", "run.dropout: 'nothing' is not among the collections"),
         ("run.dropout={a: 2}", "run.dropout.a: Input should be less than or equal to 0.9 (given: 2)"),
-        ("prepare.collections.0.weight=inf", "prepare.collections.0.weight"),
         ("model.vocab_size=100000", "model.vocab_size is 100000"),
         ("model.context=1", "model.context is 1"),
         ("model.rope_theta=abc", "rope_theta is 'abc'"),
-        ("model.boundary_id=1.5", "boundary_id is 1.5"),
         ("export.sample_temperature=1000", "temperature is 1000"),
     ],
 )
-def test_wrong_overrides_are_named_in_one_line(path: Path, override: str, named: str):
+def test_a_wrong_override_is_named_in_one_line(path: Path, override: str, named: str):
     with pytest.raises(ConfigError) as raised:
         load_config(path, [override])
     assert named in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
-        load_config(tmp_path / "nowhere.yaml")
-
-
-@pytest.mark.parametrize("content", [b"name: [", b"- just\n- a list", b"", b"name: \xff\xfe"])
-def test_a_file_that_holds_no_settings_is_named(tmp_path: Path, content: bytes):
+@pytest.mark.parametrize("content", [b"name: [", b"- just\n- a list", b"", b"name: \xff\xfe", None])
+def test_a_file_without_settings_is_named(tmp_path: Path, content: bytes | None):
     file = tmp_path / "broken.yaml"
-    file.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broken\.yaml") as raised:
         load_config(file)
+    assert "\n" not in str(raised.value)
 
 
-def test_a_directory_is_no_config(tmp_path: Path):
+def test_a_directory_is_not_a_config(tmp_path: Path):
     with pytest.raises(ConfigError, match=tmp_path.name):
         load_config(tmp_path)
 
 
-def test_a_model_that_training_starts_from_is_not_replaced(path: Path):
-    """Its weights would be lost to those of the fine-tuned model."""
+def test_fine_tuning_does_not_replace_its_start(path: Path):
     with pytest.raises(ConfigError, match="is start_from and would be replaced"):
         load_config(path, ["name=released", "models_dir=models", "start_from=elsewhere/../models/released"])
 

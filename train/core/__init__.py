@@ -1,1 +1,1 @@
-"""The model in PyTorch and the loop that trains it. Knows nothing of Ray and of files other than checkpoints."""
+"""The model in PyTorch, the loop that trains it, and what a run stores. Ray is only needed to read its checkpoints."""

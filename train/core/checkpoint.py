@@ -1,9 +1,10 @@
-"""The checkpoint of a run: all that resuming it needs, and the checks against the config and the data of today."""
+"""What a run starts from: its last checkpoint, or a released model that it fine-tunes."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
@@ -12,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.config import ConfigError, TrainConfig
-from train.data.tokens import TokenData
-from train.stage import require
+from tinylm.weights import TENSORS, TOKENIZER, as_float32, load_model
+from train.config import ConfigError, TrainConfig, require
+from train.core.model import GPT
+from train.data.tokens import TokenData, file_sha256
 
 CHECKPOINT_FILE = "state.pt"  # in one of Ray Train's checkpoints, or in the directory of a run of `train.alone`
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after a step."""
+    """The state of a run after a step."""
 
     step: int
     wall_s: float  # training time so far
@@ -36,12 +38,11 @@ class Checkpoint:
     config: TrainConfig
 
     def save(self, file: Path | BinaryIO) -> None:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        torch.save({**values, "config": self.config.model_dump(mode="json")}, file)
+        torch.save({**vars(self), "config": self.config.model_dump(mode="json")}, file)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Read a checkpoint onto the CPU; raises ConfigError when the file holds something else."""
+        """Read a checkpoint onto the CPU; raise ConfigError when the file holds something else."""
         try:
             values = torch.load(path, weights_only=True, map_location="cpu")
             return cls(**{**values, "config": TrainConfig.model_validate(values["config"])})
@@ -60,16 +61,16 @@ class Checkpoint:
 
     def check_same_data(self, config: TrainConfig, data: TokenData) -> None:
         """Raise ConfigError when the checkpoint belongs to another tokenizer, other text or another shape."""
-        for what, same in (
+        for what, is_same in (
             ("with another tokenizer", self.tokenizer_sha256 == data.tokenizer_sha256),
             ("on other text", self.text_sha256 == data.text_sha256),
             ("with another model", self.config.shape == config.shape),
         ):
-            if not same:
+            if not is_same:
                 raise ConfigError(f"the checkpoint was trained {what}: remove the run's directory to start again")
 
     def check_resumes(self, config: TrainConfig, data: TokenData) -> None:
-        """Raise ConfigError when a run with this config and data would not see the rows that follow the checkpoint's.
+        """Raise ConfigError when a run with this config and data would skip or repeat rows after the checkpoint.
 
         Learning rates, schedule and dropout may change.
         """
@@ -90,21 +91,37 @@ def has_checkpoints(config: TrainConfig) -> bool:
 
 
 def last_checkpoint(config: TrainConfig) -> Checkpoint:
-    """Return the last checkpoint of `train.alone` or `train.run`; raises ConfigError when there is none."""
+    """Return the last checkpoint of `train.alone` or `train.run`; raise ConfigError when there is none."""
     require(config.run_dir, "train.run")
     if (alone := config.run_dir / CHECKPOINT_FILE).exists():
         return Checkpoint.load(alone)
-    none = ConfigError(f"{config.run_dir} holds no checkpoint: run `python -m train.run` first")
-    if not has_checkpoints(config):
-        raise none
-    from ray.train import Result
+    checkpoint = None
+    if has_checkpoints(config):
+        from ray.train import Result
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # Ray writes notes for those who resume a run
-    try:
-        checkpoint = Result.from_path(str(config.run_dir.resolve())).checkpoint
-    except RuntimeError:  # the directory holds no run
-        checkpoint = None
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # Ray tells how to resume a run
+        with suppress(RuntimeError):  # Ray has no record of a run there
+            checkpoint = Result.from_path(str(config.run_dir.resolve())).checkpoint
     if checkpoint is None:
-        raise none
+        raise ConfigError(f"{config.run_dir} holds no checkpoint: run `python -m train.run` first")
     with checkpoint.as_directory() as directory:
         return Checkpoint.load(Path(directory) / CHECKPOINT_FILE)
+
+
+def load_start(directory: Path, config: TrainConfig, data: TokenData) -> tuple[GPT, str]:
+    """Return the released model that fine-tuning starts from, and its name with the sum of its weights.
+
+    Raises ModelError when the directory holds no complete model, and ConfigError when its shape or its tokenizer
+    differs from the config's.
+    """
+    shape, tensors = load_model(directory)
+    if shape != config.shape:
+        raise ConfigError(f"start_from: {directory} has another shape than the config: set model to {shape}")
+    if file_sha256(directory / TOKENIZER) != data.tokenizer_sha256:
+        raise ConfigError(
+            f"start_from: the tokens were not made with the tokenizer of {directory}: "
+            f"run `python -m train.tokenizer` and `python -m train.encode` again"
+        )
+    model = GPT(shape)
+    model.load_state_dict({name: torch.from_numpy(as_float32(tensor).copy()) for name, tensor in tensors.items()})
+    return model, f"{directory.resolve().name} (sha256 {file_sha256(directory / TENSORS)[:12]})"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +16,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tinylm.system.machine import processor
 from tinylm.tokenizer import Tokenizer
-from train.config import ConfigError, Run, TrainConfig
-from train.core.checkpoint import Checkpoint
+from train.config import ConfigError, TrainConfig
+from train.core.checkpoint import Checkpoint, load_start
 from train.core.model import GPT
-from train.core.muon import Muon
+from train.core.optimizers import lr_factor, make_optimizers
 from train.core.ranks import Ranks
-from train.core.schedule import lr_factor, total_steps
-from train.core.start_from import load_start
+from train.core.record import Line
 from train.core.validation import bits_per_byte, sample_story
 from train.data.tokens import TokenData
 
 SEED_STRIDE = 1_000_003  # between the random numbers of one seed and the next
-ADAMW_BETAS = (0.9, 0.98)
-MUON_MOMENTUM = 0.95
 MAX_GRADIENT_NORM = 1.0
 VALIDATION_ROWS = 32  # of each collection
 AVERAGE_DECAY = 0.99  # of the running average of the weights, at each step
-
-Line = dict[str, Any]  # of metrics.jsonl
 
 
 def train(
@@ -51,15 +45,14 @@ def train(
     `log` gets a line at each `log_every_steps` and at each validation, on rank 0 only. `save` gets checkpoints on every
     rank, equally often. Raises ConfigError when config, data and checkpoint do not fit together.
     """
-    run, steps = config.run, total_steps(config.run, config.shape)
+    run = config.run
     trainer = Trainer(config, data, checkpoint, torch.device(device))
-    meter = _Meter(trainer)
     saved_at = time.monotonic()
-    while trainer.step < steps:
-        meter.add(trainer.take_step())
-        is_last = trainer.step == steps
+    while trainer.step < config.steps:
+        trainer.take_step()
+        is_last = trainer.step == config.steps
         if is_last or trainer.step % run.log_every_steps == 0:
-            line = meter.line()  # every rank takes part in the mean loss
+            line = trainer.loss_line()  # every rank takes part in the mean loss
             if trainer.ranks.is_first:
                 log(line)
         if trainer.ranks.is_first and (is_last or trainer.step % run.validate_every_steps == 0):
@@ -83,18 +76,8 @@ def check_fits(config: TrainConfig, data: TokenData, world: int) -> None:
             raise ConfigError(f"model.{key} is {value}, but the tokens were made with {of_tokens}")
 
 
-def make_optimizers(model: GPT, run: Run) -> list[torch.optim.Optimizer]:
-    """Return Muon for the blocks' matrices, and AdamW without decay for the embedding and the norms."""
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    return [
-        Muon(matrices, run.muon_lr, MUON_MOMENTUM, run.weight_decay, bfloat16=run.bfloat16),
-        torch.optim.AdamW(others, lr=run.adamw_lr, betas=ADAMW_BETAS, weight_decay=0.0),
-    ]
-
-
 class Trainer:
-    """One rank's part of a run: the model, its running average, the optimizers, and the step that comes next."""
+    """One rank's part of a run: the model, its running average, the optimizers, and the number of steps done."""
 
     def __init__(
         self, config: TrainConfig, data: TokenData, checkpoint: Checkpoint | None, device: torch.device
@@ -117,17 +100,19 @@ class Trainer:
         self._parallel = nn.parallel.DistributedDataParallel(self.model) if self.ranks.world > 1 else None
         if run.compile:
             self.model.compile_blocks()
-        self.lr_factor = 0.0  # of the last step
+        self._lr_factor = 0.0  # of the last step
         self._peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
         self._micro_batches = run.batch_rows // (self.ranks.world * run.micro_rows)
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=run.bfloat16 or device.type == "cuda")
+        self._losses: list[Tensor] = []  # since the last log line
+        self._logged_at, self._logged_step = time.monotonic(), self.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.check_resumes(self.config, self.data)
         self.model.load_state_dict(checkpoint.model)
         self.averaged.load_state_dict(checkpoint.averaged)
         for optimizer, saved in zip(self._optimizers, checkpoint.optimizers, strict=True):
-            # The checkpoint has the moments, and today's config the settings.
+            # The moments come from the checkpoint, and the settings from the config.
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         self.step, self._wall_before_s = checkpoint.step, checkpoint.wall_s
@@ -137,8 +122,8 @@ class Trainer:
         else:
             self._machine = checkpoint.machine
 
-    def take_step(self) -> Tensor:
-        """Train on the rows of one step; return their mean loss on this rank."""
+    def take_step(self) -> None:
+        """Train on the rows of one step."""
         run, n = self.config.run, self._micro_batches
         self._set_learning_rates()
         first = self.step * run.batch_rows + self.ranks.rank * n * run.micro_rows
@@ -155,21 +140,20 @@ class Trainer:
             optimizer.zero_grad()
         self.averaged.update_parameters(self.model)
         self.step += 1
-        return loss_sum
+        self._losses.append(loss_sum)
 
     def _set_learning_rates(self) -> None:
-        steps = total_steps(self.config.run, self.config.shape)
-        self.lr_factor = lr_factor(self.step, steps, self.config.run)
+        self._lr_factor = lr_factor(self.step, self.config.steps, self.config.run)
         for optimizer, lrs in zip(self._optimizers, self._peak_lrs, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr * self.lr_factor
+                group["lr"] = lr * self._lr_factor
 
     def _gradients_are_averaged(self, wanted: bool) -> AbstractContextManager[None]:
         """Return a context in which backward() averages gradients over the ranks, or does not."""
         return nullcontext() if wanted or self._parallel is None else self._parallel.no_sync()
 
     def _loss(self, first_row: int) -> Tensor:
-        """Return the mean loss of one micro-batch, in nats a token."""
+        """Return the mean loss of one micro-batch, in nats per token."""
         run, mixture = self.config.run, self.data.mixture
         rows = torch.from_numpy(mixture.rows(first_row, run.micro_rows)).to(self.device)
         dropout = None
@@ -180,23 +164,20 @@ class Trainer:
             logits = (self._parallel or self.model)(rows[:, :-1], dropout)
             return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
-    def place(self) -> Line:
-        """Return what every log line says of the point that the run has reached."""
-        steps = total_steps(self.config.run, self.config.shape)
-        return {"step": self.step, "steps": steps, "tokens": self.step * self.tokens_per_step}
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.run.batch_rows * self.config.shape.context
-
-    @property
-    def wall_s(self) -> float:
-        return self._wall_before_s + time.monotonic() - self._started_at
-
-    def is_due(self, saved_at: float) -> bool:
-        """Return whether it is time for a checkpoint, by the clock of rank 0: every rank must save equally often."""
-        due = time.monotonic() - saved_at >= self.config.run.checkpoint_every_s
-        return self.ranks.decided_by_first(due, self.device)
+    def loss_line(self) -> Line:
+        """Return the log line of the steps since the last one; every rank must call this."""
+        loss = self.ranks.mean(torch.stack(self._losses).mean())
+        now = time.monotonic()
+        tokens = (self.step - self._logged_step) * self.config.tokens_per_step
+        line = {
+            **self._place(),
+            "loss": round(float(loss), 4),
+            "lr": round(self._lr_factor, 4),
+            "tokens_per_s": round(tokens / (now - self._logged_at)),
+            "wall_s": round(self._wall_s, 1),
+        }
+        self._losses, self._logged_at, self._logged_step = [], now, self.step
+        return line
 
     def validation_line(self, tokenizer: Tokenizer) -> Line:
         """Return the log line of the averaged model: bits per byte of each collection, and a story."""
@@ -208,17 +189,29 @@ class Trainer:
             val_bpb[name] = round(bits_per_byte(self.averaged, rows, piece_bytes), 4)
         epochs = self.data.mixture.epochs(self.step * run.batch_rows)
         return {
-            **self.place(),
+            **self._place(),
             "val_bpb": val_bpb,
             "sample": sample_story(self.averaged, tokenizer, run.sample_prompt, context, self.device),
             "epochs": {name: round(number, 2) for name, number in epochs.items()},
-            "wall_s": round(self.wall_s, 1),
+            "wall_s": round(self._wall_s, 1),
         }
+
+    def _place(self) -> Line:
+        return {"step": self.step, "steps": self.config.steps, "tokens": self.step * self.config.tokens_per_step}
+
+    @property
+    def _wall_s(self) -> float:
+        return self._wall_before_s + time.monotonic() - self._started_at
+
+    def is_due(self, saved_at: float) -> bool:
+        """Return whether to save a checkpoint. Rank 0's clock decides, because every rank must save equally often."""
+        due = time.monotonic() - saved_at >= self.config.run.checkpoint_every_s
+        return self.ranks.decided_by_first(due, self.device)
 
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(
             step=self.step,
-            wall_s=self.wall_s,
+            wall_s=self._wall_s,
             machine=self._machine,
             started_from=self._started_from,
             model=self.model.state_dict(),
@@ -231,36 +224,8 @@ class Trainer:
         )
 
 
-class _Meter:
-    """The mean loss and the speed since the last log line."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._losses: list[Tensor] = []
-        self._logged_at, self._logged_step = time.monotonic(), trainer.step
-
-    def add(self, loss: Tensor) -> None:
-        self._losses.append(loss)
-
-    def line(self) -> Line:
-        """Return the log line of the steps since the last one; every rank must call this."""
-        trainer = self._trainer
-        loss = trainer.ranks.mean(torch.stack(self._losses).mean())
-        now = time.monotonic()
-        tokens = (trainer.step - self._logged_step) * trainer.tokens_per_step
-        line = {
-            **trainer.place(),
-            "loss": round(float(loss), 4),
-            "lr": round(trainer.lr_factor, 4),
-            "tokens_per_s": round(tokens / (now - self._logged_at)),
-            "wall_s": round(trainer.wall_s, 1),
-        }
-        self._losses, self._logged_at, self._logged_step = [], now, trainer.step
-        return line
-
-
 def machine_name(device: torch.device, world: int) -> str:
-    """Return a name for the record: 'NVIDIA X', '2 threads of Y CPU' or '2 workers of 1 thread of Y CPU'."""
+    """Return where a run trains: 'NVIDIA X', '2 threads of Y CPU' or '2 workers of 1 thread of Y CPU'."""
     workers = f"{world} workers of " if world > 1 else ""
     if device.type == "cuda":
         return workers + torch.cuda.get_device_name(device)

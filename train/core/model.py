@@ -1,19 +1,17 @@
-"""The transformer in PyTorch, for training. `tinylm.model` is the same arithmetic for inference.
+"""The transformer in PyTorch, for training. `tinylm.model` has the same arithmetic for inference.
 
-The weights have the names of Hugging Face's Llama family, so that exporting them needs no table of names.
+The weights have the names of Hugging Face's Llama family, so an export needs no table of names.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.config import ModelConfig
-from tinylm.weights import as_float32, load_model
 
 QUERY_BLOCK = 64  # queries that attention computes together
 BYTE = 256  # dropout has steps of 1 / BYTE
@@ -34,7 +32,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(head_dim)) v of each token over itself and earlier ones, (B, heads, T, head_dim)."""
+    """Return softmax(q k^T / sqrt(head_dim)) v over each token and earlier ones, (B, n_heads, T, head_dim)."""
     if q.is_cpu and torch.compiler.is_compiling():
         return attention_in_blocks(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -63,7 +61,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_by_sigmoid(x: Tensor) -> Tensor:
-    """Return the same by (1 + tanh y) / 2 = sigmoid(2 y), which takes half the time in compiled code."""
+    """Return `gelu` by (1 + tanh y) / 2 = sigmoid(2 y), which takes half the time in compiled code."""
     return x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
 
 
@@ -193,14 +191,6 @@ class GPT(nn.Module):
         return F.linear(self.model(ids, dropout), self.model.embed_tokens.weight)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks one by one. They are alike, so this takes 15 s; the whole model would take two minutes."""
+        """Compile the blocks one by one. They share code, so it takes 15 s; the whole model would take two minutes."""
         for block in self.model.layers:
             block.compile()
-
-
-def released_model(directory: Path) -> GPT:
-    """Return the model in a directory, with the weights that its int8 values stand for; raises ModelError."""
-    config, tensors = load_model(directory)
-    model = GPT(config)
-    model.load_state_dict({name: torch.from_numpy(as_float32(tensor).copy()) for name, tensor in tensors.items()})
-    return model

@@ -1,4 +1,4 @@
-"""The place of this process among those that train one model together."""
+"""The rank of this process among the processes that train one model together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank and the number of ranks. A process that trains alone is rank 0 of 1."""
+    """This process's rank and the number of ranks."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def current(cls) -> Ranks:
-        """Return the place in PyTorch's process group, or that of a process that trains alone."""
+        """Return the rank in PyTorch's process group, or rank 0 of 1 without a group."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()

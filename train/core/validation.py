@@ -1,4 +1,4 @@
-"""What a run shows of its model while it trains: bits per byte of held-out rows, and a story."""
+"""The validation of a model during training: bits per byte of held-out rows, and a story."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bits_per_byte(model: nn.Module, rows: Tensor, piece_bytes: Tensor, batch_row
 
 @torch.no_grad()
 def sample_story(model: nn.Module, tokenizer: Tokenizer, prompt: str, context: int, device: torch.device) -> str:
-    """Return a story of up to half a context, drawn with the same random numbers every time."""
+    """Return a story of up to half a context. Every call uses the same random numbers."""
     generator = torch.Generator().manual_seed(0)
     ids = tokenizer.encode_document(prompt)
     while len(ids) < context // 2:

@@ -1,1 +1,1 @@
-"""Token shards into training rows and validation rows. Knows nothing of the model and of Ray."""
+"""Text sources, token shards, and the training and validation rows made of them. No module imports the model or Ray."""

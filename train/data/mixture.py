@@ -16,10 +16,9 @@ class Mixture:
     The collections follow each other in a shuffled block of BLOCK rows, which repeats. A block has exact shares.
     """
 
-    def __init__(self, collections: dict[str, Rows], weights: dict[str, float], context: int, seed: int) -> None:
+    def __init__(self, collections: dict[str, Rows], weights: dict[str, float], seed: int) -> None:
         self._names = list(collections)
         self._collections = list(collections.values())
-        self._context = context
         shares = {name: weights.get(name, 0.0) for name in collections}
         block = np.repeat(np.arange(len(shares)), _rows_in_block(shares))
         self._block = np.random.default_rng((seed, 0)).permutation(block)  # (BLOCK,) collection of each row
@@ -43,22 +42,23 @@ class Mixture:
         return int(self._block[number % BLOCK])
 
     def _counts(self, rows: int) -> np.ndarray:
-        """Return how many of the first `rows` rows each collection has, (C,)."""
+        """Return the number of rows of each collection among the first `rows` rows, (C,)."""
         blocks, i = divmod(rows, BLOCK)
         return blocks * self._per_block + self._before[i]
 
     def tokens(self, rows: int) -> dict[str, int]:
-        """Return how many tokens of each collection the first `rows` rows hold; one that two rows hold counts twice."""
-        return {name: int(n) * self._context for name, n in zip(self._names, self._counts(rows), strict=True)}
+        """Return the tokens of each collection in the first `rows` rows; a token of two rows counts twice."""
+        collections = zip(self._names, self._collections, self._counts(rows), strict=True)
+        return {name: int(n) * collection.context for name, collection, n in collections}
 
     def epochs(self, rows: int) -> dict[str, float]:
-        """Return how many epochs of each collection the first `rows` rows hold."""
+        """Return the epochs of each collection in the first `rows` rows."""
         collections = zip(self._names, self._collections, self._counts(rows), strict=True)
         return {name: collection.epochs(int(n)) for name, collection, n in collections}
 
 
 def _rows_in_block(shares: dict[str, float]) -> np.ndarray:
-    """Return how many rows of a block each collection has, (C,); raises ConfigError when a share is less than a row."""
+    """Return the rows of each collection in a block, (C,); raise ConfigError when a share is less than a row."""
     weights = np.array(list(shares.values()))
     ends = np.round(np.cumsum(weights / weights.sum()) * BLOCK).astype(int)
     counts = np.diff(ends, prepend=0)

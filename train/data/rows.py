@@ -5,23 +5,44 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
-from train.data.documents import Documents
+
+class Documents:
+    """All documents of one collection and split, memory-mapped. Each begins with the boundary token."""
+
+    def __init__(self, paths: list[Path], boundary_id: int) -> None:
+        self._shards = [np.load(path, mmap_mode="r") for path in paths]
+        shard, start, length = [], [], []
+        for number, tokens in enumerate(self._shards):
+            starts = np.flatnonzero(tokens == boundary_id)
+            shard.append(np.full(len(starts), number))
+            start.append(starts)
+            length.append(np.diff(np.append(starts, len(tokens))))
+        self._shard, self._start, self.lengths = (np.concatenate(parts) for parts in (shard, start, length))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, i: int) -> np.ndarray:
+        """Return the i-th document, (lengths[i],) uint16."""
+        start = self._start[i]
+        return self._shards[self._shard[i]][start : start + self.lengths[i]]
 
 
 class Rows:
-    """Rows of context + 1 tokens: the inputs, and one token on, their targets. Each epoch shuffles the documents anew.
+    """Rows of context + 1 tokens: inputs, and targets one token later. Each epoch shuffles the documents again.
 
     A document that fits into a row is never cut, because users ask for whole stories (Ding et al. 2024, "Fewer
     truncations improve language modeling"). If a row ends inside a document that began in that row, the next row starts
-    again at the beginning of the document. A longer document continues from row to row.
+    at the beginning of that document. A longer document continues from row to row.
     """
 
     def __init__(self, documents: Documents, context: int, seed: tuple[int, ...]) -> None:
         self._documents = documents
-        self._context = context
+        self.context = context
         self._seed = seed
         self.epoch_tokens = int(documents.lengths.sum())
         self._order = lru_cache(maxsize=2)(self._shuffle)
@@ -37,7 +58,7 @@ class Rows:
         """Return the epoch's token at which each row starts."""
         begins = [0, *self._order(epoch)[1].tolist()]  # of each document, and the end of the last
         starts = [0]
-        while (end := starts[-1] + self._context) < self.epoch_tokens:
+        while (end := starts[-1] + self.context) < self.epoch_tokens:
             begin = begins[bisect_right(begins, end) - 1]  # of the document that the row's end cuts
             starts.append(begin if begin > starts[-1] else end)
         return starts
@@ -56,7 +77,7 @@ class Rows:
 
     def _parts(self, number: int) -> Iterator[tuple[int, slice]]:
         """Yield the parts of a row in order, as (document, slice of it)."""
-        n_tokens = self._context + 1
+        n_tokens = self.context + 1
         epoch, place = self._place(number)
         start = self._starts(epoch)[place]
         while n_tokens:
@@ -72,6 +93,6 @@ class Rows:
                 epoch, start = epoch + 1, 0
 
     def epochs(self, rows: int) -> float:
-        """Return how many epochs the first `rows` rows are."""
+        """Return the number of epochs in the first `rows` rows."""
         epoch, place = self._place(rows)
         return epoch + place / len(self._starts(epoch))

@@ -1,7 +1,8 @@
-"""The directory that `train.encode` writes, as training reads it."""
+"""The tokenizer and the tokens of the work directory."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,41 @@ from typing import Any
 
 import numpy as np
 
-from train.config import INDEX_FILE, ConfigError
-from train.data.documents import Documents
+from tinylm.tokenizer import Tokenizer
+from train.config import ConfigError, TrainConfig, require
 from train.data.mixture import Mixture
-from train.data.rows import Rows
+from train.data.rows import Documents, Rows
+
+INDEX_FILE = "index.json"  # beside the shards
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_tokenizer(config: TrainConfig) -> Tokenizer:
+    """Return the tokenizer of the work directory; raise ConfigError when it is missing or damaged."""
+    require(config.tokenizer_path, "train.tokenizer")
+    try:
+        return Tokenizer(config.tokenizer_path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def load_tokens(config: TrainConfig) -> TokenData:
+    """Return the tokens of the work directory.
+
+    Raises ConfigError when they are missing, or were made from another tokenizer or other text than is there now.
+    """
+    require(config.tokens_dir / INDEX_FILE, "train.encode")
+    data = TokenData.load(config.tokens_dir, config.shape.context, config.seed, config.weights)
+    for what, expected, path in (
+        ("with another tokenizer", data.tokenizer_sha256, config.tokenizer_path),
+        ("from other text", data.text_sha256, config.manifest_path),
+    ):
+        if path.exists() and file_sha256(path) != expected:
+            raise ConfigError(f"{config.tokens_dir} was made {what}: run `python -m train.encode` again")
+    return data
 
 
 @dataclass(frozen=True)
@@ -36,23 +68,20 @@ class TokenData:
         try:
             index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
             documents = {split: _documents(directory, index, split) for split in ("train", "validation")}
-        except (EOFError, KeyError, ValueError) as error:  # JSON's and NumPy's for files that were cut off
+        except (EOFError, KeyError, ValueError) as error:  # of JSON and NumPy, for incomplete files
             raise ConfigError(f"{directory} is damaged, make it again: {error}") from None
-        rows = _training_rows(directory, documents["train"], context, seed, weights)
+        names = ("vocab_size", "boundary_id", "tokenizer_sha256", "text_sha256")
         return cls(
-            vocab_size=index["vocab_size"],
-            boundary_id=index["boundary_id"],
-            tokenizer_sha256=index["tokenizer_sha256"],
-            text_sha256=index["text_sha256"],
+            **{name: index[name] for name in names},
             context=context,
-            mixture=Mixture(rows, weights, context, seed),
+            mixture=Mixture(_training_rows(directory, documents["train"], context, seed, weights), weights, seed),
             held_out=documents["validation"],
         )
 
     def validation_rows(self, collection: str, count: int) -> np.ndarray:
-        """Return the first rows of the held-out documents, (<= count, context + 1) int64; each document starts a row.
+        """Return the first rows of the held-out documents, (<= count, context + 1) int64.
 
-        A row shorter than that is filled with -1.
+        Each document starts a row. Rows are padded with -1.
         """
         documents = self.held_out[collection]
         rows: list[np.ndarray] = []
@@ -80,7 +109,7 @@ def _training_rows(
     if missing := sorted(name for name, weight in weights.items() if weight and name not in documents):
         raise ConfigError(
             f"collection {missing[0]!r} is to be trained on, but {directory} has no tokens of it to train on: "
-            f"run `python -m train.prepare` and what follows it again"
+            f"run `python -m train.prepare` and the stages after it again"
         )
     rows = {name: Rows(of_collection, context, (seed, i)) for i, (name, of_collection) in enumerate(documents.items())}
     if short := [name for name, of_collection in rows.items() if of_collection.epoch_tokens <= context]:

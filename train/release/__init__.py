@@ -1,1 +1,1 @@
-"""What an exported model is judged by and what its pages say. Knows nothing of training."""
+"""The evaluation, the pages and the other formats of an exported model. No module imports PyTorch."""

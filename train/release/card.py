@@ -1,7 +1,8 @@
-"""The Markdown pages of an exported model: card, attribution, samples and answers. Measures nothing."""
+"""The Markdown pages of an exported model: card, attribution, samples and answers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tinylm.engine.completion import Completion
@@ -13,19 +14,9 @@ from train.release.prompts import Prompt
 def model_card(config: TrainConfig, evaluation: dict[str, Any], manifest: dict[str, Any]) -> str:
     """Return the model's README. Its figures come from `evaluation.json` and from the manifest of the text."""
     shape = config.shape
-    data = []
-    for name, entry in manifest.items():
-        licences = "; ".join(sorted({*entry["train"]["licences"], *entry["validation"]["licences"]})) or "not stated"
-        tokens = evaluation["tokens_by_collection"].get(name, 0)
-        size = f"{entry['train']['bytes'] / 1e6:.1f} MB"
-        seen = (
-            f"{tokens:,} | {tokens / evaluation['tokens_seen']:.1%} | {size}"
-            if tokens
-            else "none: held-out text only | | "
-        )
-        data.append(f"| {name} | {seen} | {licences} | {entry['attribution']} |")
     done, planned = evaluation["tokens_seen"], evaluation["planned_tokens"]
     extent = "the whole of the planned run" if done >= planned * 0.999 else f"{done / planned:.0%} of the planned run"
+    start = f"Training started from the weights of {source}. " if (source := evaluation["started_from"]) else ""
     return f"""# {config.name}
 
 A decoder-only transformer of {shape.n_parameters / 1e6:.2f} million parameters that continues simple English stories:
@@ -37,7 +28,7 @@ world.
 
 ## Training
 {done:,} tokens seen ({extent}, {evaluation["step"]:,} steps) in {evaluation["training_wall_s"] / 3600:.1f} hours
-on {evaluation["training_machine"]}. {_started_from(evaluation["started_from"])}The weights are
+on {evaluation["training_machine"]}. {start}The weights are
 the running average that training keeps.
 
 ![loss curve](curve.png)
@@ -54,9 +45,7 @@ draws of the sources; with fewer than ten sources it is too narrow.
 
 ## Data, licences, attribution
 
-| collection | training tokens | share | training text | licence | attribution |
-| --- | --- | --- | --- | --- | --- |
-{chr(10).join(data)}
+{_data_table(evaluation, manifest)}
 
 [ATTRIBUTION.md](ATTRIBUTION.md) names the authors. This directory holds no text of these collections, except where the
 model repeats it. [samples.md](samples.md) holds unedited samples, and [prompts.md](prompts.md) the answers to prompts
@@ -64,31 +53,43 @@ that are the same for every model.
 """
 
 
-def _started_from(model: str) -> str:
-    return f"Training started from the weights of {model}. " if model else ""
+def _table(*head: str, rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _held_out_table(evaluation: dict[str, Any]) -> str:
-    lines = [
-        f"| collection | documents or stretches | sources | bytes | as served ({evaluation['arithmetic']}) "
-        "| 95 % interval | float32 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, score in evaluation["collections"].items():
         low, high = score["interval_95"]
-        lines.append(
-            f"| {name} | {score['documents']:,} | {score['sources']:,} | {score['bytes']:,} "
-            f"| {score['bits_per_byte']:.4f} | {low:.4f} to {high:.4f} "
-            f"| {evaluation['float32_bits_per_byte'][name]:.4f} |"
-        )
-    return "\n".join(lines)
+        counts = [f"{score[key]:,}" for key in ("documents", "sources", "bytes")]
+        exact = evaluation["float32_bits_per_byte"][name]
+        rows.append([name, *counts, f"{score['bits_per_byte']:.4f}", f"{low:.4f} to {high:.4f}", f"{exact:.4f}"])
+    served = f"as served ({evaluation['arithmetic']})"
+    return _table(
+        "collection", "documents or stretches", "sources", "bytes", served, "95 % interval", "float32", rows=rows
+    )
+
+
+def _data_table(evaluation: dict[str, Any], manifest: dict[str, Any]) -> str:
+    rows = []
+    for name, entry in manifest.items():
+        licences = "; ".join(sorted({*entry["train"]["licences"], *entry["validation"]["licences"]})) or "not stated"
+        seen = ["none: held-out text only", "", ""]
+        if tokens := evaluation["tokens_by_collection"].get(name, 0):
+            share, size = tokens / evaluation["tokens_seen"], entry["train"]["bytes"] / 1e6
+            seen = [f"{tokens:,}", f"{share:.1%}", f"{size:.1f} MB"]
+        rows.append([name, *seen, licences, entry["attribution"]])
+    return _table("collection", "training tokens", "share", "training text", "licence", "attribution", rows=rows)
 
 
 def _generated_text(figures: dict[str, Any]) -> str:
     """Return the paragraph and the table of the figures of `train.release.generated_text`."""
     gram, distinct = figures["copied_gram_words"], figures["distinct_gram_words"]
     model, held_out = figures["model"], figures["held_out"]
-    rows = [_writer_row("**the model**", model), *(_writer_row(name, of) for name, of in held_out.items())]
+    writers = {"**the model**": model, **held_out}
+    head = ("writer", "texts", "distinct", "longest copy, mean", "longest copy", f"{gram}-word runs copied")
+    table = _table(*head, rows=[_writer_row(name, of) for name, of in writers.items()])
     return f"""{model["texts"]} texts that it wrote without a prompt (temperature {figures["temperature"]}, top_p \
 {figures["top_p"]}), beside pieces of the held-out text, which people wrote, of the same mean length.
 
@@ -99,22 +100,18 @@ def _generated_text(figures: dict[str, Any]) -> str:
 
 Case and punctuation do not count.
 
-| writer | texts | distinct | longest copy, mean | longest copy | {gram}-word runs copied |
-| --- | --- | --- | --- | --- | --- |
-{chr(10).join(rows)}
+{table}
 
 The model's longest copy: "{model["longest_run_text"]}"."""
 
 
-def _writer_row(name: str, figures: dict[str, Any]) -> str:
-    def share(key: str, digits: int) -> str:
-        return "none" if figures[key] is None else f"{figures[key]:.{digits}%}"
+def _writer_row(name: str, figures: dict[str, Any]) -> list[str]:
+    def shown(key: str, form: str) -> str:
+        return "none" if figures[key] is None else format(figures[key], form)
 
     mean = "none" if figures["longest_run_mean"] is None else f"{figures['longest_run_mean']:.1f} words"
-    return (
-        f"| {name} | {figures['texts']} | {share('distinct_grams', 1)} | {mean} | {figures['longest_run']} words "
-        f"| {share('copied_grams', 2)} |"
-    )
+    longest = f"{figures['longest_run']} words"
+    return [name, str(figures["texts"]), shown("distinct_grams", ".1%"), mean, longest, shown("copied_grams", ".2%")]
 
 
 def attribution_page(config: TrainConfig, manifest: dict[str, Any]) -> str:

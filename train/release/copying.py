@@ -1,7 +1,6 @@
 """How much of a text is copied word for word from a corpus.
 
-The comparison ignores case and punctuation, so that a copy with another comma still counts. It is exact: it compares
-word ids, not hashes. This module knows nothing of models.
+The comparison ignores case and punctuation. It is exact, because it compares word ids and not hashes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def words(text: str) -> list[str]:
 
 
 def match_lengths(texts: Sequence[Sequence[str]], corpus: Iterable[Sequence[str]]) -> list[np.ndarray]:
-    """Return for each word of each text how long a run of words from it on the corpus has too.
+    """Return for each word of each text the length of the longest run that starts there and is in the corpus.
 
     texts, corpus: lists of words. A run lies within one document. Each text gives an array (its words,) of int64.
     """
@@ -54,10 +53,10 @@ def _batches(documents: Iterable[list[int]]) -> Iterator[list[list[int]]]:
 
 
 def _raise_lengths(lengths: np.ndarray, texts: np.ndarray, corpus: np.ndarray) -> None:
-    """Raise `lengths` to the runs that this part of the corpus has. A word id of 0 equals nothing.
+    """Raise `lengths` to the lengths of the runs in this part of the corpus. A word id of 0 equals no word.
 
-    Each round makes the runs one word longer. It keeps the positions whose run the other side has too. Equal runs have
-    the same number, in `of_text` and in `of_corpus`.
+    Each round makes the runs one word longer, and keeps the positions whose run occurs on both sides. `of_text` and
+    `of_corpus` number the runs; equal runs have equal numbers.
     """
     n_words = int(texts.max(initial=0)) + 1
     in_text, in_corpus = np.flatnonzero(texts), np.flatnonzero(corpus)

@@ -1,4 +1,4 @@
-"""What the exports to other programs' formats share: the command line, whole files or none, the logits to equal."""
+"""What the exports to other programs' formats share: arguments, safe replacement, and comparison with the engine."""
 
 from __future__ import annotations
 
@@ -17,26 +17,14 @@ from tinylm.config import ModelConfig
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.system.files import manifest_names, replaced_directory
 from tinylm.terminal.output import one_line_errors
-from tinylm.weights import MANIFEST, ModelError, Tensor, as_float32
+from tinylm.weights import MANIFEST, ModelError
 
-TOLERANCE = 1e-3  # of logits: float32 rounds to 1e-5 or so
-ATTRIBUTION = "ATTRIBUTION.md"  # goes wherever the weights go
-# By form, of exports without a manifest: a file, what is in the beginning of it, and the names of all files.
-OLDER_EXPORTS = {
-    "onnx": ("model.onnx", (b"tinylm",), {"model.onnx", "tokenizer.model", ATTRIBUTION}),
-    "huggingface": (
-        "config.json",
-        (b'"ArceeForCausalLM"', b'"gelu_pytorch_tanh"'),
-        {
-            "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-            "special_tokens_map.json", ATTRIBUTION,
-        },
-    ),
-}  # fmt: skip
+TOLERANCE = 1e-3  # of logits: float32 rounds to about 1e-5
+ATTRIBUTION = "ATTRIBUTION.md"
 
 
 class ExportError(ModelError):
-    """What was written would not compute what the engine does, or would take its place; nothing of it is kept."""
+    """The export would not compute what the engine computes, or would replace the model. Nothing is written."""
 
 
 def run_export(description: str | None, export: Callable[[Path, Path], None]) -> None:
@@ -53,7 +41,7 @@ def run_export(description: str | None, export: Callable[[Path, Path], None]) ->
 
 @contextmanager
 def exported_directory(form: str, model: Path, out: Path) -> Iterator[Path]:
-    """Yield an empty directory, which takes the place of `out` when the block ends without an error.
+    """Yield an empty directory. When the block ends without an error, it takes the place of `out`.
 
     form: "onnx" or "huggingface". The model's attribution and a manifest are added. Raises ExportError when `out` is
     the model's own directory, and FileExistsError when it holds anything but an earlier export of this form.
@@ -71,31 +59,17 @@ def exported_directory(form: str, model: Path, out: Path) -> Iterator[Path]:
 
 
 def export_files(form: str, directory: Path) -> set[str] | None:
-    """Return the names of the files of an export of this form; None when `directory` is not one.
-
-    Older exports have no manifest. One of their files shows that TinyLM wrote it.
-    """
-    if (directory / MANIFEST).exists():
-        return manifest_names(directory / MANIFEST, lambda found: found["files"] if found["format"] == form else [])
-    name, signs, older = OLDER_EXPORTS[form]
-    if not (directory / name).is_file():
-        return None
-    with (directory / name).open("rb") as file:
-        begin = file.read(4096)
-    return older if all(sign in begin for sign in signs) else None
-
-
-def float32_tensors(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: as_float32(tensor) for name, tensor in tensors.items()}
+    """Return the names of the files of an export of this form; None when `directory` is not one."""
+    return manifest_names(directory / MANIFEST, lambda found: found["files"] if found["format"] == form else [])
 
 
 def sample_ids(config: ModelConfig) -> np.ndarray:
-    """(3, context) random tokens, the same every time."""
+    """Return random tokens, (3, context), the same every time."""
     return np.random.default_rng(0).integers(config.vocab_size, size=(3, config.context))
 
 
 def engine_logits(config: ModelConfig, tensors: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
-    """(B, T, vocab) by TinyLM's reference kernels, without rounding. ids: (B, T)."""
+    """Return logits (B, T, vocab) of TinyLM's reference kernels, without rounding. ids: (B, T)."""
     runner = ModelRunner(Model(config, tensors), 1, ids.shape[1], ids.shape[1])
     chunk, rows = [Chunk(0, 0, ids.shape[1])], np.arange(ids.shape[1])
     with threadpool_limits(1, user_api="blas"):
@@ -103,7 +77,7 @@ def engine_logits(config: ModelConfig, tensors: Mapping[str, np.ndarray], ids: n
 
 
 def require_equal(what: str, theirs: np.ndarray, ours: np.ndarray) -> float:
-    """Their greatest difference; raises ExportError when it is above TOLERANCE, or not a number."""
+    """Return the largest difference; raise ExportError when it is above TOLERANCE, or not a number."""
     error = float(np.abs(theirs - ours).max())
     if not error <= TOLERANCE:
         raise ExportError(f"{what} gives other logits than TinyLM's engine, {error:.2g} apart (limit {TOLERANCE})")

@@ -1,6 +1,6 @@
-"""How varied a model's text is, and how much of it is copied from the training text.
+"""The variety of a model's text, and the share that is copied from the training text.
 
-The same figures of held-out text, which people wrote, are the standard of comparison.
+The same figures of held-out text, which people wrote, show what is normal.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tinylm.tokenizer import Tokenizer
 from train.release.copying import match_lengths, words
 
 DISTINCT_GRAM = 3  # words
-DISTINCT_WORDS = 10_000  # of each writer: more words have more repetitions
+DISTINCT_WORDS = 10_000  # of each writer, because more words have more repetitions
 COPIED_GRAM = 20  # words
 
 
 def write_stories(model: Model, tokenizer: Tokenizer, settings: Sequence[SamplingParams]) -> list[str]:
-    """Return one text for each of the settings, written without a prompt."""
+    """Return a text without a prompt for each of the settings."""
     engine = Engine(model, max_waiting=len(settings))
     sequences = [engine.submit([model.config.boundary_id], params) for params in settings]
     while engine.has_work:

@@ -17,19 +17,13 @@ def ratio_interval(
     denominators: Sequence[float],
     sources: Sequence[str],
     resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
 ) -> tuple[float, float]:
     """Return (low, high) of sum(numerators) / sum(denominators): the percentile bootstrap over sources (Efron 1979).
 
-    The arguments have one entry a part. Parts with the same source, such as the chapters of a book, are drawn together,
-    because they are alike. With few sources the interval is too narrow, and with one source it has no width. The same
-    arguments give the same interval. Raises ValueError when there are no parts or when a denominator is not above 0.
+    The arguments have one entry per part. Parts with the same source, such as the chapters of a book, are drawn
+    together, because they are alike. With few sources the interval is too narrow, and with one source it has no width.
+    The same arguments give the same interval. Raises ValueError when a denominator is not above 0.
     """
-    if not len(numerators) == len(denominators) == len(sources) > 0:
-        raise ValueError(
-            f"there are {len(numerators)} numerators, {len(denominators)} denominators and {len(sources)} sources: "
-            "there must be as many of each, and at least one"
-        )
     if not min(denominators) > 0:
         raise ValueError(f"denominators has {min(denominators)}: each must be above 0")
     _, source = np.unique(np.asarray(sources, str), return_inverse=True)
@@ -43,7 +37,7 @@ def ratio_interval(
         vectorized=True,
         n_resamples=resamples,
         batch=BATCH,
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=0,
     ).confidence_interval

@@ -1,18 +1,16 @@
-"""The fixed prompts of a model's prompts.md: a YAML file of seeds and texts, and a model's answers."""
+"""The fixed prompts of a model's prompts.md, and a model's answers to them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from tinylm.engine.completion import Completion
 from tinylm.llm import LLM
 from tinylm.sampling import MAX_SEED, SamplingParams
-from tinylm.system.text_files import read_text
-from train.config import ConfigError
+from train.config import read_yaml, validated
 
 
 class Prompt(BaseModel):
@@ -23,17 +21,8 @@ class Prompt(BaseModel):
 
 
 def load_prompts(path: Path) -> list[Prompt]:
-    """Read the prompts; raises ConfigError that names the file and the wrong entry."""
-    try:
-        return TypeAdapter(list[Prompt]).validate_python(yaml.safe_load(read_text(path)))
-    except FileNotFoundError:
-        raise ConfigError(f"no such file of prompts: {path}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the list of prompts"
-        raise ConfigError(f"{path}: {where}: {first['msg']}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+    """Read a YAML list of seeds and texts; raise ConfigError that names the file and the wrong entry."""
+    return validated(list[Prompt], read_yaml(path), path)
 
 
 def answers(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> list[Completion | None]:

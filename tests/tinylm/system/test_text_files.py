@@ -15,7 +15,7 @@ from loadtest.generator.workload import read_prompts
 from tinylm.serving.keys import make_key, read_keys
 from tinylm.system.text_files import decode_text, lines_of, read_text
 from train.config import ConfigError
-from train.core.metrics import read_metrics
+from train.core.record import read_metrics
 from train.evaluate import read_documents
 from train.prepare import clean
 from train.release.prompts import load_prompts

@@ -1,4 +1,4 @@
-"""Bits per byte, while training by PyTorch and of an exported model by TinyLM's engine, against slow computations."""
+"""Bits per byte of PyTorch during training, and of TinyLM's engine, against slow computations."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from tinylm.tokenizer import Tokenizer
 from train.config import TrainConfig
 from train.core.model import GPT
 from train.core.validation import bits_per_byte
-from train.evaluate import WINDOWS_A_BATCH, make_runner, score_document, windows
+from train.evaluate import WINDOWS_PER_BATCH, make_runner, score_document, windows
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    torch.set_num_threads(1)
     return encoded_stories(tmp_path_factory.mktemp("scores"), short_run(1))
 
 
@@ -64,40 +65,27 @@ def test_windows_score_every_token_once_with_half_a_context(context: int):
         scored: list[int] = []
         for start, end, first in windows(n_tokens, context):
             assert 0 <= start < end <= n_tokens - 1
-            assert end - start <= context  # what goes in
+            assert end - start <= context
             assert start == 0 or first - start >= context // 2
             scored += range(first, end + 1)
         assert scored == list(range(1, n_tokens))
 
 
-def test_a_long_document_is_scored_window_by_window(config: TrainConfig):
-    """The document has more windows than the engine computes at once."""
+@pytest.mark.parametrize(("sentences", "batches"), [(1, 1), (30, 2)])
+def test_the_engine_scores_documents_like_pytorch(config: TrainConfig, sentences: int, batches: int):
+    """The longer document has more windows than the engine computes at once."""
     tokenizer, model, shape = Tokenizer(config.tokenizer_path), random_model(config), config.shape
-    text = " ".join(f"Otto the bear had {n} kites." for n in range(30))
+    text = " ".join(f"Otto the bear had {n} kites." for n in range(sentences))
     ids = tokenizer.encode_document(text)
     spans = list(windows(len(ids), shape.context))
-    assert len(spans) > WINDOWS_A_BATCH
+    assert math.ceil(len(spans) / WINDOWS_PER_BATCH) >= batches
     bits = 0.0
     with torch.no_grad():
         for start, end, first in spans:
-            logits = model(torch.tensor([ids[start:end]]))[0].double()
-            says = torch.log_softmax(logits, dim=1)
-            bits -= sum(float(says[i - 1 - start, ids[i]]) for i in range(first, end + 1)) / math.log(2)
+            log_probabilities = torch.log_softmax(model(torch.tensor([ids[start:end]]))[0].double(), dim=1)
+            nats = sum(float(log_probabilities[i - 1 - start, ids[i]]) for i in range(first, end + 1))
+            bits -= nats / math.log(2)
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     score = score_document(make_runner(Model(shape, tensors)), tokenizer, text)
     assert (score.tokens, score.bytes) == (len(ids) - 1, len(text))
     assert score.bits == pytest.approx(bits, rel=1e-4)
-
-
-def test_the_engine_scores_like_pytorch(config: TrainConfig):
-    tokenizer, model, shape = Tokenizer(config.tokenizer_path), random_model(config), config.shape
-    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    runner = make_runner(Model(shape, tensors))
-    piece_bytes = torch.tensor([len(piece) for piece in tokenizer.piece_bytes])
-    for text in ("Anna had a kite.", "Otto the bear lived on a hill. "):
-        ids = tokenizer.encode_document(text)
-        assert len(ids) <= shape.context + 1
-        score = score_document(runner, tokenizer, text)
-        assert (score.tokens, score.bytes) == (len(ids) - 1, len(text))
-        expected = bits_per_byte(model, torch.tensor([ids]), piece_bytes)
-        assert score.bits / score.bytes == pytest.approx(expected, rel=1e-4)

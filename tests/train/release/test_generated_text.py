@@ -1,4 +1,4 @@
-"""Judging generated text: the shares against counting by hand, and the yardstick beside it."""
+"""The figures of generated text and of held-out text, against simple counting."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def grams(text: list[str], n: int) -> list[str]:
 
 
 @given(TEXTS, st.integers(1, 4))
-def test_distinct_share_counts_every_run_once(texts: list[list[str]], n: int):
+def test_distinct_share_equals_simple_counting(texts: list[list[str]], n: int):
     every = [gram for text in texts for gram in grams(text, n)]
     expected = round(len(set(every)) / len(every), 4) if every else None
     assert distinct_share(texts, n, most_words=1000) == expected
 
 
-def test_distinct_share_is_of_the_first_words_only():
+def test_distinct_share_counts_the_first_words_only():
     text = [f"w{i}" for i in range(20)]
     assert distinct_share([text, text], 3, most_words=20) == 1
     assert distinct_share([text, text], 3, most_words=40) == 0.5
@@ -53,7 +53,7 @@ def test_copied_text_scores_higher_than_new_text():
     assert figures["held_out"]["short"]["copied_grams"] is None
 
 
-def test_a_storys_text_depends_on_its_seed_alone(tiny):
+def test_a_story_depends_only_on_its_seed(tiny):
     settings = [SamplingParams(max_tokens=20, seed=seed) for seed in range(20)]
     stories = write_stories(tiny.model, tiny.tokenizer, settings)
     assert len(set(stories)) == 20
@@ -61,6 +61,6 @@ def test_a_storys_text_depends_on_its_seed_alone(tiny):
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", "one"]])
-def test_judging_accepts_empty_texts(texts: list[str]):
+def test_empty_texts_have_no_copied_runs(texts: list[str]):
     figures = judge(texts, {"held": ["some words of a person"]}, iter([["some", "words"]]))
     assert figures["model"]["copied_grams"] is None

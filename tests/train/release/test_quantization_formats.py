@@ -1,4 +1,4 @@
-"""Ways of storing weights: what lies on disk must be what is computed with, and as close as the format allows."""
+"""Formats of stored weights: the arrays on disk represent the computed values, within the format's rounding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def matrices():
 
 @given(matrices())
 def test_int4_is_within_half_a_step_of_its_group(matrix: np.ndarray):
-    """But on the side where the numbers end one earlier: there it is a step at most."""
+    """Values near 8 times the scale are rounded to 7, with an error of at most one step."""
     groups = matrix.reshape(len(matrix), -1, study.GROUP)
     step = np.abs(groups).max(axis=2, keepdims=True) / 8
     error = np.abs(study.int4_groups(matrix).matrix.reshape(groups.shape) - groups)
@@ -30,7 +30,7 @@ def test_int4_is_within_half_a_step_of_its_group(matrix: np.ndarray):
 
 
 @given(matrices())
-def test_int4_lies_on_disk_as_it_is_computed_with(matrix: np.ndarray):
+def test_int4_on_disk_represents_the_computed_values(matrix: np.ndarray):
     stored = study.int4_groups(matrix)
     packed, scale = stored.arrays[""], stored.arrays[study.SCALE_SUFFIX]
     assert (packed.nbytes, scale.nbytes) == (matrix.size // 2, matrix.size // study.GROUP * 2)
@@ -43,7 +43,7 @@ def test_int4_needs_whole_groups():
         study.int4_groups(np.zeros((2, 40), np.float32))
 
 
-def test_finer_formats_are_larger_and_closer(tiny_tensors):
+def test_finer_formats_are_larger_and_more_exact(tiny_tensors):
     sizes, errors = {}, {}
     for name, formats in study.FORMATS.items():
         sizes[name], tensors = study.stored(tiny_tensors, *formats)
@@ -55,8 +55,8 @@ def test_finer_formats_are_larger_and_closer(tiny_tensors):
     assert 0 == errors[exact] < errors[half] < errors[int8] < errors[mixed] < errors[int4]
 
 
-def test_a_difference_is_of_the_same_documents():
-    """Each costs a tenth of a bit a byte more: the interval knows it, however unlike the documents are."""
+def test_a_difference_compares_the_same_documents():
+    """Each document costs 0.1 bits per byte more, so the interval has no width, although the documents differ."""
     exact = {"books": [Score(10, 100 * n, 90.0 * n * n, f"book {n}") for n in range(1, 9)]}
     ours = {"books": [score._replace(bits=score.bits + score.bytes / 10) for score in exact["books"]]}
     figures = study.against(ours, exact)["books"]

@@ -1,7 +1,7 @@
-"""Muon: orthogonalized momentum for the matrices of the transformer's blocks (Jordan et al. 2024).
+"""The optimizers of a run and their learning rate.
 
-`torch.optim.Muon` makes the same update, but always iterates in bfloat16. On a CPU without bfloat16 instructions, that
-takes twice the time of float32.
+`torch.optim.Muon` makes the same update as `Muon`, but always iterates in bfloat16. On a CPU without bfloat16
+instructions, that takes twice the time of float32.
 """
 
 from __future__ import annotations
@@ -13,27 +13,37 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from train.config import Run
+from train.core.model import GPT
 from train.core.ranks import Ranks
 
+ADAMW_BETAS = (0.9, 0.98)
+MUON_MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steep at 0: few steps bring singular values to within 0.3 of 1
 NEWTON_SCHULZ_STEPS = 5
+FINAL_LR = 0.02  # share of the peak learning rate at the last step
 
 
-def orthogonalize(matrices: Tensor, bfloat16: bool = False) -> Tensor:
-    """Return matrices (B, M, N) with the same singular vectors and singular values near 1 (Newton-Schulz iteration)."""
-    a, b, c = COEFFICIENTS
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.bfloat16() if bfloat16 else x
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+def make_optimizers(model: GPT, run: Run) -> list[Optimizer]:
+    """Return Muon for the blocks' matrices, and AdamW without decay for the embedding and the norms."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    return [
+        Muon(matrices, run.muon_lr, MUON_MOMENTUM, run.weight_decay, bfloat16=run.bfloat16),
+        torch.optim.AdamW(others, lr=run.adamw_lr, betas=ADAMW_BETAS, weight_decay=0.0),
+    ]
+
+
+def lr_factor(step: int, steps: int, run: Run) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up, constant, linear decay to FINAL_LR."""
+    warmup = min(1.0, (step + 1) / (run.warmup_steps + 1))
+    decay_from = run.constant_share * steps
+    left = min(1.0, max(0.0, (steps - step) / max(1.0, steps - decay_from)))
+    return warmup * (FINAL_LR + (1 - FINAL_LR) * left)
 
 
 class Muon(Optimizer):
-    """The optimizer, for matrices only, with decoupled weight decay (Loshchilov & Hutter 2019) and Nesterov momentum.
+    """Orthogonalized Nesterov momentum for matrices (Jordan et al. 2024), with decoupled weight decay.
 
     A step has the size lr * sqrt(max(1, rows / columns)), so that one rate suits all shapes. Matrices of one shape are
     computed in one batch. In a process group, all ranks must have the same gradients. Each rank orthogonalizes
@@ -88,3 +98,16 @@ def _shares(matrices: Sequence[Tensor], world: int) -> Iterator[tuple[int, list[
     for alike in by_shape.values():
         for owner in range(min(world, len(alike))):
             yield owner, alike[owner::world]
+
+
+def orthogonalize(matrices: Tensor, bfloat16: bool = False) -> Tensor:
+    """Return matrices (B, M, N) with the same singular vectors and singular values near 1 (Newton-Schulz iteration)."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.bfloat16() if bfloat16 else x
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
