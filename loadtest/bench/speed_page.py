@@ -61,7 +61,6 @@ def blocks(results: Path) -> dict[str, str]:
         "engine": _engine(parts),
         "one-client": table(["one client, p50", "ms"], _one_client(parts)),
         "replicas": _replicas(parts),
-        "cpu": table(["at 32 clients", ""], _cpu(parts["haproxy-unary"])),
         "selftest": _selftest(selftest, parts),
     }
 
@@ -152,27 +151,6 @@ def _replicas(parts: Parts) -> str:
         for clients in MANY_CLIENTS
     ]
     return table(["tokens/s with replicas:", "1", "2", "3", "4"], rows)
-
-
-def _cpu(part: Part) -> Rows:
-    """Return what an answer costs, and how many nodes one HAProxy can feed whose cores all belong to the service."""
-    rate = part.mean(32, "requests_per_s")
-    replica_ms = 1000 * part.mean(32, "server", "by_role", "replicas") / rate
-    proxy_ms = 1000 * part.mean(32, "server", "by_role", "proxy") / rate
-    ray_cores = part.mean(32, "server", "by_role", "ray")
-    node_rate, proxy_rate = (CORES - ray_cores) * 1000 / (replica_ms + proxy_ms), 1000 / proxy_ms
-    return [
-        ("CPU time of a replica for an answer", f"{replica_ms:.1f} ms"),
-        ("CPU time of HAProxy for an answer", f"{proxy_ms:.2f} ms"),
-        ("cores that Ray itself takes on the head", f"{ray_cores:.2f}"),
-        ("requests/s of a node that does nothing else", _two_digits(node_rate)),
-        ("requests/s of one HAProxy on one thread", _two_digits(proxy_rate)),
-        ("nodes that one HAProxy can feed", f"{proxy_rate / node_rate:.0f}"),
-    ]
-
-
-def _two_digits(value: float) -> str:
-    return f"{float(f'{value:.1e}'):,.0f}"
 
 
 def _selftest(selftest: dict[str, Any], parts: Parts) -> str:

@@ -103,9 +103,7 @@ TABLE: dict[str, str | Walk] = {
     r"pip install -e '.\[\w+\]'": Walk(Until.END, "Successfully installed"),
     r"python tests/web_screenshots.py .*": Walk(Until.END, "web-desktop.png", beside=(SERVE,), rewrites=(IMAGES,)),
     r"python -m loadtest --(concurrency 320|rate 250,.*) .*": Walk(Until.AT_WORK, BUSY, beside=(SERVE,)),
-    r"python -m loadtest( -.*)?(?<!localhost:9100 --duration 5)": Walk(
-        Until.END, "requests/s", beside=(SERVE,), on_service=True
-    ),
+    r"python -m loadtest( -.*)?": Walk(Until.END, "requests/s", beside=(SERVE,), on_service=True),
     r"python -m loadtest report .*": Walk(Until.END, "report.html", on_service=True),
     r"python -m loadtest compare .*": Walk(
         Until.END, filled={"before.json": "load.json", "after.json": "load.json"}, on_service=True
@@ -114,16 +112,6 @@ TABLE: dict[str, str | Walk] = {
     # Other ways to serve.
     r"tinylm serve": Walk(Until.SERVES, "TinyLM is ready", asked=ASK),
     r"(\w+=\S+ )*serve run configs/serve.yaml": Walk(Until.SERVES, "Submitted deploy config", asked=ASK),
-    r"python -m loadtest --server localhost:9100 .*": Walk(
-        Until.END,
-        "requests/s",
-        beside=("python -m loadtest.stub_server --port 9100 --delay-ms 5:0.5,20:0.4,80:0.1 --token-ms 2",),
-    ),
-    r"python -m loadtest.stub_server .*": Walk(
-        Until.SERVES,
-        "ready on 127.0.0.1:9100",
-        asked="tinylm generate Once --server localhost:9100",
-    ),
     r"ray get-auth-token --generate": Walk(Until.END, asked="test -s ~/.ray/auth_token"),
     r"RAY_AUTH_MODE=token serve status": Walk(Until.END, "RUNNING: 4", beside=(HEAD, WORKER, DEPLOY)),
     re.escape(DEPLOY): Walk(
