@@ -89,7 +89,7 @@ def test_the_readme_shows_measured_service_speeds() -> None:
     for run in runs:
         rates.setdefault(run["load"]["concurrency"], []).append(run["requests_per_s"])
     four, sixteen = (sum(rates[n]) / len(rates[n]) for n in (4, 16))
-    assert f"{four:.0f} requests per second to 4 clients and {sixteen:.0f} to 16 clients" in readme
+    assert f"{four:.0f} requests per second for 4 clients in all, and {sixteen:.0f} for 16" in readme
 
 
 def test_the_readme_shows_measured_setup_and_quality() -> None:
