@@ -1,16 +1,17 @@
 """Measure a model's bits per byte on held-out text, by collection, with TinyLM's engine.
 
-    python -m train.evaluate --model models/stories-8m --data FILE.parquet [MORE.parquet ...] [--json]
+    python -m train.evaluate --model models/stories-8m --data FILE.parquet [MORE.parquet ...] [--choices] [--json]
 
 A Parquet file needs a column `text`. The optional column `collection` groups the scores. The optional column `source`,
-such as the name of a book, tells which documents belong together.
+such as the name of a book, tells which documents belong together. With `--choices`, the model also answers questions
+about the documents, which should be short stories (see train/release/choices.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,12 @@ from threadpoolctl import threadpool_limits
 from tinylm.llm import load
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.system.text_files import BYTE_ORDER_MARK
-from tinylm.terminal.output import PlainConsole, one_line_errors
+from tinylm.terminal.output import PlainConsole, one_line_errors, say
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import ModelError
 from train.config import ConfigError
 from train.data.progress import progress
+from train.release.choices import Question, all_questions
 from train.release.intervals import ratio_interval
 
 WINDOWS_PER_BATCH = 8
@@ -131,6 +133,31 @@ def evaluate(
     return scores
 
 
+def answer(model: Model, tokenizer: Tokenizer, questions: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
+    """Return the accuracy of each kind of question, with its 95 % interval, for JSON. Shows a progress bar.
+
+    The model is right if it gives the text as written a shorter code than the changed text.
+    """
+    runner = make_runner(model)
+    figures = {}
+    with progress("questions") as bar, threadpool_limits(1, user_api="blas"):
+        for kind, of_kind in questions.items():
+            right = []
+            for question in bar.track(of_kind, description=kind):
+                written, changed = (
+                    score_document(runner, tokenizer, text).bits for text in (question.written, question.changed)
+                )
+                right.append(written < changed)
+            if right:
+                interval = ratio_interval(right, [1] * len(right), [question.source for question in of_kind])
+                figures[kind] = {
+                    "questions": len(right),
+                    "accuracy": round(sum(right) / len(right), 4),
+                    "interval_95": [round(bound, 4) for bound in interval],
+                }
+    return figures
+
+
 def read_documents(paths: Sequence[Path], max_bytes: int | None = None) -> list[Document]:
     """Read Parquet files, up to `max_bytes` of each collection (see `spread`); raise ConfigError that names the file.
 
@@ -199,6 +226,7 @@ def main() -> None:
     parser.add_argument("--max-bytes", type=int, help="of each collection, taken from its sources in turn")
     parser.add_argument("--kernels", default="auto", help="numba, numpy or auto (the default)")
     parser.add_argument("--precision", default="auto", help="of activations and KV cache: int8, float32 or auto")
+    parser.add_argument("--choices", action="store_true", help="also ask for the true ending, name and order")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     with one_line_errors(ConfigError, ModelError):
         run(parser.parse_args())
@@ -213,9 +241,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(str(error)) from None
     scores = evaluate(model, tokenizer, documents)
     collections = {name: summary(of_collection) for name, of_collection in scores.items()}
+    choices = answer(model, tokenizer, all_questions(documents)) if arguments.choices else {}
     if arguments.json:
         how = {"model": str(arguments.model), "weights": model.weight_type, "arithmetic": model.arithmetic}
-        print(json.dumps({**how, "collections": collections}, indent=2))
+        print(json.dumps({**how, "collections": collections, "choices": choices}, indent=2))
         return
     table = Table("collection", "documents", "sources", "tokens", "bytes", "bits per byte", "95 % interval")
     for name, figures in collections.items():
@@ -223,6 +252,9 @@ def run(arguments: argparse.Namespace) -> None:
         low, high = figures["interval_95"]
         table.add_row(name, *numbers, f"{figures['bits_per_byte']:.4f}", f"{low:.4f} to {high:.4f}")
     PlainConsole().print(table)
+    for kind, figures in choices.items():
+        low, high = figures["interval_95"]
+        say(f"{kind}: {figures['accuracy']:.1%} of {figures['questions']} right ({low:.1%} to {high:.1%})")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinylm import LLM
 from train import evaluate
-from train.evaluate import Document, Score, spread, summary
+from train.evaluate import Document, Score, answer, spread, summary
+from train.release.choices import Question
 
 DOCUMENTS = st.lists(
     st.builds(Document, st.just("books"), st.sampled_from("abcd"), st.text(alphabet="xyé日", min_size=1, max_size=40)),
@@ -64,3 +66,10 @@ def test_a_summary_adds_up():
     assert (figures["documents"], figures["sources"], figures["tokens"], figures["bytes"]) == (3, 2, 60, 200)
     assert figures["bits_per_byte"] == pytest.approx(230 / 200)
     assert figures["interval_95"] == [round(110 / 120, 5), round(120 / 80, 5)]  # of each source alone
+
+
+def test_likelihood_decides_which_answer_is_right(stories: LLM):
+    likely, unlikely = "Once upon a time, there was a little girl.", "Once upon a time, girl there was a little."
+    questions = {"order": [Question("1", likely, unlikely), Question("2", unlikely, likely)], "names": []}
+    figures = answer(stories.model, stories.tokenizer, questions)
+    assert figures == {"order": {"questions": 2, "accuracy": 0.5, "interval_95": [0.0, 1.0]}}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,11 +23,13 @@ _CAPITALIZED = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b")  # not at the beginni
 _WORD = re.compile(r"[A-Za-z]+")
 
 
-class Story(NamedTuple):
+class Story(Protocol):
     """A held-out story. `source` says which stories belong together."""
 
-    source: str
-    text: str
+    @property
+    def source(self) -> str: ...
+    @property
+    def text(self) -> str: ...
 
 
 class Question(NamedTuple):
@@ -59,19 +61,18 @@ def _endings(stories: Sequence[Story], names: Sequence[list[str]]) -> Iterator[Q
 
     Of these, take the sentence closest in length, because a longer sentence is less likely.
     """
-    last = [_last_sentence(story.text) for story in stories]
-    by_name: dict[str, list[int]] = defaultdict(list)
-    for number, of_story in enumerate(names):
-        if of_story and last[number]:
-            by_name[of_story[0]].append(number)
+    by_name: dict[str, list[tuple[str, str, str]]] = defaultdict(list)  # (source, before, last sentence)
+    for story, of_story in zip(stories, names, strict=True):
+        parts = _last_sentence(story.text)
+        if of_story and parts:
+            by_name[of_story[0]].append((story.source, *parts))
     for members in by_name.values():
-        for number in members:
-            before, own = last[number]
-            others = [last[other][1] for other in members if last[other][1] != own]
+        for source, before, own in members:
+            others = [other for _, _, other in members if other != own]
             if others:
-                changed = min(others, key=lambda sentence: abs(len(sentence) - len(own)))
+                changed = min(others, key=lambda other: abs(len(other) - len(own)))
                 start = _cut(before)
-                yield Question(stories[number].source, start + own, start + changed)
+                yield Question(source, start + own, start + changed)
 
 
 def _other_names(stories: Sequence[Story], names: Sequence[list[str]]) -> Iterator[Question]:
