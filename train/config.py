@@ -146,7 +146,7 @@ class TrainConfig(_Section):
         return self
 
     def with_absolute_paths(self) -> TrainConfig:
-        """Return the same settings for workers that run in other directories."""
+        """Return the settings with absolute paths, because Ray's workers run in other directories."""
         names = ("workdir", "models_dir", "start_from")
         return self.model_copy(update={name: path.resolve() for name in names if (path := getattr(self, name))})
 
