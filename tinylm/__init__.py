@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tinylm.sampling import SamplingParams, TokenLogprobs
     from tinylm.weights import ModelError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LLM",
     "AsyncClient",
