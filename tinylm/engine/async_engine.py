@@ -171,7 +171,7 @@ class AsyncEngine:
     def _run(self) -> None:
         """Run in the engine's thread until it is stopped or an exception ends it."""
         try:
-            _be_nice(self._niceness)
+            _lower_priority(self._niceness)
             run_limited(self._blas_threads, self._step_until_stopped)
             self._end(RuntimeError("it was stopped"))
         except BaseException as error:  # every kind of error must reach the waiting tasks
@@ -179,7 +179,7 @@ class AsyncEngine:
             raise
 
     def _step_until_stopped(self) -> None:
-        while self._obey():
+        while self._run_commands():
             changed = self.engine.step()
             self._last_beat = now = time.monotonic()
             if due := [
@@ -187,9 +187,9 @@ class AsyncEngine:
                 for request in changed
                 if (listener := self._listeners.get(request)) and listener.observe(request, now)
             ]:
-                self._loop.call_soon_threadsafe(_set_all, due)
+                self._loop.call_soon_threadsafe(_wake, due)
 
-    def _obey(self) -> bool:
+    def _run_commands(self) -> bool:
         """Call the functions of the queue. Wait for one if the engine has no work. Return False to stop."""
         while True:
             try:
@@ -207,7 +207,7 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(self._deliver_end)
 
     def _deliver_end(self) -> None:
-        _set_all([listener.changed for listener in self._listeners.values()])
+        _wake([listener.changed for listener in self._listeners.values()])
         for accepted in self._submitting:
             if not accepted.done():
                 accepted.set_exception(self._died())
@@ -216,13 +216,13 @@ class AsyncEngine:
         return EngineDied(f"the engine's thread has ended: {self._error!r}")
 
 
-def _be_nice(niceness: int) -> None:
+def _lower_priority(niceness: int) -> None:
     """Add to the niceness of the calling thread. Only Linux has a niceness per thread."""
     if sys.platform == "linux" and niceness > 0:
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
 
 
-def _set_all(events: list[asyncio.Event]) -> None:
+def _wake(events: list[asyncio.Event]) -> None:
     for event in events:
         event.set()

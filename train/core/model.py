@@ -1,4 +1,4 @@
-"""The transformer in PyTorch, for training. `tinylm.model` has the same arithmetic for inference.
+"""The transformer in PyTorch, for training. `tinylm.kernels` has the same arithmetic for inference.
 
 The weights have the names of Hugging Face's Llama family, so an export needs no table of names.
 """

@@ -45,14 +45,14 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/models")
     async def models(request: Request) -> Response:
         with service.answering("GET /v1/models") as call:
-            let_in(call, request, service)
+            check_access(call, request, service)
             return JSONResponse({"object": "list", "data": [model]})
         return refused(call)
 
     @router.get("/v1/models/{name}")
     async def one_model(request: Request, name: str) -> Response:
         with service.answering("GET /v1/models/{name}") as call:
-            let_in(call, request, service)
+            check_access(call, request, service)
             check_model(name, service)
             return JSONResponse(model)
         return refused(call)
@@ -67,7 +67,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def let_in(call: Call, request: Request, service: Service) -> None:
+def check_access(call: Call, request: Request, service: Service) -> None:
     """Raise Refused for a caller without access."""
     address = request.client.host if request.client else None
     call.key = service.access.check(address, request.headers.get("authorization"), request.headers.get("host"))
@@ -110,7 +110,7 @@ class CompletionResponse(Response):
             await refused(call)(scope, receive, send)
 
     async def _read(self, call: Call) -> CompletionRequest:
-        let_in(call, self._request, self._service)
+        check_access(call, self._request, self._service)
         try:
             body = read_request(await read_body(self._request))
         except ClientDisconnect:

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.responses import JSONResponse, Response
 
 from tinylm.serving.calls import Call, Refused
-from tinylm.serving.http.completions import let_in
+from tinylm.serving.http.completions import check_access
 from tinylm.serving.http.errors import HEADERS, error_response
 from tinylm.serving.service import Service
 
@@ -32,7 +32,7 @@ def routes(service: Service) -> APIRouter:
     async def live(request: Request) -> Response:
         """Return the view to callers with access. These requests are not logged."""
         try:
-            let_in(Call("GET /live"), request, service)
+            check_access(Call("GET /live"), request, service)
         except Refused as error:
             return error_response(401, error.details, HEADERS[401])
         return JSONResponse(await view.get(), headers={"Cache-Control": "no-store"})
