@@ -44,10 +44,10 @@ class LiveView(Progress):
         elapsed_s = time.monotonic() - self._begin + self._load.warmup_s
         p50, p99 = np.percentile(self._latencies, [50, 99]) * 1000 if self._latencies else (0.0, 0.0)
         n_ended = self._statuses.total()
-        n_failed = n_ended - self._statuses["OK"]
+        failed = "".join(f", {count:,} {status}" for status, count in self._statuses.items() if status != "OK")
         self.update(
             self._run,
             completed=n_ended if self._load.requests else elapsed_s,
             description=f"{self._load.name}: {n_ended / elapsed_s:,.1f} requests/s, "
-            f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, {n_failed} errors",
+            f"p50 {p50:.1f} ms, p99 {p99:.1f} ms{failed}",
         )

@@ -93,8 +93,11 @@ def _ending(request: pb.GenerateRequest) -> dict[str, Any]:
     return {"finish_reason": pb.FINISH_REASON_LENGTH, "usage": usage, "replica": "stub"}
 
 
-async def serve(servicer: TinyLMServicer, port: int, share_port: bool = False) -> None:
-    """Serve on the loopback address until SIGTERM or SIGINT. share_port: with other processes that do so too."""
+async def serve(servicer: TinyLMServicer, port: int, share_port: bool = False, grace_s: float = 0) -> None:
+    """Serve on the loopback address until SIGTERM or SIGINT. Open calls may then take `grace_s` more.
+
+    share_port: other processes may serve on the same port.
+    """
     server = grpc.aio.server(options=[("grpc.so_reuseport", int(share_port))])
     add_TinyLMServicer_to_server(servicer, server)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
@@ -104,7 +107,7 @@ async def serve(servicer: TinyLMServicer, port: int, share_port: bool = False) -
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     await stopped.wait()
-    await server.stop(0)
+    await server.stop(grace_s)
 
 
 @contextmanager

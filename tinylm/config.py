@@ -35,7 +35,7 @@ class ModelConfig:
             )
         for field in ("norm_eps", "rope_theta"):
             value = getattr(self, field)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"{field} is {value!r}: it must be a number above 0")
         if type(self.boundary_id) is not int or not 0 <= self.boundary_id < self.vocab_size:
             raise ValueError(

@@ -226,7 +226,7 @@ def validated(kind: type[T], values: Any, path: Path) -> T:
         first = max(error.errors(), key=lambda found: len(found["loc"]))  # of a union, the form that was meant
     keys = [str(key) for key in first["loc"] if not str(key).startswith(("dict[", "constrained-"))]
     given = "" if isinstance(first["input"], dict | list) else f" (given: {first['input']!r})"
-    raise ConfigError(f"{path}: {'.'.join(keys) or 'settings'}: {first['msg']}{given}")
+    raise ConfigError(f"{path}: {'.'.join(keys) or 'the whole file'}: {first['msg']}{given}")
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

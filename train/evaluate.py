@@ -241,10 +241,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(str(error)) from None
     scores = evaluate(model, tokenizer, documents)
     collections = {name: summary(of_collection) for name, of_collection in scores.items()}
-    choices = answer(model, tokenizer, all_questions(documents)) if arguments.choices else {}
+    # Questions are about whole documents, also if only stretches are scored.
+    choices = answer(model, tokenizer, all_questions(read_documents(arguments.data))) if arguments.choices else {}
     if arguments.json:
         how = {"model": str(arguments.model), "weights": model.weight_type, "arithmetic": model.arithmetic}
-        print(json.dumps({**how, "collections": collections, "choices": choices}, indent=2))
+        asked = {"choices": choices} if arguments.choices else {}
+        print(json.dumps({**how, "collections": collections, **asked}, indent=2))
         return
     table = Table("collection", "documents", "sources", "tokens", "bytes", "bits per byte", "95 % interval")
     for name, figures in collections.items():
@@ -252,6 +254,8 @@ def run(arguments: argparse.Namespace) -> None:
         low, high = figures["interval_95"]
         table.add_row(name, *numbers, f"{figures['bits_per_byte']:.4f}", f"{low:.4f} to {high:.4f}")
     PlainConsole().print(table)
+    if arguments.choices and not choices:
+        say("These documents give no questions.")
     for kind, figures in choices.items():
         low, high = figures["interval_95"]
         say(f"{kind}: {figures['accuracy']:.1%} of {figures['questions']} right ({low:.1%} to {high:.1%})")

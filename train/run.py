@@ -42,7 +42,10 @@ def run(config: TrainConfig) -> None:
 
     config = config.with_absolute_paths()
     _check_can_start(config, data)
-    ray.init(os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, runtime_env={"env_vars": KEEP_FREED_MEMORY})
+    if not ray.is_initialized():
+        ray.init(
+            os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, runtime_env={"env_vars": KEEP_FREED_MEMORY}
+        )
     try:
         with followed(config):
             result = _trainer(config).fit()

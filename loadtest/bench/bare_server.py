@@ -83,7 +83,7 @@ class BareServicer(TinyLMServicer):
 
 async def serve_model(model: Path, port: int) -> None:
     """Serve on the loopback address until SIGTERM or SIGINT."""
-    await serve(BareServicer(model), port, share_port=True)
+    await serve(BareServicer(model), port, share_port=True, grace_s=1)
 
 
 def main(

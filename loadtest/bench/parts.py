@@ -144,7 +144,7 @@ def _full_engine(n: int) -> tuple[Model, Engine, float]:
         # Each sequence begins with another token, so that they share no prefix.
         params = [SamplingParams(max_tokens=100, seed=seed + i) for i in range(n)]
         requests = [engine.submit([2 + i, *ids[1:]], params[i]) for i in range(n)]
-        while not all(request.tokens for request in requests):
+        while engine.has_work and not all(request.tokens for request in requests):
             engine.step()
         whole = median(_seconds(engine.step) for _ in range(8))
         if engine.n_running == n:

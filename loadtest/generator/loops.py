@@ -59,19 +59,24 @@ class Loops:
         """
         room = asyncio.Semaphore(self._load.max_in_flight)
         errors: list[Exception] = []  # of the load test itself: a failed call has a status instead
+        in_flight: set[asyncio.Task[None]] = set()
 
         async def send(turn: int, at: float) -> None:
             try:
                 async with room:
-                    if not errors:
-                        await self._call(turn, at, time.monotonic(), turn)
+                    await self._call(turn, at, time.monotonic(), turn)
             except Exception as error:
                 errors.append(error)
+                for call in in_flight:
+                    call.cancel()
 
         async with asyncio.TaskGroup() as calls:
 
             def start(number: int, at: float) -> None:
-                calls.create_task(send(self._first + number * self._step, at))
+                if not errors:
+                    call = calls.create_task(send(self._first + number * self._step, at))
+                    in_flight.add(call)
+                    call.add_done_callback(in_flight.discard)
 
             await _at_times(times, start)
         if errors:

@@ -68,11 +68,9 @@ def percentiles(result: Result, name: str) -> Figure | None:
     axes.set_title(_literal(f"{result['label']}: {TITLES[name]} by percentile"), fontsize=10)
     axes.grid(alpha=0.3)
     for load, merged in loads.items():
-        steps = [
-            (step.percentile_level_iterated_to, step.value_iterated_to) for step in merged.get_percentile_iterator(20)
-        ]
-        levels, values = np.array(steps[:-1]).T  # the last level is 100 %
-        axes.plot(100 / (100 - levels), values / 1000, label=load)
+        durations, counts = recorded(merged)
+        total, longer = counts.sum(), counts[::-1].cumsum()[::-1]  # how many last at least as long
+        axes.step([*total / longer, max(total, 2)], [*durations, durations[-1]], where="post", label=load)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda x, _: f"{100 * (1 - 1 / x):.6g}" if x > 0 else "")

@@ -88,8 +88,8 @@ def distributions(load: Load, ok: Records) -> dict[str, tuple[np.ndarray, np.nda
     if load.stream:
         found["ttft"] = (_array(seconds, "ttft"), None)
         found["tpot"] = (_array(seconds, "tpot"), None)
-        gaps, tokens = _gaps(ok)
-        found["itl"] = (gaps / np.maximum(tokens, 1), tokens)
+        gaps, tokens, itl = _gaps(ok)
+        found["itl"] = (itl, tokens)
         found["gap"] = (gaps, None)
     return found
 
@@ -98,12 +98,20 @@ def _array(seconds: Sequence[dict[str, float | None]], name: str) -> np.ndarray:
     return np.array([of_call[name] for of_call in seconds if of_call[name] is not None], np.float64)
 
 
-def _gaps(ok: Records) -> tuple[np.ndarray, np.ndarray]:
-    """Return (m,) of the gaps between messages of streams: seconds, and the tokens of the later message."""
-    streams = [call for call in ok if len(call.text_at) > 1]
-    gaps = [np.diff(call.text_at) for call in streams]
-    tokens = [call.tokens_of_messages()[1:] for call in streams]
-    return np.concatenate([np.empty(0), *gaps]), np.concatenate([np.empty(0, np.int64), *tokens])
+def _gaps(ok: Records) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (m,) of the gaps between messages of streams: seconds, tokens of the later message, itl in seconds."""
+    gaps, tokens, itl = [np.empty(0)], [np.empty(0, np.int64)], [np.empty(0)]
+    for call in ok:
+        if len(call.text_at) < 2:
+            continue
+        seconds, counts = np.diff(call.text_at), call.tokens_of_messages()[1:]
+        gaps.append(seconds)
+        tokens.append(counts)
+        if call.text_tokens is None:  # assume that each message carries the same number of tokens
+            itl.append(seconds * len(call.text_at) / max(call.tokens, 1))
+        else:
+            itl.append(seconds / np.maximum(counts, 1))
+    return np.concatenate(gaps), np.concatenate(tokens), np.concatenate(itl)
 
 
 def _throughput(records: Records, window_s: float) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Every command and example of README.md and docs/*.md is executed: here, or as `docs_commands.TABLE` says."""
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -73,3 +74,11 @@ def test_every_named_module_shows_its_command() -> None:
         path = ROOT / module.replace(".", "/")
         source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
         assert f"python -m {module}" in source
+
+
+def test_every_test_named_by_the_table_exists() -> None:
+    for how in TABLE.values():
+        if isinstance(how, str) and "::" in how:
+            path, _, name = how.partition("::")
+            tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+            assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

@@ -124,3 +124,8 @@ def test_the_serving_page_shows_measured_overload() -> None:
     assert f"keeps {min(kept):.0f} to {max(kept):.0f} % of its best throughput" in text
     slowest = max(found["refused_p99_ms"] for above in load("overload.json")["above"] for found in above["rounds"])
     assert f"within {slowest:.0f} ms at p99" in text
+
+
+def test_an_excerpt_that_the_code_lacks_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"tinylm/config\.py has no lines from 'nowhere'"):
+        page.excerpt("tinylm/config.py", "nowhere", "anywhere")

@@ -3,6 +3,7 @@
 The service has one replica with two slots and the slow NumPy kernels, so that a long answer takes a while.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from helpers.terminal import Terminal, terminal
 from playwright.sync_api import expect
 
 from tinylm import LLM, SamplingParams
-from tinylm.client import METADATA, Client
+from tinylm.client import METADATA, AsyncClient, Client
 from tinylm.client.wire import request_from_params
 from tinylm.serving.keys import make_key
 from tinylm.serving.ray import haproxy
@@ -270,6 +271,24 @@ def stopped_by_ctrl_c(t: Terminal) -> bool:
     t.child.expect("another story")
     t.prompt()
     return False
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
+def test_a_cancelled_asyncio_task_ends_its_answer_in_the_service(
+    service: Service, secret: tuple[str, str], full_length: int, streamed: bool
+) -> None:
+    async def leave() -> None:
+        async with AsyncClient(service.address, retries=0, api_key=secret[0]) as client:
+            if streamed:
+                async for _ in client.stream(PROMPT, LONG):
+                    break
+            else:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(client.generate(PROMPT, LONG), 0.05)
+
+    before = len(cancelled(service))
+    asyncio.run(leave())
+    assert wait_for_cancelled(service, before + 1)[before]["completion_tokens"] < full_length
 
 
 def test_ctrl_c_in_the_terminal_ends_the_answer(

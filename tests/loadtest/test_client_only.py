@@ -11,4 +11,4 @@ def test_grpc_caller_imports_neither_engine_nor_ray() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "tinylm.client" in loaded
-    assert not loaded & {"numba", "ray", "torch", "tinylm.engine", "tinylm.async_engine", "tinylm.llm"}
+    assert not loaded & {"numba", "ray", "torch", "tinylm.engine", "tinylm.llm"}

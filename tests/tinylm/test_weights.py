@@ -250,3 +250,13 @@ def test_a_model_of_an_older_release_is_replaced(tmp_path, stories_dir, save):
     assert set(json.loads((older / "manifest.json").read_text())) == set(FILES)
     save(older)
     assert sorted(contents(older)) == sorted([*FILES, "manifest.json"])
+
+
+def test_float_matrices_are_loaded_unchanged(model_dir, tiny_tensors):
+    """`save_model` writes int8 matrices only, but models of other tools and older releases have floats."""
+    safetensors.numpy.save_file(dict(tiny_tensors), model_dir / "model.safetensors")
+    reseal(model_dir)
+    tensors = load_model(model_dir)[1]
+    assert tensors.keys() == tiny_tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, tiny_tensors[name], err_msg=name)

@@ -73,3 +73,11 @@ def test_likelihood_decides_which_answer_is_right(stories: LLM):
     questions = {"order": [Question("1", likely, unlikely), Question("2", unlikely, likely)], "names": []}
     figures = answer(stories.model, stories.tokenizer, questions)
     assert figures == {"order": {"questions": 2, "accuracy": 0.5, "interval_95": [0.0, 1.0]}}
+
+
+def test_a_file_with_text_alone_is_enough(tmp_path):
+    """The file's name is the collection, and each document a source. A byte-order mark is not text."""
+    path = tmp_path / "stories.parquet"
+    pq.write_table(pa.table({"text": ["\ufeffOnce", "\ufeff", "Then"]}), path)
+    documents = evaluate.read_documents([path])
+    assert documents == [Document("stories", f"{path}#0", "Once"), Document("stories", f"{path}#2", "Then")]

@@ -25,7 +25,7 @@ STREAM_INTERVAL_S = 0.04  # between two messages of a stream: films show 24 pict
 
 
 class EngineDied(RuntimeError):
-    """The engine's thread has ended. All its requests fail, and it accepts no new ones."""
+    """The engine's thread has ended, or stalls in one step. Its requests fail, and it accepts no new ones."""
 
 
 class Listener:
@@ -35,28 +35,35 @@ class Listener:
     the event loop uses `changed`, and only the engine's thread uses the rest.
     """
 
-    __slots__ = ("_due_at", "_every_s", "_wakes", "changed", "progress", "request")
+    __slots__ = ("_every_s", "_snapshot_at", "_wakes_at", "changed", "progress", "request")
 
     def __init__(self, every_s: float = 0.0) -> None:
         """every_s: after the first token, the least time between two wake-ups; infinity: wake up only at the end.
 
-        With infinity, `progress` is still at most STREAM_INTERVAL_S old.
+        After the first token, `progress` is at most STREAM_INTERVAL_S old, whatever `every_s` is.
         """
         self.progress: Progress | None = None  # None until the engine has accepted the request
         self.changed = asyncio.Event()
         self.request: Request | None = None
-        self._wakes = math.isfinite(every_s)
-        self._every_s = every_s if self._wakes else STREAM_INTERVAL_S
-        self._due_at = 0.0
+        self._every_s = every_s
+        self._wakes_at = 0.0 if math.isfinite(every_s) else math.inf
+        self._snapshot_at = 0.0
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether the last snapshot is that of a request that has ended."""
+        return self.progress is not None and self.progress.finish_reason is not None
 
     def observe(self, request: Request, now: float) -> bool:
         """Take a snapshot if one is due. Return whether to wake up the task that listens."""
         ended = request.finish_reason is not None
-        if not ended and now < self._due_at:
-            return False
-        self.progress = request.progress()
-        self._due_at = now + self._every_s
-        return ended or self._wakes
+        wakes = ended or now >= self._wakes_at
+        if wakes or now >= self._snapshot_at:
+            self.progress = request.progress()
+            self._snapshot_at = now + STREAM_INTERVAL_S
+        if wakes:
+            self._wakes_at = now + self._every_s
+        return wakes
 
 
 class AsyncEngine:
@@ -109,17 +116,18 @@ class AsyncEngine:
         accepted = self._submit(lambda: self.engine.submit(prompt, params, timeout_s), listener)
         try:
             await accepted
-            while True:
-                progress = listener.progress
-                assert progress is not None  # set before `accepted` is
-                finished = progress.finish_reason is not None
-                if self._error is not None and not finished:
-                    raise self._died()
+        except asyncio.CancelledError:
+            self._leave(listener)
+            raise
+        try:
+            while (progress := listener.progress) is not None:  # always: it is set before `accepted` is
                 yield progress
-                if finished:
+                if progress.finish_reason is not None:
                     return
                 await listener.changed.wait()
                 listener.changed.clear()
+                if self._error is not None and not listener.has_ended:
+                    raise self._died()
         finally:
             self._leave(listener)
 
@@ -164,7 +172,7 @@ class AsyncEngine:
                 self.engine.cancel(listener.request)
             self._leaving.discard(listener)
 
-        if listener.progress is None or listener.progress.finish_reason is None:
+        if not listener.has_ended:
             self._leaving.add(listener)
         self._commands.put(command)
 

@@ -126,7 +126,7 @@ class Engine:
     def step(self) -> list[Request]:
         """Admit requests, run one batch through the model, sample. Return the requests that gained a token or ended.
 
-        Requests that `cancel` ended are not in this list.
+        Requests that `cancel` ended before the step are not in this list.
         """
         if self._in_step:
             self._recover()

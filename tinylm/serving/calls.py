@@ -50,7 +50,7 @@ class Answer:
 
     @property
     def progress(self) -> Progress:
-        """Return the last snapshot of the request. It is at most one interval of the stream old, 40 ms by default."""
+        """Return the last snapshot of the request. After the first token, it is at most 40 ms old."""
         assert self.listener.progress is not None  # the engine took the request
         return self.listener.progress
 

@@ -88,7 +88,7 @@ PROMPT_TOKENS = _counter(
 GENERATION_TOKENS = _counter(
     "generation_tokens",
     "tokens",
-    "generated tokens, counted at the request's end, by its ending; no client got those of cancelled and error",
+    "generated tokens, counted at the request's end, by its ending; cancelled and error had no complete answer",
     "finished_reason",
     _ENDINGS,
 )

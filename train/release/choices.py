@@ -13,9 +13,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-BEFORE = (
-    700  # characters of the story before the place where the texts differ: with a sentence, a context of 256 tokens
-)
+# With the sentence that differs, this fits into a context of 256 tokens.
+BEFORE = 700  # characters
 QUESTIONS = 400  # of each kind
 
 _SENTENCE = re.compile(r"\S.*?[.!?]+[\"']*(?=\s|$)", re.DOTALL)

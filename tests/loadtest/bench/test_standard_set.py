@@ -6,7 +6,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
+
 from loadtest.bench import standard
+from loadtest.options import names_that_begin
 from loadtest.stub_server import running
 
 
@@ -23,3 +26,9 @@ def test_measured_parts_are_kept(tmp_path: Path) -> None:
     assert standard.to_do(part, settings, again=False) == []
     assert standard.to_do(part, dataclasses.replace(settings, repeats=1), again=False) == [False, True]
     assert standard.to_do(part, settings, again=True) == [False, True]
+
+
+def test_an_unknown_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="--only names 'nothing'"):
+        names_that_begin("--only", "nothing", ["haproxy", "bare-1"])
+    assert names_that_begin("--only", "ha", ["haproxy", "bare-1"]) == ["haproxy"]

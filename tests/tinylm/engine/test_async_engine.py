@@ -386,3 +386,24 @@ def test_stop_fails_running_and_later_requests(model, permits):
             await answer(engine, [1], SHORT)
 
     on_engine(model, use, n_slots=1)
+
+
+def test_a_refused_prompt_leaves_no_room_for_others(model, permits):
+    """The engine refuses the prompt. Until the next step ends, a full engine must still refuse others at once."""
+
+    async def use(engine):
+        running = asyncio.create_task(answer(engine, [1, 5], SamplingParams(temperature=0, max_tokens=4)))
+        await until(lambda: engine.engine.has_work)
+        too_long = asyncio.create_task(answer(engine, [1] * model.config.context, SHORT))
+        await until(lambda: engine._submitting)
+        permits.release()
+        with pytest.raises(ValueError, match="prompt has"):
+            await too_long
+        waiting = asyncio.create_task(answer(engine, [1, 6], SHORT))
+        await until(lambda: engine._submitting)
+        with pytest.raises(EngineFull):
+            await asyncio.wait_for(answer(engine, [1, 7], SHORT), 5)
+        await end(engine, permits)
+        await asyncio.gather(running, waiting)
+
+    on_engine(model, use, n_slots=1, max_waiting=1)

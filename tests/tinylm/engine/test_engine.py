@@ -425,3 +425,16 @@ def test_random_operations_lose_no_slot_and_delay_no_request(tiny_model, prompts
     again = [engine.submit([1], greedy[-1]) for _ in range(n_slots)]
     engine.step()
     assert sorted(s.slot for s in again) == list(range(n_slots)), "a slot was lost"
+
+
+def test_sixteen_at_once_answer_as_each_alone(stories):
+    """On the released model, with prompts and answers of many lengths."""
+    text = "Once upon a time there was a little fox. He lived in the woods and he was always hungry. " * 3
+    ids = stories.tokenizer.encode(text)
+    rng = np.random.default_rng(3)
+    starts = [1, 2, 3, 5, 8, 60, 40, 30, 20, 17, 13, 10, 9, 7, 6, 4]
+    prompts = [[1, *ids[int(rng.integers(0, 9)) :][:length]] for length in starts]
+    params = [SamplingParams(temperature=0, max_tokens=int(n)) for n in rng.integers(1, 40, size=16)]
+    together = answers(stories.model, prompts, params, n_slots=16)
+    assert together == alone(stories.model, prompts, params)
+    assert len({tuple(tokens) for tokens in together}) > 8

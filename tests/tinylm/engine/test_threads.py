@@ -200,3 +200,27 @@ def test_a_blas_limit_ends_with_an_exception():
     with pytest.raises(KeyboardInterrupt):
         run_limited(before + 1, fail)
     assert n_blas_threads() == before
+
+
+def test_an_unread_stream_blocks_no_other_thread(tokenizer, tiny_model):
+    llm = LLM.from_parts(tokenizer, tiny_model, n_slots=1)
+    params = SamplingParams(seed=1, max_tokens=30)
+    [alone] = llm.generate("Once", params)
+    stream = llm.stream("Once", params)
+    first = next(stream)
+    others = at_once(*(lambda: llm.generate("Once", params)[0].text for _ in range(3)))
+    assert others == [alone.text] * 3
+    assert first + "".join(stream) == alone.text
+
+
+def test_a_refusal_in_one_thread_leaves_the_others_right(llm):
+    params = SamplingParams(seed=2, max_tokens=30)
+    [expected] = llm.generate("The king", params)
+
+    def refused():
+        for _ in range(20):
+            with pytest.raises(ValueError, match="prompt has"):
+                llm.generate(["a", "word " * 100], params)
+
+    texts = at_once(refused, *(lambda: llm.generate("The king", params)[0].text for _ in range(3)))[1:]
+    assert texts == [expected.text] * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from functools import partial
 from itertools import pairwise
@@ -17,6 +18,8 @@ from helpers.train import tree_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinylm import LLM, SamplingParams
+from tinylm.llm import load
 from tinylm.system.files import check_directory
 from tinylm.weights import as_float32, load_model
 from train.export_huggingface import convert_tokenizer, export_huggingface, require_same_ids
@@ -123,3 +126,19 @@ def test_another_tokenizer_is_refused(tiny_model_dir, tokenizer):
     theirs.split_special_tokens = False
     with pytest.raises(ExportError, match="other tokens"):
         require_same_ids(theirs, tokenizer)
+
+
+def test_a_missing_model_is_reported_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "train.export_onnx", "--model", str(tmp_path / "none"), "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, len(result.stderr.strip().splitlines())) == (1, 1)
+    assert "none" in result.stderr
+
+
+def test_transformers_generates_the_engines_tokens(exported, tiny_model_dir, their_tokenizer, assert_same_greedy):
+    exact = LLM.from_parts(*load(tiny_model_dir, "numpy", "float32"))
+    ours = exact.generate("Once upon a time", SamplingParams(max_tokens=20, temperature=0))[0].token_ids
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported["huggingface"])
+    prompt = their_tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    theirs = model.generate(prompt, do_sample=False, max_new_tokens=20)[0].tolist()[prompt.shape[1] :]
+    assert_same_greedy(exact, prompt[0].tolist(), list(ours), theirs[: len(ours)])

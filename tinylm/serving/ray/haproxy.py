@@ -96,6 +96,10 @@ def main() -> None:
         path = Path(arguments[arguments.index("-f") + 1])
         text = os.environ.get(SLOTS_VARIABLE, "")
         slots = int(text) if text.isdecimal() else 0
+        if text and not text.isdecimal():
+            print(
+                f"{SLOTS_VARIABLE} is {text!r}: it must be a whole number. All replicas are used alike", file=sys.stderr
+            )
         config = with_rules(path.read_text(encoding="utf-8"), slots, len(os.sched_getaffinity(0)))
         path.write_text(config, encoding="utf-8")
     os.environ.pop(BINARY_VARIABLE, None)  # it names this command
