@@ -72,7 +72,7 @@ HELD_OUT = {"FILE.parquet": "data/demo/text/demo.validation.parquet"}
 # this order. The row of a server comes after the rows that need it, and ends it.
 TABLE: dict[str, str | Walk] = {
     r".* --help|make help|python -m loadtest.bench.standard --list|python -m tinylm.serving.metrics": HERE,
-    r"tinylm write --seed 1 -n 40": "tests/tinylm/terminal/test_terminal.py::test_the_transcript_in_the_docs_is_what_happens",
+    r"tinylm write --seed 1 -n 40": "tests/tinylm/terminal/test_terminal.py::test_the_docs_transcript_is_what_happens",
     r"(printf .* \| )?tinylm (generate|info|tokenize|key|write|--version)\b(?!.*--server).*": HERE,
     r"cat fullchain.pem privkey.pem > server.pem.*": HERE,
     r"make (test|check|docs)": CI,

@@ -54,7 +54,7 @@ def test_a_session_at_a_terminal(tmp_path: Path, continued):
     assert history.stat().st_mode & 0o777 == 0o600
 
 
-def test_the_transcript_in_the_docs_is_what_happens(tmp_path: Path):
+def test_the_docs_transcript_is_what_happens(tmp_path: Path):
     """The speeds may differ."""
     page = Path("docs/use.md").read_text(encoding="utf-8")
     (transcript,) = re.findall(r"```console\n\$ tinylm write (.*?)```", page, re.DOTALL)
