@@ -1,0 +1,1 @@
+"""The load generator. `loadtest.bench` measures this project with it."""

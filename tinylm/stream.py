@@ -15,7 +15,7 @@ C = TypeVar("C")
 Update = tuple[str, list[TokenLogprobs], C | None]
 
 
-class _Answer(Generic[C]):
+class _StreamedAnswer(Generic[C]):
     """The part of an answer that has arrived."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class _Answer(Generic[C]):
         return text
 
 
-class Stream(_Answer[C]):
+class Stream(_StreamedAnswer[C]):
     """An iterator of pieces of text that are not empty. `close`, or the end of a `with`, cancels the rest.
 
     Only one thread at a time may use a stream. An exception in `next`, such as Ctrl-C, ends the stream.
@@ -71,7 +71,7 @@ class Stream(_Answer[C]):
         self.close()
 
 
-class AsyncStream(_Answer[C]):
+class AsyncStream(_StreamedAnswer[C]):
     """An asynchronous iterator like `Stream`, with `aclose` and `async with`."""
 
     def __init__(self, updates: AsyncGenerator[Update[C], None]) -> None:

@@ -24,7 +24,7 @@ MANY_CLIENTS = (16, 32)
 SHOWN_CLIENTS = (1, 4, 16, 32)  # of the largest table
 
 
-class Part:
+class PartResult:
     """The result of one part of the standard set in one mode, such as "haproxy-unary"."""
 
     def __init__(self, directory: Path, name: str) -> None:
@@ -52,7 +52,7 @@ class Part:
 def blocks(results: Path) -> dict[str, str]:
     """Return the blocks of docs/speed.md by name."""
     names = (*SERVERS, *REPLICAS, "python-proxy", "engine", "engine-4")
-    parts = {f"{name}-{mode}": Part(results / "standard", f"{name}-{mode}") for name in names for mode in MODES}
+    parts = {f"{name}-{mode}": PartResult(results / "standard", f"{name}-{mode}") for name in names for mode in MODES}
     selftest = json.loads((results / "selftest.json").read_text(encoding="utf-8"))
     return {
         "conditions": table(["", ""], _conditions(parts)),
@@ -65,7 +65,7 @@ def blocks(results: Path) -> dict[str, str]:
     }
 
 
-Parts = dict[str, Part]
+Parts = dict[str, PartResult]
 Rows = list[Sequence[str]]
 
 

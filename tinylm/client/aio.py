@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import grpc
 import grpc.aio
 
-from tinylm.client.answer import Answer, ServedCompletion, tokens, whole
+from tinylm.client.answer import ReceivedAnswer, ServedCompletion, completion_of, tokens
 from tinylm.client.attempts import CUT_OFF, Attempts
 from tinylm.client.connection import Connection
 from tinylm.client.wire import check_text, request_from_params
@@ -46,7 +46,7 @@ class AsyncClient(Connection):
         """Return the whole answer. Raise ValueError for a bad request, ServiceError for every other failure."""
         params = params or SamplingParams()
         response, attempt = await self._ask("Generate", request_from_params(prompt, params))
-        return whole(params, response, attempt)
+        return completion_of(params, response, attempt)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> AsyncStream[ServedCompletion]:
         """Return the answer as a stream of pieces, for `async for`. Its `completion` is set after the last piece.
@@ -97,7 +97,7 @@ class AsyncClient(Connection):
         while True:
             self._require_open(attempts)
             call = self._stub.GenerateStream(request, metadata=self._metadata, timeout=attempts.begin())
-            answer = Answer(params, attempts.n)
+            answer = ReceivedAnswer(params, attempts.n)
             try:
                 while (message := await self._unless_closed(call.read(), attempts)) is not grpc.aio.EOF:
                     update = answer.add(message)

@@ -27,7 +27,7 @@ class ServedCompletion:
     attempts: int  # how often the call was sent
 
 
-class Answer:
+class ReceivedAnswer:
     """Gathers the messages of one attempt: those of a stream, or the only one of a whole answer."""
 
     def __init__(self, params: SamplingParams, attempt: int) -> None:
@@ -62,9 +62,9 @@ class Answer:
         return message.text, new, completion
 
 
-def whole(params: SamplingParams, response: pb.GenerateResponse, attempt: int) -> ServedCompletion:
+def completion_of(params: SamplingParams, response: pb.GenerateResponse, attempt: int) -> ServedCompletion:
     """Return the completion of an answer that came in one message."""
-    _, _, completion = Answer(params, attempt).add(response)
+    _, _, completion = ReceivedAnswer(params, attempt).add(response)
     if completion is None:
         raise ServiceError(*CUT_OFF, attempt)
     return completion

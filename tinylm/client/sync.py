@@ -9,7 +9,7 @@ from typing import Self, TypeVar
 
 import grpc
 
-from tinylm.client.answer import Answer, ServedCompletion, tokens, whole
+from tinylm.client.answer import ReceivedAnswer, ServedCompletion, completion_of, tokens
 from tinylm.client.attempts import CUT_OFF, Attempts
 from tinylm.client.connection import Connection
 from tinylm.client.wire import check_text, request_from_params
@@ -38,7 +38,7 @@ class Client(Connection):
         """Return the whole answer. Raise ValueError for a bad request, ServiceError for every other failure."""
         params = params or SamplingParams()
         response, attempt = self._ask(self._stub.Generate, request_from_params(prompt, params))
-        return whole(params, response, attempt)
+        return completion_of(params, response, attempt)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream[ServedCompletion]:
         """Return the answer as a stream of pieces. Its `completion` is set after the last piece.
@@ -87,7 +87,7 @@ class Client(Connection):
         while True:
             with self._unless_closed(attempts):
                 call = self._stub.GenerateStream(request, metadata=self._metadata, timeout=attempts.begin())
-            answer = Answer(params, attempts.n)
+            answer = ReceivedAnswer(params, attempts.n)
             try:
                 while True:
                     with self._unless_closed(attempts):

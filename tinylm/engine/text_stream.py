@@ -52,7 +52,9 @@ class TextStream:
 
 
 def _end_before_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the stop string begins that is complete first, or None. Of several, take the one that begins first.
+    """Return where the text must end: before the stop string that is complete first. Return None without a stop string.
+
+    If several are complete at the same character, the text ends before the longest of them.
 
     ('a END b STOP', ['STOP', 'END']) -> 2
     """
