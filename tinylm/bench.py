@@ -25,6 +25,7 @@ PROMPT_TOKENS = 32  # of each sequence in a decode step; at most half of the con
 DECODE_STEPS = 64
 ROUNDS = 5
 TEXT_TOKENS = 2000
+TIMED_BYTES = 16_000_000  # read between two looks at the clock, which may stand still for some microseconds
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,14 @@ def _measure(model: Model, batches: Sequence[int], prompts: Sequence[int], advan
 def measure_bandwidth(n_bytes: int) -> float:
     """Return the most bytes per CPU second that one core reads from a buffer of `n_bytes`."""
     buffer = np.ones(n_bytes // 4, np.float32)
-    best = 0.0
-    for _ in range(200):
+    n_reads = -(-TIMED_BYTES // buffer.nbytes)
+    seconds = []
+    while len(seconds) < 100:
         begin = time.thread_time()
-        buffer @ buffer
-        best = max(best, buffer.nbytes / (time.thread_time() - begin))
-    return best
+        for _ in range(n_reads):
+            buffer @ buffer
+        seconds.append(time.thread_time() - begin)
+    return n_reads * buffer.nbytes / min(seconds)
 
 
 def _own_text(model: Model, n_tokens: int) -> list[int]:

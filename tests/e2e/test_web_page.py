@@ -15,6 +15,16 @@ PROMPT = "The little dog"
 PARAMS = SamplingParams(max_tokens=40, seed=7, logprobs=5)
 LEVELS = [0.5, 0.25, 0.1, 0.03]  # the same as in story.js
 HEALTHY_WITHIN_S = 60
+WIDEST = {"th": "WMWMWMWM", "td span": "1024/1024", "td:nth-child(3)": "1,024", "td:nth-child(4)": "123,456"}
+FILL_AND_MEASURE = """values => {
+  for (const [cell, text] of Object.entries(values))
+    document.querySelectorAll(`#replicas ${cell}`).forEach(found => found.textContent = text);
+  return document.documentElement.scrollWidth;
+}"""
+SHOW_ALTERNATIVES = """async top => {
+  const { showAlternatives } = await import("./alternatives.js");
+  showAlternatives(document.querySelector("#story .token:last-child"), -1, top);
+}"""
 pytestmark = pytest.mark.parametrize("shared_service", ["serve.yaml"], indirect=True)
 
 
@@ -163,6 +173,9 @@ def test_nothing_is_wider_than_the_window(browser: Browser, url: str, size: dict
         write(page, "W" * 150)  # cannot be broken into lines
         expect(page.locator("#replicas tr")).to_have_count(4)
         page.locator("#story .token").last.hover()
+        assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
+        assert page.evaluate(FILL_AND_MEASURE, WIDEST) == size["width"]
+        page.evaluate(SHOW_ALTERNATIVES, {"W" * 16: -1})
         assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
         assert page.locator("#go").bounding_box()["height"] >= 32
 

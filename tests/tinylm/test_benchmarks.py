@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from tinylm.bench import measure_bandwidth
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +35,12 @@ def test_the_last_line_is_a_report_as_json():
 def test_a_small_model_gets_prompts_that_fit(tiny_model_dir):
     lines = run("tinylm.cli", "bench", "--model", str(tiny_model_dir), "--batches", "160").splitlines()
     assert [row["prompt_tokens"] for row in json.loads(lines[-1])["prefill"]] == [16]
+
+
+def test_a_clock_that_stands_still_does_not_stop_a_benchmark(monkeypatch):
+    real = time.thread_time
+    monkeypatch.setattr(time, "thread_time", lambda: real() // 5e-5 * 5e-5)  # it moves once in 50 µs
+    assert 1e8 < measure_bandwidth(1000) < 1e13
 
 
 @pytest.mark.parametrize("arguments", [["--batches", "0"], ["--batches", "1,x"], ["--prompts", "256"]])
