@@ -102,12 +102,41 @@ def _shares(matrices: Sequence[Tensor], world: int) -> Iterator[tuple[int, list[
 
 def orthogonalize(matrices: Tensor, bfloat16: bool = False) -> Tensor:
     """Return matrices (B, M, N) with the same singular vectors and singular values near 1 (Newton-Schulz iteration)."""
-    a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.bfloat16() if bfloat16 else x
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.shape[-1] >= 2 * x.shape[-2] and not bfloat16:
+        x = _iterate_gram(x @ x.mT) @ x
+    else:
+        x = _iterate(x.bfloat16() if bfloat16 else x)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _iterate(x: Tensor) -> Tensor:
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        x = torch.baddbmm(x, _polynomial(x @ x.mT), x, beta=COEFFICIENTS[0])
+    return x
+
+
+def _iterate_gram(gram: Tensor) -> Tensor:
+    """Return the product, (B, M, M), of all factors of x in `_iterate`. gram: x @ x.mT.
+
+    It needs only matrices of (M, M): for x of (M, 4 M), 0.6 of the time. Bfloat16 is too coarse for it.
+    """
+    factor = product = _plus_identity(_polynomial(gram))
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
+        gram = factor @ gram @ factor
+        factor = _plus_identity(_polynomial(gram))
+        product = factor @ product
+    return product
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    _, b, c = COEFFICIENTS
+    return torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+
+
+def _plus_identity(matrices: Tensor) -> Tensor:
+    """Add COEFFICIENTS[0] times the identity, in place."""
+    matrices.diagonal(dim1=-2, dim2=-1).add_(COEFFICIENTS[0])
+    return matrices
