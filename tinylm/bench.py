@@ -95,7 +95,7 @@ def measure_bandwidth(n_bytes: int) -> float:
     """Return the most bytes per CPU second that one core reads from a buffer of `n_bytes`."""
     buffer = np.ones(n_bytes // 4, np.float32)
     n_reads = -(-TIMED_BYTES // buffer.nbytes)
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < 100:
         begin = time.thread_time()
         for _ in range(n_reads):

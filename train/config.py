@@ -6,6 +6,8 @@ Every stage reads the same file and uses its section. Only this module knows the
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -79,6 +81,8 @@ class Run(_Section):
     dropout: DropoutShare | dict[str, DropoutShare] = 0.0  # for all rows, or by collection
     warmup_steps: int = Field(default=100, ge=0)
     constant_share: float = Field(default=0.4, ge=0, le=1)  # of the steps, before the linear decay begins
+    final_share: float = Field(default=0.0, ge=0, le=1)  # of the steps, at the end, which read only short documents:
+    final_max_tokens: dict[str, Annotated[int, Field(ge=1)]] = {}  # at most so many tokens, by collection
     log_every_steps: int = Field(default=10, ge=1)
     validate_every_steps: int = Field(default=200, ge=1)
     checkpoint_every_steps: int = Field(default=100, ge=1)
@@ -97,7 +101,7 @@ class Run(_Section):
 class Export(_Section):
     evaluate_bytes: int = Field(default=200_000, ge=1)  # of held-out text of each collection
     n_samples: int = Field(default=10, ge=0)  # stories in samples.md
-    n_stories: int = Field(default=200, ge=1)  # stories whose variety and copying are measured
+    n_stories: int = Field(default=300, ge=1)  # stories that are measured
     prompts: Path = Path("configs/prompts.yaml")  # the answers to these go into prompts.md
     sample_prompt: str = "Once upon a time"
     sample_temperature: float = Field(default=0.8, ge=0)
@@ -130,9 +134,12 @@ class TrainConfig(_Section):
         target = self.models_dir / self.name
         if self.start_from and self.start_from.resolve() == target.resolve():
             raise ValueError(f"name is {self.name!r}: {target} is start_from and would be replaced: set another name")
-        named = self.run.dropout if isinstance(self.run.dropout, dict) else {}
-        if unknown := sorted(named.keys() - self.weights.keys()):
-            raise ValueError(f"run.dropout: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
+        dropout = self.run.dropout if isinstance(self.run.dropout, dict) else {}
+        for key, by_collection in (("dropout", dropout), ("final_max_tokens", self.run.final_max_tokens)):
+            if unknown := sorted(by_collection.keys() - self.weights.keys()):
+                raise ValueError(f"run.{key}: {unknown[0]!r} is not among the collections, {', '.join(self.weights)}")
+        if self.run.final_share and not self.run.final_max_tokens:
+            raise ValueError(f"run.final_share is {self.run.final_share}: run.final_max_tokens must name a collection")
         try:
             shape = self.shape
         except (TypeError, ValueError) as error:
@@ -186,6 +193,12 @@ class TrainConfig(_Section):
         return {collection.name: collection.weight for collection in self.prepare.collections}
 
     @property
+    def sha256(self) -> str:
+        """The hash of all settings but the directories of this machine."""
+        values = self.model_dump(mode="json", exclude={"workdir", "models_dir", "start_from"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @property
     def tokens_per_step(self) -> int:
         return self.run.batch_rows * self.shape.context
 
@@ -193,6 +206,11 @@ class TrainConfig(_Section):
     def steps(self) -> int:
         """The complete optimizer steps in `run.tokens`, at least one."""
         return max(1, self.run.tokens // self.tokens_per_step)
+
+    @property
+    def final_row(self) -> int:
+        """The first row of the final steps, which read only short documents."""
+        return round(self.steps * (1 - self.run.final_share)) * self.run.batch_rows
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:

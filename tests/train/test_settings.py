@@ -92,6 +92,9 @@ def test_a_run_has_at_least_one_step(path: Path):
         ("run.dropout=0.95", "run.dropout"),
         ("run.dropout={nothing: 0.1}", "run.dropout: 'nothing' is not among the collections"),
         ("run.dropout={a: 2}", "run.dropout.a: Input should be less than or equal to 0.9 (given: 2)"),
+        ("run.final_share=0.1", "run.final_share is 0.1: run.final_max_tokens must name a collection"),
+        ("run.final_max_tokens={nothing: 9}", "run.final_max_tokens: 'nothing' is not among the collections"),
+        ("run.final_max_tokens={a: 0}", "run.final_max_tokens.a: Input should be greater than or equal to 1"),
         ("model.vocab_size=100000", "model.vocab_size is 100000"),
         ("model.context=1", "model.context is 1"),
         ("model.rope_theta=abc", "rope_theta is 'abc'"),
@@ -103,6 +106,20 @@ def test_a_wrong_override_is_named_in_one_line(path: Path, override: str, named:
         load_config(path, [override])
     assert named in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_hash_of_the_settings_ignores_directories(path: Path):
+    config = load_config(path)
+    assert load_config(path, ["workdir=elsewhere", "models_dir=/models"]).sha256 == config.sha256
+    assert len({load_config(path, [f"run.tokens={n}"]).sha256 for n in (1, 2)} | {config.sha256}) == 3
+
+
+def test_final_rows_begin_with_a_whole_step(path: Path):
+    settings = ["run.tokens=1e6", "run.batch_rows=8", "run.final_max_tokens={a: 99}"]
+    for share in (0, 0.1, 0.33, 1):
+        config = load_config(path, [*settings, f"run.final_share={share}"])
+        assert config.final_row % 8 == 0
+        assert abs(config.final_row / 8 - config.steps * (1 - share)) <= 0.5
 
 
 @pytest.mark.parametrize("content", [b"name: [", b"- just\n- a list", b"", b"name: \xff\xfe", None])

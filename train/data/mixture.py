@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 
 from train.config import ConfigError
@@ -11,12 +14,20 @@ BLOCK = 1000  # rows
 
 
 class Mixture:
-    """Rows of several collections, drawn by weight. Row number j is a function of collections, weights, seed and j.
+    """Rows of several collections, drawn by weight. Row number j is a function of the arguments and j.
 
-    The collections follow each other in a shuffled block of BLOCK rows, which repeats. A block has exact shares.
+    The collections follow each other in a shuffled block of BLOCK rows, which repeats. A block has exact shares. From
+    row `final_row` on, the collections in `final` give those rows instead.
     """
 
-    def __init__(self, collections: dict[str, Rows], weights: dict[str, float], seed: int) -> None:
+    def __init__(
+        self,
+        collections: dict[str, Rows],
+        weights: dict[str, float],
+        seed: int,
+        final: Mapping[str, Rows] = MappingProxyType({}),
+        final_row: int = 0,
+    ) -> None:
         self._names = list(collections)
         self._collections = list(collections.values())
         shares = {name: weights.get(name, 0.0) for name in collections}
@@ -25,6 +36,8 @@ class Mixture:
         one_hot = self._block[:, None] == np.arange(len(shares))
         self._before = np.cumsum(one_hot, axis=0) - one_hot  # (BLOCK, C) earlier rows of each in the block
         self._per_block = one_hot.sum(axis=0)  # (C,)
+        self._final = [final.get(name) for name in self._names]
+        self._before_final = self._counts(final_row)  # (C,)
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Return rows first..first+count-1, (count, context + 1) int64."""
@@ -36,7 +49,9 @@ class Mixture:
 
     def _row(self, number: int) -> np.ndarray:
         collection = self._collection(number)
-        return self._collections[collection].row(int(self._counts(number)[collection]))
+        i, n_before = int(self._counts(number)[collection]), int(self._before_final[collection])
+        final = self._final[collection]
+        return final.row(i - n_before) if final and i >= n_before else self._collections[collection].row(i)
 
     def _collection(self, number: int) -> int:
         return int(self._block[number % BLOCK])
@@ -52,9 +67,17 @@ class Mixture:
         return {name: int(n) * collection.context for name, collection, n in collections}
 
     def epochs(self, rows: int) -> dict[str, float]:
-        """Return the epochs of each collection in the first `rows` rows."""
-        collections = zip(self._names, self._collections, self._counts(rows), strict=True)
-        return {name: collection.epochs(int(n)) for name, collection, n in collections}
+        """Return the epochs of each collection in the first `rows` rows. Final rows count by their tokens."""
+        counts = self._counts(rows).tolist()
+        return {name: self._epochs(i, counts[i]) for i, name in enumerate(self._names)}
+
+    def _epochs(self, collection: int, rows: int) -> float:
+        everything, final = self._collections[collection], self._final[collection]
+        n_before = min(rows, int(self._before_final[collection])) if final else rows
+        epochs = everything.epochs(n_before)
+        if final and rows > n_before:
+            epochs += final.epochs(rows - n_before) * final.epoch_tokens / everything.epoch_tokens
+        return epochs
 
 
 def _rows_in_block(shares: dict[str, float]) -> np.ndarray:

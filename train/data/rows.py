@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +26,12 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def of_at_most(self, n_tokens: int) -> Documents:
+        """Return only the documents of at most `n_tokens` tokens, in the same order."""
+        short, kept = copy(self), self.lengths <= n_tokens
+        short._shard, short._start, short.lengths = self._shard[kept], self._start[kept], self.lengths[kept]
+        return short
 
     def tokens(self, i: int) -> np.ndarray:
         """Return the i-th document, (lengths[i],) uint16."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,8 @@ def load_tokens(config: TrainConfig) -> TokenData:
     Raises ConfigError when they are missing, or were made from another tokenizer or other text than is there now.
     """
     require(config.tokens_dir / INDEX_FILE, "train.encode")
-    data = TokenData.load(config.tokens_dir, config.shape.context, config.seed, config.weights)
+    final = config.run.final_max_tokens if config.run.final_share else {}
+    data = TokenData.load(config.tokens_dir, config.shape.context, config.seed, config.weights, config.final_row, final)
     for what, expected, path in (
         ("with another tokenizer", data.tokenizer_sha256, config.tokenizer_path),
         ("from other text", data.text_sha256, config.manifest_path),
@@ -60,9 +63,18 @@ class TokenData:
     held_out: dict[str, Documents]
 
     @classmethod
-    def load(cls, directory: Path, context: int, seed: int, weights: dict[str, float]) -> TokenData:
+    def load(
+        cls,
+        directory: Path,
+        context: int,
+        seed: int,
+        weights: dict[str, float],
+        final_row: int = 0,
+        final_max_tokens: Mapping[str, int] = MappingProxyType({}),
+    ) -> TokenData:
         """Read the directory of `train.encode`. weights: by collection, in any unit.
 
+        From row `final_row` on, the collections of `final_max_tokens` give only documents of at most so many tokens.
         Raises ConfigError when a file is damaged, or when a collection with a weight has too few tokens.
         """
         try:
@@ -74,7 +86,13 @@ class TokenData:
         return cls(
             **{name: index[name] for name in names},
             context=context,
-            mixture=Mixture(_training_rows(directory, documents["train"], context, seed, weights), weights, seed),
+            mixture=Mixture(
+                _training_rows(directory, documents["train"], context, seed, weights),
+                weights,
+                seed,
+                _short_rows(documents["train"], context, seed, final_max_tokens),
+                final_row,
+            ),
             held_out=documents["validation"],
         )
 
@@ -114,4 +132,20 @@ def _training_rows(
     rows = {name: Rows(of_collection, context, (seed, i)) for i, (name, of_collection) in enumerate(documents.items())}
     if short := [name for name, of_collection in rows.items() if of_collection.epoch_tokens <= context]:
         raise ConfigError(f"collection {short[0]!r} has fewer tokens than one row of {context + 1}: too little text")
+    return rows
+
+
+def _short_rows(
+    documents: dict[str, Documents], context: int, seed: int, max_tokens: Mapping[str, int]
+) -> dict[str, Rows]:
+    """Return rows of the documents of at most `max_tokens` tokens, by collection."""
+    rows = {}
+    for i, name in enumerate(documents):
+        if name in max_tokens:
+            rows[name] = Rows(documents[name].of_at_most(max_tokens[name]), context, (seed, i, 1))
+            if rows[name].epoch_tokens <= context:
+                raise ConfigError(
+                    f"run.final_max_tokens.{name} is {max_tokens[name]}: the documents of at most so many tokens "
+                    f"do not fill one row of {context + 1}"
+                )
     return rows

@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,8 +113,8 @@ def tokens_dir(tmp_path: Path) -> Path:
     return tmp_path / "tokens"
 
 
-def data_in(directory: Path, seed: int = 1) -> TokenData:
-    return TokenData.load(directory, CONTEXT, seed, {**WEIGHTS, "never": 0})
+def data_in(directory: Path, seed: int = 1, **final: Any) -> TokenData:
+    return TokenData.load(directory, CONTEXT, seed, {**WEIGHTS, "never": 0}, **final)
 
 
 def collection_of(row: np.ndarray) -> str:
@@ -141,6 +142,32 @@ def test_a_mixture_keeps_the_order_of_each_collection(tokens_dir: Path):
         assert own == [alone.row(number).tolist() for number in range(len(own))]
         assert mixture.tokens(len(rows))[name] == len(own) * CONTEXT
         assert mixture.epochs(len(rows))[name] == alone.epochs(len(own))
+
+
+def test_final_rows_have_only_short_documents(tokens_dir: Path):
+    """Rows before them, and other collections, are the same as without final rows."""
+    plain = data_in(tokens_dir).mixture
+    final_row, n_rows, longest = BLOCK // 2 + 7, 2 * BLOCK, 4
+    final = data_in(tokens_dir, final_row=final_row, final_max_tokens={"much": longest}).mixture
+    short = Rows(Documents([tokens_dir / "much.train-00000.npy"], BOUNDARY).of_at_most(longest), CONTEXT, (1, 0, 1))
+    names, before = plain.collections(0, n_rows), plain.collections(0, final_row).count("much")
+    in_final = [number for number in range(final_row, n_rows) if names[number] == "much"]
+    for i, number in enumerate(in_final):
+        row = final.rows(number, 1)[0]
+        assert (row == short.row(i)).all()
+        assert max(map(len, "".join("|" if token == BOUNDARY else "x" for token in row).split("|"))) < longest
+    others = sorted(set(range(n_rows)) - set(in_final))
+    assert all((plain.rows(number, 1) == final.rows(number, 1)).all() for number in others)
+    share = short.epoch_tokens / Rows(Documents([tokens_dir / "much.train-00000.npy"], BOUNDARY), 8, (1,)).epoch_tokens
+    expected = plain.epochs(final_row)["much"] + short.epochs(len(in_final)) * share
+    assert final.epochs(n_rows)["much"] == pytest.approx(expected)
+    assert final.epochs(before) == plain.epochs(before)
+    assert final.tokens(n_rows) == plain.tokens(n_rows)
+
+
+def test_final_rows_without_a_row_of_documents_are_refused(tokens_dir: Path):
+    with pytest.raises(ConfigError, match=r"run\.final_max_tokens\.some is 2: the documents of at most so many tokens"):
+        data_in(tokens_dir, final_max_tokens={"some": 2})
 
 
 @settings(max_examples=10)
