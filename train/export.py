@@ -30,8 +30,9 @@ from train.config import METRICS_FILE, ConfigError, TrainConfig, require, run_st
 from train.core.checkpoint import Checkpoint, last_checkpoint
 from train.core.record import Line, loss_curve, metrics_text, read_metrics
 from train.data.tokens import load_tokenizer, load_tokens
-from train.evaluate import Document, Score, evaluate, per_byte, read_documents, summary
+from train.evaluate import Document, Score, answer, evaluate, per_byte, read_documents, summary
 from train.release.card import attribution_page, model_card, prompts_page, samples_page
+from train.release.choices import all_questions
 from train.release.format_checks import export_files
 from train.release.generated_text import judge, training_words, write_stories
 from train.release.prompts import Prompt, answers, load_prompts
@@ -48,7 +49,9 @@ class TrainedModel(NamedTuple):
     tensors: dict[str, np.ndarray]  # averaged, float32 by name
     quantized: dict[str, Tensor]  # the same with int8 matrices
     manifest: dict[str, dict[str, Any]]  # of the text, by collection
-    documents: list[Document]
+    passes: dict[str, float]  # through the training text, by collection
+    documents: list[Document]  # held out: up to `export.evaluate_bytes` of each collection
+    stories: list[Document]  # all held-out documents that fit into the context
 
 
 def load_trained(config: TrainConfig) -> TrainedModel:
@@ -60,13 +63,17 @@ def load_trained(config: TrainConfig) -> TrainedModel:
     tensors = checkpoint.weights()
     manifest = json.loads(config.manifest_path.read_text(encoding="utf-8"))
     held_out = [config.text_file(name, "validation") for name in manifest]
+    run_config = checkpoint.config
+    passes = load_tokens(run_config).mixture.epochs(checkpoint.step * run_config.run.batch_rows)
     return TrainedModel(
         checkpoint,
         tokenizer,
         tensors,
         {name: quantize_rows(tensor) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()},
         manifest,
+        {name: round(number, 2) for name, number in passes.items()},
         read_documents(held_out, config.export.evaluate_bytes),
+        [d for d in read_documents(held_out) if len(tokenizer.encode_document(d.text)) <= config.shape.context],
     )
 
 
@@ -139,28 +146,31 @@ def _evaluation(
         "tokens_seen": checkpoint.step * run_config.tokens_per_step,
         "planned_tokens": run_config.run.tokens,
         "tokens_by_collection": checkpoint.tokens_by_collection,
+        "passes_by_collection": trained.passes,
         "training_wall_s": round(checkpoint.wall_s, 1),
         "training_machine": checkpoint.machine,
         "seed": run_config.seed,
+        "config_sha256": run_config.sha256,
         "started_from": checkpoint.started_from,
         "text_sha256": checkpoint.text_sha256,
         "arithmetic": model.arithmetic,
         "collections": {name: summary(scores) for name, scores in served.items()},
         "float32_bits_per_byte": {name: per_byte(scores) for name, scores in exact.items()},
+        "choices": answer(model, trained.tokenizer, all_questions(trained.stories)),
         "generated_text": _judge_stories(config, trained, model),
     }
 
 
 def _judge_stories(config: TrainConfig, trained: TrainedModel, model: Model) -> dict[str, Any]:
-    """Return the figures of stories that the model writes without a prompt, of held-out text, and the settings."""
+    """Return the figures of stories that begin with the sample prompt, of held-out text, and the settings."""
     params = config.export.sampling(model.config.context)
     seeded = [replace(params, seed=seed) for seed in range(config.export.n_stories)]
-    stories = write_stories(model, trained.tokenizer, seeded)
+    stories = write_stories(model, trained.tokenizer, config.export.sample_prompt, seeded)
     held_out: dict[str, list[str]] = {}
     for document in trained.documents:
         held_out.setdefault(document.collection, []).append(document.text)
     training = training_words(config.text_file(name, "train") for name in trained.manifest)
-    settings = {"temperature": params.temperature, "top_p": params.top_p}
+    settings = {"prompt": config.export.sample_prompt, "temperature": params.temperature, "top_p": params.top_p}
     return {**settings, **judge(stories, held_out, training)}
 
 
@@ -177,7 +187,7 @@ def _extra_files(
     llm = LLM.from_parts(trained.tokenizer, model)
     samples = [
         (seeded, llm.generate(config.export.sample_prompt, seeded)[0])
-        for seeded in (replace(params, seed=seed) for seed in range(config.export.n_samples))
+        for seeded in (replace(params, seed=seed) for seed in range(1, config.export.n_samples + 1))
     ]
     answered = list(zip(prompts, answers(llm, prompts, params), strict=True))
     return {

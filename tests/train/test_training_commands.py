@@ -180,6 +180,13 @@ def test_the_model_directory_describes_the_model(demo: Demo):
     card = (demo.model_dir / "README.md").read_text()
     assert f"| demo | {evaluation['collections']['demo']['documents']} |" in card
     assert f"| demo | {evaluation['tokens_seen']:,} | 100.0% |" in card
+    assert evaluation["passes_by_collection"]["demo"] == demo.metrics()[-1]["epochs"]["demo"]
+    assert evaluation["config_sha256"] == demo.config().sha256
+    assert evaluation["config_sha256"][:12] in card
+    for kind in ("endings", "names", "order"):
+        low, high = evaluation["choices"][kind]["interval_95"]
+        assert low <= evaluation["choices"][kind]["accuracy"] <= high
+        assert f"| {kind} | {evaluation['choices'][kind]['questions']} |" in card
     assert f"{score:.4f}" in card
     assert "the whole of the planned run" in card
     for linked in ("curve.png", "ATTRIBUTION.md", "samples.md", "prompts.md", "evaluation.json"):
@@ -187,11 +194,13 @@ def test_the_model_directory_describes_the_model(demo: Demo):
         assert (demo.model_dir / linked).is_file()
     assert (demo.model_dir / "metrics.jsonl").read_text().splitlines() == demo.metrics_lines()
     samples = (demo.model_dir / "samples.md").read_text()
-    assert samples.count("## Seed ") == samples.count("> Once upon a time") == 3
+    assert samples.count("> Once upon a time") == 3
+    assert [line.split()[2] for line in samples.splitlines() if line.startswith("## Seed ")] == ["1", "2", "3"]
     assert (demo.model_dir / "prompts.md").read_text().count("\n## ") == 40
     assert "Stories made up by TinyLM's own" in (demo.model_dir / "ATTRIBUTION.md").read_text()
     judged = evaluation["generated_text"]
     assert judged["model"]["texts"] == 20
+    assert f"{judged['model']['ended']:.1%} of the stories end within the context" in card
     for figures in (judged["model"], judged["held_out"]["demo"]):  # both consist of the grammar's few sentences
         assert 0 < figures["distinct_grams"] < 0.9
         assert figures["longest_run"] >= figures["longest_run_mean"] > 5

@@ -16,6 +16,7 @@ def model_card(config: TrainConfig, evaluation: dict[str, Any], manifest: dict[s
     shape = config.shape
     done, planned = evaluation["tokens_seen"], evaluation["planned_tokens"]
     extent = "the whole of the planned run" if done >= planned * 0.999 else f"{done / planned:.0%} of the planned run"
+    hours = evaluation["training_wall_s"] / 3600
     start = f"Training started from the weights of {source}. " if (source := evaluation["started_from"]) else ""
     return f"""# {config.name}
 
@@ -27,9 +28,9 @@ It knows stories and nothing else: it answers no questions, follows no instructi
 world.
 
 ## Training
-{done:,} tokens seen ({extent}, {evaluation["step"]:,} steps) in {evaluation["training_wall_s"] / 3600:.1f} hours
-on {evaluation["training_machine"]}. {start}The weights are
-the running average that training keeps.
+{done:,} tokens seen ({extent}, {evaluation["step"]:,} steps) in {hours:.1f} hours
+on {evaluation["training_machine"]}: {done / hours / 3600:,.0f} tokens/s. {start}The weights are
+the running average that training keeps. The hash of the settings begins with `{evaluation["config_sha256"][:12]}`.
 
 ![loss curve](curve.png)
 
@@ -40,7 +41,7 @@ draws of the sources; with fewer than ten sources it is too narrow.
 
 {_held_out_table(evaluation)}
 
-## What it writes
+{_choices(evaluation["choices"])}## What it writes
 {_generated_text(evaluation["generated_text"])}
 
 ## Data, licences, attribution
@@ -75,12 +76,34 @@ def _data_table(evaluation: dict[str, Any], manifest: dict[str, Any]) -> str:
     rows = []
     for name, entry in manifest.items():
         licences = "; ".join(sorted({*entry["train"]["licences"], *entry["validation"]["licences"]})) or "not stated"
-        seen = ["none: held-out text only", "", ""]
+        seen = ["none: held-out text only", "", "", ""]
         if tokens := evaluation["tokens_by_collection"].get(name, 0):
             share, size = tokens / evaluation["tokens_seen"], entry["train"]["bytes"] / 1e6
-            seen = [f"{tokens:,}", f"{share:.1%}", f"{size:.1f} MB"]
+            seen = [f"{tokens:,}", f"{share:.1%}", f"{size:.1f} MB", f"{evaluation['passes_by_collection'][name]:.1f}"]
         rows.append([name, *seen, licences, entry["attribution"]])
-    return _table("collection", "training tokens", "share", "training text", "licence", "attribution", rows=rows)
+    head = ("collection", "training tokens", "share", "training text", "passes", "licence", "attribution")
+    return _table(*head, rows=rows)
+
+
+def _choices(figures: dict[str, Any]) -> str:
+    """Return the section of the figures of `train.evaluate.answer`; nothing if no story gave a question."""
+    rows = []
+    for kind, of_kind in figures.items():
+        low, high = of_kind["interval_95"]
+        rows.append([kind, str(of_kind["questions"]), f"{of_kind['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"])
+    if not rows:
+        return ""
+    return f"""## Choices
+Each question has a held-out story as its author wrote it, and a changed one. The model is right if the first is more
+likely. A model that guesses is right half of the time.
+
+- Endings: the last sentence is exchanged for that of another story with the same first name.
+- Names: one name is exchanged for another of the same length.
+- Order: two adjacent sentences are exchanged.
+
+{_table("kind", "questions", "right", "95 % interval", rows=rows)}
+
+"""
 
 
 def _generated_text(figures: dict[str, Any]) -> str:
@@ -88,10 +111,17 @@ def _generated_text(figures: dict[str, Any]) -> str:
     gram, distinct = figures["copied_gram_words"], figures["distinct_gram_words"]
     model, held_out = figures["model"], figures["held_out"]
     writers = {"**the model**": model, **held_out}
-    head = ("writer", "texts", "distinct", "longest copy, mean", "longest copy", f"{gram}-word runs copied")
+    copies = ("longest copy, mean", "longest copy", f"{gram}-word runs copied")
+    head = ("writer", "texts", "unpaired", "letters", "distinct", *copies)
     table = _table(*head, rows=[_writer_row(name, of) for name, of in writers.items()])
-    return f"""{model["texts"]} texts that it wrote without a prompt (temperature {figures["temperature"]}, top_p \
-{figures["top_p"]}), beside pieces of the held-out text, which people wrote, of the same mean length.
+    sampling = f"temperature {figures['temperature']}, top_p {figures['top_p']}"
+    return f"""{model["texts"]} stories that begin with "{figures["prompt"]}" ({sampling}), beside held-out text,
+which people wrote, in pieces of the same mean length.
+
+{model["ended"]:.1%} of the stories end within the context.
+
+- Unpaired: the share of whole texts with an odd number of quotation marks.
+- Letters: the share of whole texts with letters in place of quotation marks, as in "aThank you!a she said".
 
 - Distinct: the share of distinct {distinct}-word runs among the first {figures["distinct_among_words"]:,} words.
 - Longest copy: the longest run of words that the training text has too, in the mean text and in any text.
@@ -111,7 +141,8 @@ def _writer_row(name: str, figures: dict[str, Any]) -> list[str]:
 
     mean = "none" if figures["longest_run_mean"] is None else f"{figures['longest_run_mean']:.1f} words"
     longest = f"{figures['longest_run']} words"
-    return [name, str(figures["texts"]), shown("distinct_grams", ".1%"), mean, longest, shown("copied_grams", ".2%")]
+    shares = [shown(key, ".1%") for key in ("unpaired_quotes", "letters_for_quotes", "distinct_grams")]
+    return [name, str(figures["texts"]), *shares, mean, longest, shown("copied_grams", ".2%")]
 
 
 def attribution_page(config: TrainConfig, manifest: dict[str, Any]) -> str:

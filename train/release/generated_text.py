@@ -1,14 +1,15 @@
-"""The variety of a model's text, and the share that is copied from the training text.
+"""What a model's stories are like: whether they end, their quotation marks, their variety, and what they copy.
 
 The same figures of held-out text, which people wrote, show what is normal.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,15 +23,39 @@ from train.release.copying import match_lengths, words
 DISTINCT_GRAM = 3  # words
 DISTINCT_WORDS = 10_000  # of each writer, because more words have more repetitions
 COPIED_GRAM = 20  # words
+# 'aThank you!a she said, letaTMs go': quotation marks that were read in a wrong encoding.
+_LETTERS_FOR_QUOTES = re.compile(r"\ba[A-Z]|(?<!\.)[.,!?]a\b|aTM")
 
 
-def write_stories(model: Model, tokenizer: Tokenizer, settings: Sequence[SamplingParams]) -> list[str]:
-    """Return a text without a prompt for each of the settings."""
+class Story(NamedTuple):
+    """A text that the model wrote, with its prompt."""
+
+    text: str
+    is_ended: bool  # within the context
+
+
+def write_stories(model: Model, tokenizer: Tokenizer, prompt: str, settings: Sequence[SamplingParams]) -> list[Story]:
+    """Return a story for each of the settings."""
+    ids = tokenizer.encode_document(prompt)
     engine = Engine(model, max_waiting=len(settings))
-    sequences = [engine.submit([model.config.boundary_id], params) for params in settings]
+    sequences = [engine.submit(ids, params) for params in settings]
     while engine.has_work:
         engine.step()
-    return [tokenizer.decode(sequence.tokens) for sequence in sequences]
+    return [
+        Story(prompt + tokenizer.decode(sequence.tokens), sequence.finish_reason == "stop") for sequence in sequences
+    ]
+
+
+def mark_shares(texts: Sequence[str]) -> dict[str, float | None]:
+    """Return the shares of texts with an odd number of quotation marks, and with letters in their place."""
+    if not texts:
+        return {"unpaired_quotes": None, "letters_for_quotes": None}
+    unpaired = sum(text.count('"') % 2 for text in texts)
+    letters = sum(_LETTERS_FOR_QUOTES.search(text) is not None for text in texts)
+    return {
+        "unpaired_quotes": round(unpaired / len(texts), 4),
+        "letters_for_quotes": round(letters / len(texts), 4),
+    }
 
 
 def training_words(paths: Iterable[Path]) -> Iterator[list[str]]:
@@ -41,14 +66,14 @@ def training_words(paths: Iterable[Path]) -> Iterator[list[str]]:
 
 
 def judge(
-    generated: Sequence[str], held_out: Mapping[str, Sequence[str]], training: Iterable[list[str]]
+    stories: Sequence[Story], held_out: Mapping[str, Sequence[str]], training: Iterable[list[str]]
 ) -> dict[str, Any]:
-    """Return the figures of generated texts, and of held-out texts by collection, for JSON.
+    """Return the figures of stories, and of held-out texts by collection, for JSON.
 
-    The held-out texts are cut into pieces as long as the mean generated text. At most as many pieces count as there are
-    generated texts. training: the words of each document.
+    For variety and copying, the held-out texts are cut into pieces as long as the mean story. At most as many pieces
+    count as there are stories. training: the words of each document.
     """
-    texts = [words(text) for text in generated]
+    texts = [words(story.text) for story in stories]
     length = max(1, round(sum(map(len, texts)) / max(1, len(texts))))
     pieces = {name: _pieces(map(words, theirs), length)[: len(texts)] for name, theirs in held_out.items()}
     lengths = iter(match_lengths([*texts, *(piece for theirs in pieces.values() for piece in theirs)], training))
@@ -57,8 +82,16 @@ def judge(
         "distinct_gram_words": DISTINCT_GRAM,
         "distinct_among_words": DISTINCT_WORDS,
         "copied_gram_words": COPIED_GRAM,
-        "model": {**_figures(texts, of_model), "longest_run_text": _longest_run(texts, of_model)},
-        "held_out": {name: _figures(theirs, list(islice(lengths, len(theirs)))) for name, theirs in pieces.items()},
+        "model": {
+            "ended": round(sum(story.is_ended for story in stories) / len(stories), 4) if stories else None,
+            **mark_shares([story.text for story in stories]),
+            **_figures(texts, of_model),
+            "longest_run_text": _longest_run(texts, of_model),
+        },
+        "held_out": {
+            name: {**mark_shares(held_out[name]), **_figures(theirs, list(islice(lengths, len(theirs))))}
+            for name, theirs in pieces.items()
+        },
     }
 
 

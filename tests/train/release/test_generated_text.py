@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinylm import SamplingParams
-from train.release.generated_text import copied_share, distinct_share, judge, write_stories
+from train.release.generated_text import Story, copied_share, distinct_share, judge, mark_shares, write_stories
 
 TEXTS = st.lists(st.lists(st.sampled_from("abc"), max_size=10), max_size=5)
 
@@ -42,7 +42,7 @@ def test_copied_text_scores_higher_than_new_text():
     book = [f"w{n}" for n in rng.integers(1000, size=4000)]
     own = [" ".join(f"w{n}" for n in rng.integers(1000, size=60)) for _ in range(5)]
     copied = [" ".join(book[i : i + 60]) for i in range(0, 3000, 600)]
-    figures = judge(copied, {"own": own, "short": ["too short"]}, iter([book]))
+    figures = judge([Story(text, True) for text in copied], {"own": own, "short": ["too short"]}, iter([book]))
     assert figures["model"]["copied_grams"] == 1
     assert (figures["model"]["longest_run"], figures["model"]["longest_run_mean"]) == (60, 60)
     assert figures["model"]["longest_run_text"] == copied[0]
@@ -55,12 +55,31 @@ def test_copied_text_scores_higher_than_new_text():
 
 def test_a_story_depends_only_on_its_seed(tiny):
     settings = [SamplingParams(max_tokens=20, seed=seed) for seed in range(20)]
-    stories = write_stories(tiny.model, tiny.tokenizer, settings)
+    stories = write_stories(tiny.model, tiny.tokenizer, "The fox", settings)
     assert len(set(stories)) == 20
-    assert stories[:3] == [tiny.generate("", params)[0].text for params in settings[:3]]
+    for story, params in zip(stories, settings, strict=True):
+        completion = tiny.generate("The fox", params)[0]
+        assert story == ("The fox" + completion.text, completion.finish_reason == "stop")
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", "one"]])
 def test_empty_texts_have_no_copied_runs(texts: list[str]):
-    figures = judge(texts, {"held": ["some words of a person"]}, iter([["some", "words"]]))
+    figures = judge(
+        [Story(text, False) for text in texts], {"held": ["some words of a person"]}, iter([["some", "words"]])
+    )
     assert figures["model"]["copied_grams"] is None
+    assert figures["model"]["ended"] == (0 if texts else None)
+
+
+def test_wrong_quotation_marks_are_counted_by_text():
+    """The examples of letters are from a damaged copy of TinyStories."""
+    damaged = ["aThank you!a she said.", "letaTMs go", '"Look!a said Tom. "Yes."']
+    sound = ['"Yes," said Anna. "A cat?"', "A cat ate a pea. Ada is a TM.", "It was a. b.", "It was ...a cat."]
+    assert mark_shares(damaged) == {"unpaired_quotes": round(1 / 3, 4), "letters_for_quotes": 1}
+    assert mark_shares(sound) == {"unpaired_quotes": 0, "letters_for_quotes": 0}
+    assert mark_shares([]) == {"unpaired_quotes": None, "letters_for_quotes": None}
+
+
+def test_the_share_of_ended_stories_is_reported():
+    stories = [Story("One day, it rained.", True), Story("One day,", False), Story("One", False)]
+    assert judge(stories, {}, iter([]))["model"]["ended"] == round(1 / 3, 4)
