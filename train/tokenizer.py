@@ -9,7 +9,9 @@ With `start_from` it copies the tokenizer of that model instead.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import sentencepiece as spm
@@ -21,7 +23,7 @@ from tinylm.weights import TOKENIZER, load_model
 from train.config import ConfigError, TrainConfig, require, run_stage
 from train.data.progress import progress
 
-MAX_BYTES = 40_000_000  # of training text, taken from the collections by weight
+MAX_BYTES = 40_000_000  # of training text
 THREADS = 2
 ASCII = "".join(map(chr, range(0x21, 0x7F)))  # each is a piece, even if it is rare in the stories
 
@@ -29,6 +31,8 @@ ASCII = "".join(map(chr, range(0x21, 0x7F)))  # each is a piece, even if it is r
 def train_tokenizer(config: TrainConfig) -> None:
     """Run the stage: train a tokenizer, or copy that of the model in `start_from`."""
     require(config.manifest_path, "train.prepare")
+    for name in config.weights:  # one may be new in the config
+        require(config.text_file(name, "train"), "train.prepare")
     check_own(config.tokenizer_path, _is_trained_here)
     check_file(config.tokenizer_path)
     if config.start_from:
@@ -80,20 +84,28 @@ def _trained_on(config: TrainConfig) -> bytes:
 
 
 def _training_lines(config: TrainConfig, advance: Callable[[], None]) -> Iterator[str]:
-    """Yield paragraphs of the training text, up to each collection's share of MAX_BYTES, in a fixed order.
+    """Yield paragraphs of the training text in a fixed order, as many bytes of each collection as its weight says.
 
-    advance: called once for each document.
+    A collection that is too small for its weight is repeated, as in the training rows. advance: called once for each
+    document.
     """
+    manifest = json.loads(config.manifest_path.read_text(encoding="utf-8"))
     total = sum(config.weights.values())
+    n_bytes = min(MAX_BYTES, sum(manifest[name]["train"]["bytes"] for name in config.weights if config.weights[name]))
     for name, weight in config.weights.items():
-        budget = int(MAX_BYTES * weight / total)
-        for batch in pq.ParquetFile(config.text_file(name, "train")).iter_batches(columns=["text"]):
-            for text in batch.column(0).to_pylist():
+        budget = int(n_bytes * weight / total)
+        while budget > 0:
+            for text in _documents(config.text_file(name, "train")):
                 if budget <= 0:
                     break
                 budget -= len(text.encode())
                 advance()
                 yield from (line for line in text.split("\n") if line)
+
+
+def _documents(path: Path) -> Iterator[str]:
+    for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
+        yield from batch.column(0).to_pylist()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from train.config import ConfigError, TrainConfig
 from train.data.sources import matching_files
 from train.demo_text import demo_text
 from train.prepare import SPLITS, clean, is_validation, prepare
+from train.tokenizer import _training_lines
 
 STORIES = [
     f"Story number {n}: a mouse found {n} nuts under a tree and carried every one of them home." for n in range(80)
@@ -300,3 +301,21 @@ def test_a_work_directory_of_an_older_release_is_usable(tmp_path: Path):
     assert {path.name for path in text.iterdir()} == {"manifest.json", "a.train.parquet", "a.validation.parquet"}
     assert (tmp_path / "text.old").exists()
     assert (tmp_path / "text.partial").exists()
+
+
+def test_the_tokenizer_reads_collections_by_weight(tmp_path: Path):
+    """A collection that is too small for its weight is repeated."""
+    sources = {
+        name: write_parquet(tmp_path / f"{name}.parquet", {"text": [f"{name}: {s}" for s in STORIES[:n]]})
+        for name, n in {"large": 80, "small": 15}.items()
+    }
+    weights = {"large": 0.6, "small": 0.3}
+    collections = [{"name": name, "source": str(sources[name]), "weight": weights[name]} for name in weights]
+    config = make_config(tmp_path / "w", collections, prepare={"validation_share": 0.2})
+    prepare(config)
+    n_bytes = dict.fromkeys(weights, 0)
+    for line in _training_lines(config, lambda: None):
+        n_bytes[line.split(":")[0]] += len(line)
+    assert n_bytes["large"] == pytest.approx(2 * n_bytes["small"], abs=200)  # whole documents are read
+    manifest = json.loads((tmp_path / "w/text/manifest.json").read_text())
+    assert sum(n_bytes.values()) == pytest.approx(sum(manifest[name]["train"]["bytes"] for name in weights), abs=200)
