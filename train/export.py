@@ -37,6 +37,7 @@ from train.release.format_checks import export_files
 from train.release.generated_text import judge, training_words, write_stories
 from train.release.prompts import Prompt, answers, load_prompts
 
+STORY_CHARS = 2000  # a longer document is no short story
 Exporter = Callable[[Path, Path], None]  # (model directory, output directory)
 Scores = dict[str, list[Score]]  # by collection
 
@@ -51,7 +52,7 @@ class TrainedModel(NamedTuple):
     manifest: dict[str, dict[str, Any]]  # of the text, by collection
     passes: dict[str, float]  # through the training text, by collection
     documents: list[Document]  # held out: up to `export.evaluate_bytes` of each collection
-    stories: list[Document]  # all held-out documents that fit into the context
+    stories: list[Document]  # all held-out documents of at most STORY_CHARS
 
 
 def load_trained(config: TrainConfig) -> TrainedModel:
@@ -73,7 +74,7 @@ def load_trained(config: TrainConfig) -> TrainedModel:
         manifest,
         {name: round(number, 2) for name, number in passes.items()},
         read_documents(held_out, config.export.evaluate_bytes),
-        [d for d in read_documents(held_out) if len(tokenizer.encode_document(d.text)) <= config.shape.context],
+        [document for document in read_documents(held_out) if len(document.text) <= STORY_CHARS],
     )
 
 

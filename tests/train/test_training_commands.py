@@ -183,10 +183,12 @@ def test_the_model_directory_describes_the_model(demo: Demo):
     assert evaluation["passes_by_collection"]["demo"] == demo.metrics()[-1]["epochs"]["demo"]
     assert evaluation["config_sha256"] == demo.config().sha256
     assert evaluation["config_sha256"][:12] in card
-    for kind in ("endings", "names", "order"):
-        low, high = evaluation["choices"][kind]["interval_95"]
-        assert low <= evaluation["choices"][kind]["accuracy"] <= high
-        assert f"| {kind} | {evaluation['choices'][kind]['questions']} |" in card
+    assert evaluation["choices"].keys() <= {"endings", "names", "order"}
+    assert evaluation["choices"]
+    for kind, figures in evaluation["choices"].items():
+        low, high = figures["interval_95"]
+        assert low <= figures["accuracy"] <= high
+        assert f"| {kind} | {figures['questions']} |" in card
     assert f"{score:.4f}" in card
     assert "the whole of the planned run" in card
     for linked in ("curve.png", "ATTRIBUTION.md", "samples.md", "prompts.md", "evaluation.json"):

@@ -393,14 +393,14 @@ def test_a_refused_prompt_leaves_no_room_for_others(model, permits):
 
     async def use(engine):
         running = asyncio.create_task(answer(engine, [1, 5], SamplingParams(temperature=0, max_tokens=4)))
-        await until(lambda: engine.engine.has_work)
+        await until(lambda: engine.engine.n_running)  # the first step has begun
         too_long = asyncio.create_task(answer(engine, [1] * model.config.context, SHORT))
         await until(lambda: engine._submitting)
         permits.release()
         with pytest.raises(ValueError, match="prompt has"):
             await too_long
         waiting = asyncio.create_task(answer(engine, [1, 6], SHORT))
-        await until(lambda: engine._submitting)
+        await until(lambda: engine._submitting or engine.engine.n_waiting)  # the next step may not have begun
         with pytest.raises(EngineFull):
             await asyncio.wait_for(answer(engine, [1, 7], SHORT), 5)
         await end(engine, permits)
