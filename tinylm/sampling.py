@@ -23,7 +23,7 @@ FinishReason = Literal["stop", "length", "timeout", "cancelled"]
 class SamplingParams:
     """How to choose tokens and when to end. ValueError names the field, the value and the limit."""
 
-    max_tokens: int = 64  # of the answer; prompt and answer together must fit in the context
+    max_tokens: int = 64  # of the answer; prompt and answer share the context; 0 is allowed with prompt_logprobs
     temperature: float = 0.8  # 0 is greedy: it always takes the most likely token
     top_p: float = 0.95  # keep the most likely tokens that together have this probability; 1 keeps all
     top_k: int = 0  # keep this many of the most likely tokens; 0 keeps all
@@ -32,6 +32,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # the text ends before the first of these strings
     seed: int | None = None  # the same seed and settings give the same text; None means a random seed
     logprobs: int | None = None  # return log-probabilities of each token and of this many alternatives; None: of none
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -39,7 +40,7 @@ class SamplingParams:
         if not isinstance(self.stop, Iterable):
             raise ValueError(f"stop is {self.stop!r}: it must be a string or several")
         object.__setattr__(self, "stop", tuple(self.stop))
-        self._whole("max_tokens", 1, None)
+        self._whole("max_tokens", 1 if self.prompt_logprobs is None else 0, None)
         self._number("temperature", 0, 10)
         self._number("top_p", 0, 1, above=True)
         self._whole("top_k", 0, None)
@@ -53,8 +54,9 @@ class SamplingParams:
                 raise ValueError(f"stop holds a string of length {length}: it must be 1 to {MAX_STOP_CHARS} characters")
         if self.seed is not None:
             self._whole("seed", 0, MAX_SEED)
-        if self.logprobs is not None:
-            self._whole("logprobs", 0, MAX_LOGPROBS)
+        for field in ("logprobs", "prompt_logprobs"):
+            if getattr(self, field) is not None:
+                self._whole(field, 0, MAX_LOGPROBS)
 
     def _whole(self, field: str, low: int, high: int | None) -> None:
         value, limit = getattr(self, field), f"at least {low}" if high is None else f"{low} to {high}"
@@ -77,5 +79,5 @@ class SamplingParams:
 class TokenLogprobs:
     """Natural logarithms of the model's own probabilities, before penalty, temperature and truncation."""
 
-    logprob: float  # of the chosen token
+    logprob: float  # of the token
     top: tuple[tuple[int, float], ...]  # (token, logprob) of the most likely tokens, in descending order

@@ -86,6 +86,38 @@ def test_token_ids_equal_their_text_and_echo_repeats_the_prompt(client: OpenAI, 
     assert texts == [PROMPT + expected] * 5
 
 
+def test_a_prompt_is_scored(client: OpenAI, stories: LLM) -> None:
+    """Lists have one entry for each token that the client sent. A boundary has null. Bytes without text have names."""
+    text = f"{PROMPT} \U0001f98a ran"
+    boundary, ids = stories.tokenizer.boundary_id, stories.tokenizer.encode(text)
+    scored = stories.score(text, top=2)[0]
+    for prompt, n_boundaries in ((text, 0), (ids, 0), ([boundary, *ids], 1)):
+        fields = {"model": "stories-8m", "prompt": prompt, "echo": True, "logprobs": 2, "temperature": 0}
+        (alone,) = client.completions.create(**fields, max_tokens=0).choices
+        (whole,) = client.completions.create(**fields, max_tokens=3).choices
+        streamed = [chunk.choices[0] for chunk in client.completions.create(**fields, max_tokens=3, stream=True)]
+        assert (alone.text, alone.finish_reason) == (text, "length")
+        assert whole.text == "".join(choice.text for choice in streamed)
+        n = len(ids) + n_boundaries
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            values = getattr(whole.logprobs, name)
+            assert values == [value for choice in streamed for value in getattr(choice.logprobs, name)]
+            assert len(values) == n + 3
+            if name in ("tokens", "text_offset"):
+                assert values[:n] == getattr(alone.logprobs, name)
+        found = whole.logprobs
+        assert found.token_logprobs[n_boundaries:n] == pytest.approx([t.logprob for t in scored.logprobs], abs=1e-3)
+        assert found.token_logprobs[:n_boundaries] == found.top_logprobs[:n_boundaries] == [None] * n_boundaries
+        assert found.tokens[:n_boundaries] == ["<|endoftext|>"] * n_boundaries
+        for token, top in zip(found.tokens[n_boundaries:], found.top_logprobs[n_boundaries:], strict=True):
+            assert token in top
+        assert "bytes:\\xf0" in found.tokens
+        for token, offset in zip(found.tokens, found.text_offset, strict=True):
+            if not token.startswith(("bytes:", "<|")):
+                assert whole.text[offset : offset + len(token)] == token
+        assert found.text_offset[found.tokens.index("bytes:\\xf0")] == text.index("\U0001f98a")
+
+
 def test_defaults_are_openai_s_and_our_settings_take_effect(client: OpenAI, stories: LLM) -> None:
     plain = client.completions.create(model="stories-8m", prompt=PROMPT, seed=5)
     assert plain.choices[0].text == stories.generate(PROMPT, SamplingParams(16, 1.0, 1.0, seed=5))[0].text

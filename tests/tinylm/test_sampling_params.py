@@ -93,18 +93,19 @@ def test_stop_takes_one_string_or_several():
 
 @given(st.data(), LOGITS | TIED, st.integers(0, 20))
 def test_log_probabilities_are_the_softmax_of_the_logits(data, logits, n_top):
-    token = data.draw(st.integers(0, len(logits) - 1))
-    entry = token_logprobs(logits, token, n_top)
+    tokens = data.draw(st.lists(st.integers(0, len(logits) - 1), min_size=2, max_size=2))
+    token, (other, entry) = tokens[1], token_logprobs(np.stack([logits[::-1], logits]), tokens, n_top)
+    assert [other] == token_logprobs(logits[None, ::-1], tokens[:1], n_top)
     total = sum(math.exp(float(score)) for score in logits)
     assert entry.logprob == pytest.approx(float(logits[token]) - math.log(total), abs=1e-9)
     ranked = sorted(range(len(logits)), key=lambda t: (-float(logits[t]), t))[:n_top]
     assert [t for t, _ in entry.top] == ranked
     for t, logprob in entry.top:
-        assert logprob == token_logprobs(logits, t, 0).logprob
+        assert logprob == token_logprobs(logits[None], [t], 0)[0].logprob
 
 
 def test_log_probabilities_survive_large_scores():
     """exp(1000) overflows."""
-    entry = token_logprobs(np.array([1000.0, -1000.0], np.float32), 0, 2)
+    (entry,) = token_logprobs(np.array([[1000.0, -1000.0]], np.float32), [0], 2)
     assert entry.logprob == 0
     assert entry.top == ((0, 0.0), (1, -2000.0))

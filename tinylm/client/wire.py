@@ -10,7 +10,17 @@ from tinylm.v1 import tinylm_pb2 as pb
 if TYPE_CHECKING:  # clients must not import the engine
     from tinylm.engine.completion import Completion
 
-_OPTIONAL = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs")
+_OPTIONAL = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "logprobs",
+    "prompt_logprobs",
+)
 
 MAX_UINT32 = 2**32 - 1
 FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {

@@ -54,7 +54,7 @@ class Engine:
         self.config = model.config
         self.n_slots = n_slots
         n_tokens = max(model.config.context, n_slots + prefill_tokens)
-        self._runner = ModelRunner(model, n_slots, n_tokens=n_tokens, n_rows=n_slots)
+        self._runner = ModelRunner(model, n_slots, n_tokens=n_tokens, n_rows=n_tokens)
         self._max_waiting = max_waiting
         self._prefill_tokens = prefill_tokens
         self._unfinished: list[Request] = []  # in the order they came; the first n_slots have the slots
@@ -99,7 +99,7 @@ class Engine:
 
         Raise ValueError if the prompt is empty, contains an unknown id or leaves no room in the context for an answer.
         """
-        check_length(len(prompt), self.config.context)
+        check_length(len(prompt), self.config.context, params.max_tokens)
         prompt = whole_ids(prompt)
         check_ids(prompt, self.config.vocab_size)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -148,26 +148,35 @@ class Engine:
         self._next_deadline = 0.0
         for request in self._unfinished.copy():
             request.slot, request.n_cached = None, 0
+            if request.wants_prompt_logprobs:
+                request.prompt_logprobs.clear()
             del request.logprobs[len(request.tokens) :]
-            if request.is_full or request.finish_reason is not None:
+            if request.finish_reason is not None or (request.is_full and not request.wants_prompt_logprobs):
                 self._finish(request, "length")
 
     def _run(self, running: list[Request], began_at: float) -> list[Request]:
-        """Run one batch of tokens of these requests through the model. Return the requests that got a token."""
+        """Run one batch of tokens of these requests through the model. Return those that got a token or ended."""
         pending = [request.n_tokens - request.n_cached for request in running]
         shares = share_tokens(pending, self._prefill_tokens, self.config.context)
         parts = [(running[place], count) for place, count in shares]
+        n_tokens = sum(count for _, count in parts)
         sampled = self._fill_batch(parts)
-        batch = self._runner.batch
-        self._runner.step(sum(count for _, count in parts), len(sampled))
+        scored = self._add_scored_rows(parts, len(sampled))
+        if sampled:
+            self._runner.step(n_tokens, len(sampled) + sum(n_rows for _, n_rows in scored))
+        else:
+            self._runner.compute(n_tokens, sum(n_rows for _, n_rows in scored))
+        if scored:
+            self._append_scores(scored, len(sampled))
         for request, count in parts:
             request.n_cached += count
+        batch = self._runner.batch
         n_later = sum(
             self._append(request, token, batch.logits[row, : self.config.vocab_size])
             for row, (request, token) in enumerate(zip(sampled, batch.chosen[: len(sampled)].tolist(), strict=True))
         )
         self._count_step(began_at, len(sampled), n_later)
-        return sampled
+        return sampled + self._finish_without_answer(parts)
 
     def _count_step(self, began_at: float, n_sampled: int, n_later: int) -> None:
         """Count a step. n_later: how many of the sampled tokens were not the first token of their answer."""
@@ -204,6 +213,8 @@ class Engine:
         """Give a request one of the free slots, with the longest prefix of its tokens that any slot holds."""
         ids = request.prompt + request.tokens  # a request has tokens if it ran before an interrupted step
         cached = [[] if s is None else (s.prompt + s.tokens)[: s.n_cached] for s in self._cached]
+        if request.wants_prompt_logprobs:  # they need the logits of every token of the prompt
+            cached = [[] for _ in cached]
         slot, source, n_cached = choose_slot(ids, cached, sorted(free, key=self._unused_since))
         if source != slot:
             self._runner.copy_prefix(source, slot, n_cached)
@@ -235,7 +246,7 @@ class Engine:
             ids += request.next_ids(count)
             slots += [request.slot] * count  # type: ignore[list-item]  # a running request has a slot
             positions += range(request.n_cached, request.n_cached + count)
-            if request.n_cached + count == request.n_tokens:
+            if request.n_cached + count == request.n_tokens and not request.is_full:
                 rows.append(len(ids) - 1)
                 sampled.append(request)
         batch = self._runner.batch
@@ -246,6 +257,36 @@ class Engine:
         batch.uniforms[: len(rows)] = [request.uniforms.item(len(request.tokens)) for request in sampled]
         return sampled
 
+    def _add_scored_rows(self, parts: list[tuple[Request, int]], row: int) -> list[tuple[Request, int]]:
+        """Write rows for the prompt tokens whose logits score the next prompt token, from `row` on.
+
+        Return the requests with their numbers of rows.
+        """
+        scored, first = [], 0
+        for request, count in parts:
+            n_rows = min(count, len(request.prompt) - 1 - request.n_cached)
+            if request.wants_prompt_logprobs and n_rows > 0:
+                self._runner.batch.rows[row : row + n_rows] = np.arange(first, first + n_rows)
+                row += n_rows
+                scored.append((request, n_rows))
+            first += count
+        return scored
+
+    def _append_scores(self, scored: list[tuple[Request, int]], row: int) -> None:
+        """Give these requests the log-probabilities of prompt tokens from the rows that `_add_scored_rows` wrote."""
+        for request, n_rows in scored:
+            logits = self._runner.batch.logits[row : row + n_rows, : self.config.vocab_size]
+            tokens = request.prompt[request.n_cached + 1 : request.n_cached + 1 + n_rows]
+            request.prompt_logprobs += token_logprobs(logits, tokens, request.params.prompt_logprobs or 0)
+            row += n_rows
+
+    def _finish_without_answer(self, parts: list[tuple[Request, int]]) -> list[Request]:
+        """End the requests that want no answer and whose prompt has been computed. Return them."""
+        ended = [request for request, _ in parts if not len(request.uniforms) and request.n_cached == request.n_tokens]
+        for request in ended:
+            self._finish(request, "length")
+        return ended
+
     def _append(self, request: Request, token: int, logits: np.ndarray) -> bool:
         """Give a request its new token. Return whether the answer has another token before it."""
         if request.first_token_at is None:
@@ -254,7 +295,7 @@ class Engine:
             self._finish(request, "stop")
             return False
         if request.params.logprobs is not None:  # before the token: `_recover` deletes one that has no token
-            request.logprobs.append(token_logprobs(logits, token, request.params.logprobs))
+            request.logprobs += token_logprobs(logits[None], [token], request.params.logprobs)
         request.tokens.append(token)
         self._runner.batch.seen[request.slot, token] = True
         if request.is_full:

@@ -24,6 +24,7 @@ class Progress:
     n_reused: int  # how many of these were in the cache
     tokens: tuple[int, ...]  # the answer so far, without the boundary that ends it
     logprobs: tuple[TokenLogprobs, ...]  # one per token, if the request asks for them
+    prompt_logprobs: tuple[TokenLogprobs, ...]  # one per token of the prompt except the first, if it asks for them
     finish_reason: FinishReason | None  # None while the request waits or runs
     submitted_at: float
     admitted_at: float | None
@@ -45,6 +46,7 @@ class Request:
     uniforms: np.ndarray  # one random number for each token that the answer can have
     tokens: list[int] = field(default_factory=list)  # the answer, without the boundary that ends it
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, if the request asks for them
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens except the first
     finish_reason: FinishReason | None = None
     slot: int | None = None  # the slot that the request has; after its end, the slot that it had
     n_cached: int = 0  # how many of its tokens have their keys and values in the slot
@@ -63,6 +65,11 @@ class Request:
         """Whether the answer has reached `max_tokens` or the end of the context."""
         return len(self.tokens) >= len(self.uniforms)
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the log-probabilities of some of the prompt's tokens are still missing."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
+
     def next_ids(self, count: int) -> list[int]:
         """Return the `count` tokens after those cached."""
         begin = self.n_cached - len(self.prompt)
@@ -78,6 +85,7 @@ class Request:
             n_reused=self.n_reused,
             tokens=tuple(self.tokens),
             logprobs=tuple(self.logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs),
             finish_reason=self.finish_reason,
             submitted_at=self.submitted_at,
             admitted_at=self.admitted_at,
@@ -97,11 +105,16 @@ def whole_ids(ids: Iterable[SupportsIndex]) -> list[int]:
     return whole
 
 
-def check_length(n_tokens: int, context: int) -> None:
-    """Raise ValueError unless a prompt of `n_tokens` has a token and leaves room for one more in the context."""
+def check_length(n_tokens: int, context: int, max_tokens: int = 1) -> None:
+    """Raise ValueError unless a prompt of `n_tokens` has a token and leaves room for an answer in the context.
+
+    max_tokens: of the answer. One that is empty needs no room.
+    """
     if not n_tokens:
         raise ValueError("the prompt has no tokens: it must have at least 1")
-    if n_tokens >= context:
+    if n_tokens > context and not max_tokens:
+        raise ValueError(f"prompt has {n_tokens} tokens: it must have at most {context}, the context")
+    if n_tokens >= context and max_tokens:
         raise ValueError(
             f"prompt has {n_tokens} tokens: it must have at most {context - 1}, "
             f"since prompt and answer share a context of {context}"

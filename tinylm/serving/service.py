@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +17,7 @@ from ray import serve
 from tinylm.engine import Engine, check_ids, check_length
 from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine, EngineDied, Listener
 from tinylm.engine.completion import Completion, CompletionBuilder
+from tinylm.engine.request import Progress
 from tinylm.kernels import KernelName, Precision
 from tinylm.llm import load
 from tinylm.sampling import SamplingParams, TokenLogprobs
@@ -58,6 +59,9 @@ class Delta:
     tokens: list[int]
     logprobs: list[TokenLogprobs]  # one per token, or empty if the request does not ask for them
     completion: Completion | None  # set in the last delta
+    # In the first delta, if the request asks for them: the tokens that the caller sent, without a boundary that the
+    # service added, and what the model says of each; None for a boundary that begins the prompt.
+    prompt: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
 
 
 class Service:
@@ -109,13 +113,14 @@ class Service:
         every_s = math.inf if whole else self.args.stream_interval_ms / 1000
         if params.stop:  # the engine would generate tokens after the stop string in vain
             every_s = min(every_s, STOP_INTERVAL_S)
-        ids = self._ids(prompt)
+        ids = self._ids(prompt, params.max_tokens)
         if self.args.log_prompts:
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
             call.prompt = text if call.prompt is None or index > 0 else f"{call.prompt}\n{text}"
         answer: Answer | None = None
         listener, builder = Listener(every_s), CompletionBuilder(self.tokenizer, params)
         n_sent = 0
+        wants_scores = params.prompt_logprobs is not None
         async with aclosing(self.engine.generate(ids, params, timeout_s, listener)) as updates:
             async for progress in updates:
                 if answer is None:
@@ -126,18 +131,29 @@ class Service:
                 if text or builder.completion is not None:
                     new = slice(n_sent, builder.n_taken)
                     n_sent = builder.n_taken
-                    yield Delta(text, list(progress.tokens[new]), list(progress.logprobs[new]), builder.completion)
+                    scores = _scores(prompt, ids, progress) if wants_scores else []
+                    wants_scores = False
+                    tokens, logprobs = list(progress.tokens[new]), list(progress.logprobs[new])
+                    yield Delta(text, tokens, logprobs, builder.completion, scores)
                 if builder.completion is not None:
                     return
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def _ids(self, prompt: str | Sequence[int], max_tokens: int) -> list[int]:
         if isinstance(prompt, str):
             check_size("prompt", prompt)
             return self.tokenizer.encode_document(prompt)
         begins = bool(prompt) and prompt[0] == self.tokenizer.boundary_id
-        check_length(len(prompt) + (not begins), self.config.context)  # before the prompt is copied
+        check_length(len(prompt) + (not begins), self.config.context, max_tokens)  # before the prompt is copied
         check_ids(prompt, self.config.vocab_size)
         return list(prompt) if begins else [self.tokenizer.boundary_id, *prompt]
+
+
+def _scores(prompt: str | Sequence[int], ids: list[int], progress: Progress) -> list[tuple[int, TokenLogprobs | None]]:
+    """Return `Delta.prompt`. ids: the prompt's tokens with the boundary. Empty if time ran out first."""
+    if len(progress.prompt_logprobs) < len(ids) - 1:
+        return []
+    is_sent = not isinstance(prompt, str) and len(prompt) == len(ids)  # the boundary
+    return list(zip(ids, (None, *progress.prompt_logprobs), strict=True))[0 if is_sent else 1 :]
 
 
 def check_size(field: str, text: str) -> None:

@@ -22,6 +22,7 @@ PARAMS = st.builds(
     stop=st.lists(st.text(min_size=1, max_size=20), max_size=16).map(tuple),
     seed=st.none() | st.integers(0, 2**63 - 1),
     logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs=st.none() | st.integers(0, 20),
 )
 
 

@@ -35,8 +35,10 @@ class GrpcMethods:
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
         with self.service.answering("Generate") as call:
             self._let_in(call, request, grpc_context)
+            scores: list[pb.TokenLogprob] = []
             async with aclosing(self._deltas(request, call, whole=True)) as deltas:
                 async for delta in deltas:
+                    scores += self._prompt_logprobs(delta)
                     if (completion := delta.completion) is None:
                         continue
                     if completion.finish_reason == "timeout":
@@ -44,6 +46,7 @@ class GrpcMethods:
                     return pb.GenerateResponse(
                         text=completion.text,
                         logprobs=_logprobs(completion.token_ids, completion.logprobs or [], self.service.tokenizer),
+                        prompt_logprobs=scores,
                         **ending(completion, self.service.replica),
                     )
         _refuse(call, grpc_context)
@@ -59,7 +62,10 @@ class GrpcMethods:
                     end = {} if delta.completion is None else ending(delta.completion, self.service.replica)
                     logprobs = _logprobs(delta.tokens, delta.logprobs, self.service.tokenizer)
                     n_tokens = len(delta.tokens)
-                    yield pb.GenerateStreamResponse(text=delta.text, tokens=n_tokens, logprobs=logprobs, **end)
+                    scores = self._prompt_logprobs(delta)
+                    yield pb.GenerateStreamResponse(
+                        text=delta.text, tokens=n_tokens, logprobs=logprobs, prompt_logprobs=scores, **end
+                    )
         if call.error is not None:
             _refuse(call, grpc_context)
             yield pb.GenerateStreamResponse()  # the Python proxy sends a status only with a message
@@ -105,6 +111,10 @@ class GrpcMethods:
         )
         if isinstance(request, Unparsable):
             raise request
+
+    def _prompt_logprobs(self, delta: Delta) -> list[pb.TokenLogprob]:
+        scored = [(token, entry) for token, entry in delta.prompt if entry is not None]
+        return _logprobs([token for token, _ in scored], [entry for _, entry in scored], self.service.tokenizer)
 
     def _deltas(self, request: pb.GenerateRequest, call: Call, whole: bool) -> AsyncGenerator[Delta, None]:
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None

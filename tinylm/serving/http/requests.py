@@ -81,7 +81,15 @@ class CompletionRequest(BaseModel):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             seed=self.seed if self.seed is None or index == 0 else (self.seed + index) % (MAX_SEED + 1),
             logprobs=self.logprobs,
+            prompt_logprobs=self._prompt_logprobs,
         )
+
+    @property
+    def _prompt_logprobs(self) -> int | None:
+        """With `echo`, the prompt has log-probabilities too, and the answer may be empty."""
+        if not self.echo:
+            return None
+        return 0 if self.logprobs is None and self.max_tokens == 0 else self.logprobs
 
 
 def is_field(name: str) -> bool:
@@ -132,8 +140,6 @@ def read_request(body: bytes) -> CompletionRequest:
         raise ValueError(
             f"prompt has {n_prompts} prompts with {request.n} answers each: the total must be 1 to {MAX_ANSWERS}"
         )
-    if request.echo and request.logprobs is not None:
-        raise ValueError("logprobs cannot be used with echo: the logprobs of the prompt are not computed")
     if request.stream_options is not None and not request.stream:
         raise ValueError("stream_options needs stream: true")
     return request

@@ -25,7 +25,6 @@ from tinylm.serving.http.requests import MAX_BODY_BYTES, TooLarge, is_field, rea
         ({"prompt": ["My secret", 1]}, "prompt is of type list: input should be a valid"),
         ({"stop": {"secret": 1}}, "stop is of type dict"),
         ({"stop": ["a", None]}, "stop is of type list"),
-        ({"logprobs": 1, "echo": True}, "logprobs .* echo"),
         ({"best_of": 2}, "best_of is not supported"),
         ({"suffix": "."}, "suffix is not supported"),
         ({"logit_bias": {"1": 1}}, "logit_bias is not supported"),
@@ -53,6 +52,25 @@ def test_values_without_effect_are_accepted() -> None:
         **{"user": "me", "stop": None, "seed": None, "logprobs": None, "stream": None},
     }
     assert read_request(json.dumps(neutral).encode()).prompts == [""]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"logprobs": 2}, None),
+        ({"echo": True}, None),
+        ({"echo": True, "logprobs": 2}, 2),
+        ({"echo": True, "max_tokens": 0}, 0),
+        ({"echo": True, "max_tokens": 0, "logprobs": 1}, 1),
+    ],
+)
+def test_echo_asks_for_the_logprobs_of_the_prompt(fields: dict, expected: int | None) -> None:
+    assert read_request(json.dumps(fields).encode()).params(0).prompt_logprobs == expected
+
+
+def test_only_echo_allows_an_empty_answer() -> None:
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        read_request(b'{"max_tokens": 0}').params(0)
 
 
 @pytest.mark.parametrize("options", [{"include_usage": None}, {}, None])
