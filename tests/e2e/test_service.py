@@ -114,7 +114,10 @@ def test_the_asynchronous_client_gets_the_same_answers(service: Service, client:
             whole = await asyncio.gather(*(asking.generate(PROMPT, params) for params in settings))
             assert [answer.text for answer in whole] == expected
             assert (await asking.info()).name == "stories-8m"
-            assert await asking.tokenize("a cat") == client.tokenize("a cat")
+            tokens = await asking.tokenize("a cat")
+            assert tokens == client.tokenize("a cat")
+            ids = [token for token, _ in tokens]
+            assert await asking.detokenize(ids) == client.detokenize(ids) == "a cat"
 
     asyncio.run(ask())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any, Self, TypeVar
@@ -61,6 +61,10 @@ class AsyncClient(Connection):
         """Return the token ids of a text, each with its bytes."""
         check_text("text", text)
         return tokens((await self._ask("Tokenize", pb.TokenizeRequest(text=text)))[0])
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD."""
+        return (await self._ask("Detokenize", pb.DetokenizeRequest(tokens=tokens)))[0].text
 
     async def info(self) -> pb.GetModelInfoResponse:
         """Return the service's description of its model, and the name of the replica that answered."""

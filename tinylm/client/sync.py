@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self, TypeVar
 
@@ -53,6 +53,10 @@ class Client(Connection):
         """Return the token ids of a text, each with its bytes."""
         check_text("text", text)
         return tokens(self._ask(self._stub.Tokenize, pb.TokenizeRequest(text=text))[0])
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD."""
+        return self._ask(self._stub.Detokenize, pb.DetokenizeRequest(tokens=tokens))[0].text
 
     def info(self) -> pb.GetModelInfoResponse:
         """Return the service's description of its model, and the name of the replica that answered."""

@@ -49,6 +49,7 @@ class AppArgs(BaseModel):
     api_keys: Path | None = None  # the key file (`tinylm key`); without it, only callers on this machine are served
     allow_anonymous: bool = False  # without a key file: serve callers from anywhere
     log_prompts: bool = False  # write prompts to the log
+    cors_origins: list[str] = []  # web pages that may call the HTTP API from a browser, such as https://example.org
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Delta:
     # In the first delta, if the request asks for them: the tokens that the caller sent, without a boundary that the
     # service added, and what the model says of each; None for a boundary that begins the prompt.
     prompt: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
+    n_prompt_tokens: int = 0  # with the boundary
 
 
 class Service:
@@ -134,7 +136,7 @@ class Service:
                     scores = _scores(prompt, ids, progress) if wants_scores else []
                     wants_scores = False
                     tokens, logprobs = list(progress.tokens[new]), list(progress.logprobs[new])
-                    yield Delta(text, tokens, logprobs, builder.completion, scores)
+                    yield Delta(text, tokens, logprobs, builder.completion, scores, len(ids))
                 if builder.completion is not None:
                     return
 

@@ -15,7 +15,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 import tinylm
 from tinylm.client.wire import ending, params_from_request
-from tinylm.engine import EngineFull
+from tinylm.engine import EngineFull, check_ids
 from tinylm.sampling import TokenLogprobs
 from tinylm.serving.calls import Call, Refused
 from tinylm.serving.grpc_service import Unparsable
@@ -24,6 +24,7 @@ from tinylm.serving.service import Delta, Service, check_size
 from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb
 
+MAX_TOKENS = 65_536  # to detokenize
 _PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?(%[^\]]+)?)\]?:\d+")  # "%" begins an IPv6 zone
 
 
@@ -79,6 +80,20 @@ class GrpcMethods:
             return pb.TokenizeResponse(tokens=[pb.Token(id=token, bytes=pieces[token]) for token in ids])
         _refuse(call, grpc_context)
         return pb.TokenizeResponse()
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DetokenizeResponse:
+        tokenizer = self.service.tokenizer
+        with self.service.answering("Detokenize") as call:
+            self._let_in(call, request, grpc_context)
+            if len(request.tokens) > MAX_TOKENS:
+                raise ValueError(f"tokens has {len(request.tokens)} tokens: it must have at most {MAX_TOKENS}")
+            check_ids(request.tokens, self.service.config.vocab_size)
+            text, its_bytes = tokenizer.decode(request.tokens), tokenizer.decode_bytes(request.tokens)
+            return pb.DetokenizeResponse(text=text, bytes=its_bytes)
+        _refuse(call, grpc_context)
+        return pb.DetokenizeResponse()
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, grpc_context: RayServegRPCContext

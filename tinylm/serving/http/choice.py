@@ -22,7 +22,14 @@ class Choice:
         self._must_echo = body.echo  # the prompt is added with the first delta, when the service has accepted it
         self._logprobs = _no_logprobs() if body.logprobs is not None else None
         self._finish_reason: str | None = None
+        self.n_prompt_tokens = self.n_tokens = 0  # of the answer so far
+        self._sum = 0.0  # of its log-probabilities
         self._offsets = TextOffsets()
+
+    @property
+    def mean_logprob(self) -> float:
+        """The mean log-probability of the answer's tokens, if the request has them."""
+        return self._sum / max(1, self.n_tokens)
 
     @property
     def has_news(self) -> bool:
@@ -36,6 +43,9 @@ class Choice:
             for token, entry in delta.prompt:
                 self._add_token(token, entry)
         self._text += delta.text
+        self.n_prompt_tokens = delta.n_prompt_tokens
+        self.n_tokens += len(delta.tokens)
+        self._sum += sum(entry.logprob for entry in delta.logprobs)
         if delta.completion is not None:
             self._finish_reason = delta.completion.finish_reason
         if self._logprobs is not None:

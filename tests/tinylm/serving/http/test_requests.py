@@ -18,14 +18,16 @@ from tinylm.serving.http.requests import MAX_BODY_BYTES, TooLarge, is_field, rea
     ("fields", "message"),
     [
         ({"temperature": "1"}, "temperature is '1': input should be a valid number"),
-        ({"n": 17}, "n is 17: .* 16"),
-        ({"prompt": ["a"] * 9, "n": 2}, "prompt has 9 prompts .* 16"),
+        ({"n": 129}, "n is 129: .* 128"),
+        ({"prompt": ["a"] * 65, "n": 2}, "prompt has 65 prompts .* 128"),
+        ({"prompt": ["a"] * 65, "best_of": 2}, "prompt has 65 prompts .* 128"),
         ({"prompt": []}, "prompt has 0 prompts"),
         ({"prompt": [5] * 70_000, "n": 16}, "prompt has 70000 .* 65536"),
         ({"prompt": ["My secret", 1]}, "prompt is of type list: input should be a valid"),
         ({"stop": {"secret": 1}}, "stop is of type dict"),
         ({"stop": ["a", None]}, "stop is of type list"),
-        ({"best_of": 2}, "best_of is not supported"),
+        ({"best_of": 2, "n": 3}, "best_of is 2: it must be at least n, 3"),
+        ({"best_of": 2, "stream": True}, "best_of is 2: with stream it must be n, 1"),
         ({"suffix": "."}, "suffix is not supported"),
         ({"logit_bias": {"1": 1}}, "logit_bias is not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
@@ -38,6 +40,11 @@ def test_an_error_begins_with_the_field(fields: dict, message: str) -> None:
         read_request(json.dumps(fields).encode())
     assert is_field(str(caught.value).partition(" ")[0])
     assert "secret" not in str(caught.value)
+
+
+def test_an_unknown_field_is_refused_by_its_full_name() -> None:
+    with pytest.raises(ValueError, match=r"^stream_options\.foo is not a field of this API$"):
+        read_request(b'{"stream": true, "stream_options": {"foo": 1}}')
 
 
 @pytest.mark.parametrize("body", [b'{"prompt": "\xff"}', b"[" * 100_000, b'"prompt"', b'{"\\ud800": 1}', b'{"a": 1}'])
