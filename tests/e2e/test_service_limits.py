@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -37,6 +38,7 @@ SHORT = SamplingParams(max_tokens=2, temperature=0)
 PROMPT = "A prompt that no log may contain"
 LONG_REQUEST = request_from_params(PROMPT, LONG)
 SLOTS, WAITING = 2, 2
+ORIGIN = "https://example.org"
 GIVE_UP_S = 60
 Code = grpc.StatusCode
 
@@ -53,7 +55,7 @@ def service(secret: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
     values = yaml.safe_load(Path("configs/serve.yaml").read_text(encoding="utf-8"))
     (application,) = values["applications"]
     limits = {"slots": SLOTS, "max_waiting": WAITING, "kernels": "numpy", "api_keys": str(directory / "keys.txt")}
-    application["args"] |= limits
+    application["args"] |= {**limits, "cors_origins": [ORIGIN]}
     application["deployments"][0]["num_replicas"] = 1
     config = directory / "limits.yaml"
     config.write_text(yaml.safe_dump(values))
@@ -210,8 +212,12 @@ def test_http_has_the_same_keys_and_queue(service: Service, secret: tuple[str, s
                 "Bearer",
             )
         settings = {"model": "stories-8m", "prompt": PROMPT, "temperature": 0, "max_tokens": LONG.max_tokens}
-        with client.completions.create(**settings, n=SLOTS + WAITING, stream=True) as stream:
+        with client.completions.create(**settings, n=SLOTS, stream=True) as stream, ThreadPoolExecutor(1) as pool:
             assert next(iter(stream)).id
+            pool.submit(client.completions.create, **settings, n=WAITING)
+            authorization = {"authorization": f"Bearer {secret[0]}"}
+            while http.get(f"{service.url}/live", headers=authorization).json()["replicas"][0]["waiting"] < WAITING:
+                time.sleep(0.05)
             for stream_too in (False, True):
                 with pytest.raises(openai.RateLimitError) as refused:
                     client.completions.create(**settings, stream=stream_too)
@@ -229,6 +235,34 @@ def test_http_has_the_same_keys_and_queue(service: Service, secret: tuple[str, s
     lines = [line for line in service.call_lines() if line["method"] == "POST /v1/completions"]
     assert {"OK", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED"} <= {line["status"] for line in lines}
     assert {line["api_key_name"] for line in lines if line["status"] != "UNAUTHENTICATED"} == {"alice"}
+
+
+def test_a_request_with_many_answers_leaves_room_in_the_queue(
+    service: Service, secret: tuple[str, str], client: Client
+) -> None:
+    """It runs one answer per slot at once, so it needs no more places in the queue than the service has."""
+    http = openai.DefaultHttpxClient(trust_env=False)
+    settings = {"model": "stories-8m", "max_tokens": 8, "temperature": 0}
+    prompts = [f"{PROMPT} {i}" for i in range(5 * (SLOTS + WAITING))]
+    with (
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key=secret[0], max_retries=0, http_client=http) as many,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        batch = pool.submit(many.completions.create, prompt=prompts, **settings)
+        while not batch.done():
+            assert client.generate("Once", SHORT).n_tokens
+        assert len(batch.result().choices) == len(prompts)
+
+
+def test_web_pages_of_named_origins_may_call(service: Service) -> None:
+    http = openai.DefaultHttpxClient(trust_env=False)
+    headers = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    allowed, other = (
+        http.request("OPTIONS", f"{service.url}/v1/completions", headers={**headers, "origin": origin})
+        for origin in (ORIGIN, "https://other.example")
+    )
+    assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, ORIGIN)
+    assert "access-control-allow-origin" not in other.headers
 
 
 def test_a_client_that_does_not_read_delays_no_other(
