@@ -17,6 +17,7 @@ from ray import serve
 from tinylm.engine import Engine, check_ids, check_length
 from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine, EngineDied, Listener
 from tinylm.engine.completion import Completion, CompletionBuilder
+from tinylm.engine.word_tokens import word_tokens
 from tinylm.kernels import KernelName, Precision
 from tinylm.llm import load
 from tinylm.sampling import SamplingParams, TokenLogprobs
@@ -109,14 +110,14 @@ class Service:
         every_s = math.inf if whole else self.args.stream_interval_ms / 1000
         if params.stop:  # the engine would generate tokens after the stop string in vain
             every_s = min(every_s, STOP_INTERVAL_S)
-        ids = self._ids(prompt)
+        ids, words = self._ids(prompt), word_tokens(params, self.tokenizer)
         if self.args.log_prompts:
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
             call.prompt = text if call.prompt is None or index > 0 else f"{call.prompt}\n{text}"
         answer: Answer | None = None
         listener, builder = Listener(every_s), CompletionBuilder(self.tokenizer, params)
         n_sent = 0
-        async with aclosing(self.engine.generate(ids, params, timeout_s, listener)) as updates:
+        async with aclosing(self.engine.generate(ids, params, timeout_s, listener, words)) as updates:
             async for progress in updates:
                 if answer is None:
                     answer = Answer(listener, index=index)
