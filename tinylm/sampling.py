@@ -73,7 +73,7 @@ class SamplingParams:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}: it must be at most max_tokens, {self.max_tokens}")
         tokens = self.stop_token_ids
-        if not isinstance(tokens, Iterable) or isinstance(tokens, (str, bytes)):
+        if not isinstance(tokens, (tuple, Iterable)) or isinstance(tokens, (str, bytes)):
             raise ValueError(f"stop_token_ids is {tokens!r}: it must be a list of token ids")
         tokens = tuple(tokens)
         if len(tokens) > MAX_STOP_TOKENS:
@@ -82,7 +82,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", ids)
 
     def _check_the_logits(self) -> None:
-        if not isinstance(self.logit_bias, Mapping):
+        if not isinstance(self.logit_bias, (dict, Mapping)):
             raise ValueError(f"logit_bias is {self.logit_bias!r}: it must map token ids to numbers")
         if len(self.logit_bias) > MAX_LOGIT_BIASES:
             raise ValueError(f"logit_bias has {len(self.logit_bias)} tokens: it must have 0 to {MAX_LOGIT_BIASES}")
@@ -112,7 +112,7 @@ class SamplingParams:
 
     def _strings(self, name: str, least: int, most: int, most_chars: int) -> None:
         value = getattr(self, name)
-        if not isinstance(value, Iterable):
+        if not isinstance(value, (tuple, Iterable)):
             raise ValueError(f"{name} is {value!r}: it must be a string or several")
         strings = (value,) if isinstance(value, str) else tuple(value)
         if not least <= len(strings) <= most:
@@ -126,9 +126,9 @@ class SamplingParams:
 
 def _whole(name: str, value: Any, low: int, high: int | None) -> int:
     """Return a whole number, also NumPy's, as Python's. Raise ValueError if it is not one from low to high."""
-    limit = f"at least {low}" if high is None else f"{low} to {high}"
-    fits = isinstance(value, Integral) and not isinstance(value, bool)
+    fits = isinstance(value, (int, Integral)) and not isinstance(value, bool)
     if not fits or value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name} is {value!r}: it must be a whole number, {limit}")
     return int(value)
 
@@ -138,10 +138,10 @@ def _number(name: str, value: Any, low: float, high: float, above: bool = False)
 
     above: the number must be larger than `low`.
     """
-    limit = f"above {low} and at most {high}" if above else f"{low} to {high}"
     is_number = isinstance(value, (int, float, Real)) and not isinstance(value, bool)
     fits = is_number and low <= value <= high  # False for NaN
     if not fits or (above and value == low):
+        limit = f"above {low} and at most {high}" if above else f"{low} to {high}"
         raise ValueError(f"{name} is {value!r}: it must be a number, {limit}")
     return value if isinstance(value, int) else float(value)
 
