@@ -6,9 +6,9 @@ If the text ends with "a b c" and contains "a b c d" earlier, then "d" would ext
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from tinylm.engine.word_tokens import Tails
 from tinylm.sampling import SamplingParams
@@ -17,55 +17,70 @@ MAX_LOG = 88.7228391  # of the largest float32; llama.cpp limits the exponent by
 MAX_PENALTY = 1e20  # smaller than what forbids a token
 
 
-def dry_penalties(ids: np.ndarray, params: SamplingParams, breakers: Tails) -> dict[int, float]:
-    """Return the tokens that would extend a repetition of `ids` (n,), each with the penalty for its logit.
+class Dry:
+    """The DRY penalties of one text, which grows by single tokens."""
 
-    The penalty is multiplier * base^(length - allowed_length) for the longest repetition that the token would extend. A
-    repetition does not reach across a breaker. A token that contains a breaker has no penalty.
-    """
-    if params.dry_penalty_last_n >= 0:
-        ids = ids[max(0, len(ids) - params.dry_penalty_last_n) :]
-    allowed, base = params.dry_allowed_length, params.dry_base
-    if len(ids) <= allowed:
-        return {}
-    newest_first = ids[::-1]
-    limit = _tokens_after_breaker(newest_first.tolist(), breakers)
-    if limit < allowed:
-        return {}
-    largest_exponent = int(MAX_LOG / math.log(base)) if base > 1.000001 else len(ids)
-    return {
-        token: min(params.dry_multiplier * base ** min(length - allowed, largest_exponent), MAX_PENALTY)
-        for token, length in _longest_repetitions(newest_first, limit, allowed).items()
-        if () not in breakers.get(token, ())
-    }
+    def __init__(self, params: SamplingParams, breakers: Tails, context: int) -> None:
+        """context: the most tokens of the text."""
+        self._params, self._breakers = params, breakers
+        base = params.dry_base
+        self._largest_exponent = int(MAX_LOG / math.log(base)) if base > 1.000001 else context
+        self._n = 0  # tokens of the text
+        self._ids = np.zeros(context, np.int32)
+        # How many of the last tokens before place p are also the last tokens of the text, (context + 1,).
+        self._lengths = np.zeros(context + 1, np.int32)
 
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Start with the text of these tokens."""
+        self._n = 0
+        for token in prompt:
+            self.add(token)
 
-def _tokens_after_breaker(newest_first: list[int], breakers: Tails) -> int:
-    """Return the number of tokens after the last breaker. Without a breaker, return the number of all tokens.
+    def add(self, token: int) -> None:
+        """Add a token to the text."""
+        n = self._n
+        # A repetition before place p becomes longer if the token at p is this one, and ends otherwise.
+        self._lengths[1 : n + 1] = (self._lengths[:n] + 1) * (self._ids[:n] == token)
+        self._ids[n] = token
+        self._n = n + 1
 
-    Of several breakers that begin at the same token, the longest counts.
-    """
-    for age, token in enumerate(newest_first):
-        tails = breakers.get(token, ())
-        lengths = [len(t) for t in tails if len(t) <= age and list(t) == newest_first[age - len(t) : age][::-1]]
-        if lengths:
-            return age - max(lengths)
-    return len(newest_first)
+    def penalties(self) -> dict[int, float]:
+        """Return the tokens that would extend a repetition, each with the penalty for its logit.
 
+        The penalty is multiplier * base^(length - allowed_length) for the longest repetition that the token would
+        extend. A repetition does not reach across a breaker. A token that contains a breaker has no penalty.
+        """
+        allowed, last_n = self._params.dry_allowed_length, self._params.dry_penalty_last_n
+        begin = 0 if last_n < 0 else max(0, self._n - last_n)
+        places = begin + 1 + np.flatnonzero(self._lengths[begin + 1 : self._n] >= allowed)
+        if not len(places):
+            return {}
+        limits = np.minimum(places - begin, self._tokens_after_breaker(begin))
+        lengths = np.minimum(self._lengths[places], limits).tolist()
+        longest: dict[int, int] = {}
+        for token, length in zip(self._ids[places].tolist(), lengths, strict=True):
+            if length >= allowed:
+                longest[token] = max(length, longest.get(token, 0))
+        return {
+            token: self._penalty(length - allowed)
+            for token, length in longest.items()
+            if () not in self._breakers.get(token, ())
+        }
 
-def _longest_repetitions(newest_first: np.ndarray, limit: int, allowed: int) -> dict[int, int]:
-    """Return the tokens that would extend a repetition of at least `allowed` tokens, each with the greatest length.
+    def _penalty(self, exponent: int) -> float:
+        params = self._params
+        return min(params.dry_multiplier * params.dry_base ** min(exponent, self._largest_exponent), MAX_PENALTY)
 
-    No length is greater than `limit`.
-    """
-    n = len(newest_first)
-    # A repetition that ended `age` tokens ago has the tokens newest_first[age :], and the token after it is age - 1.
-    ages = np.flatnonzero(newest_first[1:] == newest_first[0]) + 1 if allowed > 0 else np.arange(1, n)
-    padded = np.concatenate([newest_first, np.full(n, -1, newest_first.dtype)])
-    lengths = (sliding_window_view(padded, n)[ages] == newest_first).argmin(axis=1)  # of each: the first difference
-    longest: dict[int, int] = {}
-    for age, length in zip(ages.tolist(), np.minimum(lengths, limit).tolist(), strict=True):
-        if length >= allowed:
-            token = int(newest_first[age - 1])
-            longest[token] = max(length, longest.get(token, 0))
-    return longest
+    def _tokens_after_breaker(self, begin: int) -> int:
+        """Return the number of tokens after the last breaker. Without one, return the number of tokens from `begin`.
+
+        Of several breakers that begin at the same token, the longest counts.
+        """
+        ids = self._ids[begin : self._n].tolist()
+        for place in range(len(ids) - 1, -1, -1):
+            if tails := self._breakers.get(ids[place]):
+                rest = ids[place + 1 :]
+                lengths = [len(tail) for tail in tails if tuple(rest[: len(tail)]) == tail]
+                if lengths:
+                    return len(rest) - max(lengths)
+        return len(ids)

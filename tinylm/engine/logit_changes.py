@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tinylm.config import ModelConfig
-from tinylm.engine.dry import dry_penalties
+from tinylm.engine.dry import Dry
 from tinylm.engine.word_tokens import WordTokens
 from tinylm.kernels.batch import FORBIDDEN
 from tinylm.sampling import SamplingParams
@@ -25,7 +25,7 @@ class LogitChanges:
 
     def __init__(self, params: SamplingParams, words: WordTokens, config: ModelConfig) -> None:
         """Raise ValueError if all tokens are forbidden."""
-        self._params, self._breakers, self._vocab_size = params, words.breakers, config.vocab_size
+        self._params, self._vocab_size = params, config.vocab_size
         self._ends = sorted({config.boundary_id, *params.stop_token_ids})  # forbidden before min_tokens
         self._fixed = dict(params.logit_bias)
         if params.ignore_eos:
@@ -37,8 +37,8 @@ class LogitChanges:
             else:
                 self._fixed[token] = FORBIDDEN
         self._check_that_a_token_is_left(words)
-        self._history = np.zeros(config.context, np.int32)  # the tokens of prompt and answer, for DRY
-        self._n_prompt = self._n_counted = 0
+        self._dry = Dry(params, words.breakers, config.context) if params.uses_dry else None
+        self._n_counted = 0  # how many tokens of the answer are in the counts and in DRY's text
         self._counts: dict[int, int] = {}  # how often the answer holds a token
         self._lasting = np.zeros(0, np.float32)  # (vocab,): the changes that do not depend on the last tokens
 
@@ -53,9 +53,10 @@ class LogitChanges:
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Start with a prompt and an empty answer."""
-        self._history[: len(prompt)] = prompt
-        self._n_prompt, self._n_counted = len(prompt), 0
+        self._n_counted = 0
         self._counts = {}
+        if self._dry is not None:
+            self._dry.begin(prompt)
         self._lasting = np.zeros(self._vocab_size, np.float32)
         for token, bias in self._fixed.items():
             self._lasting[token] = bias
@@ -69,9 +70,8 @@ class LogitChanges:
         for token in tokens[self._n_counted :]:
             self._count(token)
         bias[:] = self._lasting
-        if params.uses_dry:
-            history = self._history[: self._n_prompt + self._n_counted]
-            for token, penalty in dry_penalties(history, params, self._breakers).items():
+        if self._dry is not None:
+            for token, penalty in self._dry.penalties().items():
                 bias[token] -= penalty
         if len(tokens) < params.min_tokens:
             bias[self._ends] = FORBIDDEN
@@ -82,8 +82,9 @@ class LogitChanges:
     def _count(self, token: int) -> None:
         """Take a new token of the answer into account."""
         params = self._params
-        self._history[self._n_prompt + self._n_counted] = token
         self._n_counted += 1
+        if self._dry is not None:
+            self._dry.add(token)
         n = self._counts[token] = self._counts.get(token, 0) + 1
         penalty = params.presence_penalty + params.frequency_penalty * n
         self._lasting[token] = self._fixed.get(token, 0.0) - penalty

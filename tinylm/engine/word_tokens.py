@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from tinylm.sampling import SamplingParams
 from tinylm.tokenizer import Tokenizer
@@ -59,15 +59,20 @@ def breaker_tokens(tokenizer: Tokenizer, breaker: str) -> Tails:
     the breaker follows. This is what llama.cpp's `get_overlapping_token_sequences` finds.
     """
     wanted = breaker.encode()
+    first, longest = wanted[0], len(wanted) - 1
+
+    @cache
+    def tail(n_written: int) -> tuple[int, ...]:
+        return _tail(wanted[n_written:], tokenizer)
+
     found: dict[int, tuple[tuple[int, ...], ...]] = {}
     for token, piece in enumerate(tokenizer.piece_bytes):
+        if first not in piece:
+            continue
         if wanted in piece:
             found[token] = ((),)
-        elif wanted[0] in piece:
-            lengths = range(min(len(piece), len(wanted) - 1), 0, -1)
-            rests = [wanted[n:] for n in lengths if piece.endswith(wanted[:n])]
-            if rests:
-                found[token] = tuple(dict.fromkeys(_tail(rest, tokenizer) for rest in rests))
+        elif tails := [tail(n) for n in range(min(len(piece), longest), 0, -1) if piece.endswith(wanted[:n])]:
+            found[token] = tuple(dict.fromkeys(tails))
     return found
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tinylm import SamplingParams
-from tinylm.engine.dry import MAX_PENALTY, dry_penalties
+from tinylm.engine.dry import MAX_PENALTY, Dry
 
 TOKENS = st.integers(0, 4)
 TAILS = st.lists(st.lists(TOKENS, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple)
@@ -38,8 +37,15 @@ def slow_dry(ids, params, breakers):
     return penalties
 
 
-def penalties(ids, params, breakers):
-    return dry_penalties(np.array(ids, np.int32), params, breakers)
+def penalties(ids, params, breakers, n_prompt=0):
+    """Return the penalties after a prompt and an answer. The text before it must not matter."""
+    dry = Dry(params, breakers, context=len(ids) + 5)
+    dry.begin([3, 1, 3, 1, 2])
+    dry.begin(ids[:n_prompt])
+    for token in ids[n_prompt:]:
+        dry.penalties()
+        dry.add(token)
+    return dry.penalties()
 
 
 @given(
@@ -52,9 +58,10 @@ def penalties(ids, params, breakers):
         dry_penalty_last_n=st.just(-1) | st.integers(1, 50),
     ),
     st.dictionaries(TOKENS, TAILS, max_size=2),
+    st.integers(0, 40),
 )
-def test_penalties_are_those_of_the_definition(ids, params, breakers):
-    assert penalties(ids, params, breakers) == pytest.approx(slow_dry(ids, params, breakers))
+def test_penalties_are_those_of_the_definition(ids, params, breakers, n_prompt):
+    assert penalties(ids, params, breakers, n_prompt) == pytest.approx(slow_dry(ids, params, breakers))
 
 
 @pytest.mark.parametrize(
