@@ -19,7 +19,6 @@ from tinylm.model import Chunk, Model, ModelRunner
 VOCAB = 24  # few tokens, so that they repeat
 BOUNDARY = 1
 CONFIG = ModelConfig(VOCAB, hidden_size=32, n_layers=2, n_heads=2, mlp_size=64, context=48, boundary_id=BOUNDARY)
-NONE = WordTokens()
 TOKENS = st.integers(0, VOCAB - 1)
 PROMPTS = st.lists(TOKENS, max_size=12).map(lambda ids: [BOUNDARY, *ids])
 LENGTHS = st.integers(1, 60)
@@ -57,9 +56,10 @@ def requests(draw, fields):
     chosen = {name: draw(strategy) for name, strategy in fields.items()}
     if "min_tokens" in chosen:
         chosen["min_tokens"] = min(chosen["min_tokens"], max_tokens)
-    has_words = fields is FIELDS["bad_words"] or fields is ALL
-    breakers = dict.fromkeys(draw(st.lists(TOKENS, max_size=2)), ((),)) if "dry_multiplier" in chosen else {}
-    words = WordTokens(draw(SEQUENCES) if has_words else (), breakers)
+    words = None
+    if fields is FIELDS["bad_words"] or "dry_multiplier" in fields:
+        bad_words = draw(SEQUENCES) if "ignore_eos" in fields else ()
+        words = WordTokens(bad_words, dict.fromkeys(draw(st.lists(TOKENS, max_size=2)), ((),)))
     return draw(PROMPTS), SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, **chosen}), words
 
 
@@ -77,7 +77,7 @@ def slow_changes(prompt, tokens, params, words):
             bias = -np.inf
         if len(tokens) < params.min_tokens and token in (BOUNDARY, *params.stop_token_ids):
             bias = -np.inf
-        if any(tuple([*tokens, token][-len(word) :]) == word for word in words.bad_words):
+        if words is not None and any(tuple([*tokens, token][-len(word) :]) == word for word in words.bad_words):
             bias = -np.inf
         added.append(bias)
     return np.array(added)
@@ -101,7 +101,7 @@ def run(engine):
         engine.step()
 
 
-def alone(model, prompt, params, words=NONE):
+def alone(model, prompt, params, words=None):
     engine = Engine(model, n_slots=1)
     request = engine.submit(prompt, params, words=words)
     run(engine)
@@ -116,6 +116,18 @@ def alone(model, prompt, params, words=NONE):
 @given(data=st.data())
 def test_an_answer_follows_the_definition_of_a_field(model, field, data):
     prompt, params, words = data.draw(requests(FIELDS[field]))
+    assert alone(model, prompt, params, words) == slow_greedy(model, prompt, params, words)
+
+
+@settings(max_examples=50)
+@given(data=st.data(), prompt=PROMPTS)
+def test_only_the_last_token_of_a_bad_word_is_forbidden(model, data, prompt):
+    """The words are parts of the answer without them. In some, the first token is another one."""
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, presence_penalty=1)
+    free, _ = alone(model, prompt, params)
+    places = data.draw(st.lists(st.tuples(st.integers(0, 26), st.integers(1, 4), st.none() | TOKENS), max_size=4))
+    parts = [(free[begin : begin + n], first) for begin, n, first in places]
+    words = WordTokens(tuple(tuple(part) if first is None else (first, *part[1:]) for part, first in parts))
     assert alone(model, prompt, params, words) == slow_greedy(model, prompt, params, words)
 
 
