@@ -48,7 +48,8 @@ class LogitChanges:
             forbidden.update(self._ends)
         if len(forbidden) >= self._vocab_size:
             raise ValueError(
-                f"bad_words and the settings of the end forbid all {self._vocab_size} tokens: leave at least one"
+                f"bad_words, ignore_eos, stop_token_ids and min_tokens forbid all {self._vocab_size} tokens: "
+                "leave at least one"
             )
 
     def begin(self, prompt: Sequence[int]) -> None:
