@@ -17,6 +17,7 @@ import numpy as np
 from tinylm.engine.completion import Completion, CompletionBuilder
 from tinylm.engine.engine import Engine
 from tinylm.engine.request import Progress, Request
+from tinylm.engine.word_tokens import word_tokens
 from tinylm.kernels.blas import run_limited
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.sampling import SamplingParams, TokenLogprobs
@@ -113,8 +114,7 @@ class LLM:
         Raise ValueError, before anything is generated, if a prompt is too long.
         """
         params = params or SamplingParams()
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        requests = [self._engine.make_request(self.tokenizer.encode_document(text), params) for text in texts]
+        requests = self._requests([prompts] if isinstance(prompts, str) else prompts, params)
         builders = {request: CompletionBuilder(self.tokenizer, params) for request in requests}
         try:
             try:
@@ -148,7 +148,7 @@ class LLM:
         return Stream(self._updates(prompt, params or SamplingParams()))
 
     def _updates(self, prompt: str, params: SamplingParams) -> Generator[Update[Completion], None, None]:
-        request = self._engine.make_request(self.tokenizer.encode_document(prompt), params)
+        [request] = self._requests([prompt], params)
         builder = CompletionBuilder(self.tokenizer, params)
 
         def advance() -> Progress:
@@ -169,6 +169,10 @@ class LLM:
                 self._engine.cancel(request)
         finally:
             self._engine.cancel(request)  # again: a second Ctrl-C can interrupt the first
+
+    def _requests(self, prompts: Sequence[str], params: SamplingParams) -> list[Request]:
+        words, encode = word_tokens(params, self.tokenizer), self.tokenizer.encode_document
+        return [self._engine.make_request(encode(prompt), params, words=words) for prompt in prompts]
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return the scores of the next token after each of `ids`, (len(ids), vocab) float32, without the KV cache.

@@ -192,9 +192,13 @@ def test_a_prompt_is_scored(client: OpenAI, stories: LLM) -> None:
 def test_defaults_are_openai_s_and_our_settings_take_effect(client: OpenAI, stories: LLM) -> None:
     plain = client.completions.create(model="stories-8m", prompt=PROMPT, seed=5)
     assert plain.choices[0].text == stories.generate(PROMPT, SamplingParams(16, 1.0, 1.0, seed=5))[0].text
-    own = {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.3}
-    more = client.completions.create(model="stories-8m", prompt=PROMPT, extra_body=own, **SETTINGS)
-    assert more.choices[0].text == stories.generate(PROMPT, SamplingParams(**SETTINGS, **own))[0].text
+    own = {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.3, "bad_words": ["was"], "dry_multiplier": 0.8}
+    theirs = {"presence_penalty": 0.5, "frequency_penalty": 0.5}
+    more = client.completions.create(
+        model="stories-8m", prompt=PROMPT, extra_body=own, logit_bias={"300": 2}, **theirs, **SETTINGS
+    )
+    params = SamplingParams(**SETTINGS, **own, **theirs, logit_bias={300: 2})
+    assert more.choices[0].text == stories.generate(PROMPT, params)[0].text
 
 
 def test_the_model_is_listed_and_others_are_unknown(client: OpenAI) -> None:

@@ -76,7 +76,9 @@ def test_commands_and_programs_of_the_docs_work_on_a_service(service: Service, t
 def test_sampled_text_follows_its_seed_and_settings(client: Client, stories: LLM) -> None:
     params = SamplingParams(
         max_tokens=40, temperature=1.1, top_p=0.9, top_k=50, min_p=0.01, repetition_penalty=1.2, seed=7,
-        stop=("zz", "."), logprobs=3, prompt_logprobs=2,
+        stop=("zz", "."), logprobs=3, prompt_logprobs=2, min_tokens=5, ignore_eos=True, stop_token_ids=(5,),
+        logit_bias={300: 2.5},
+        presence_penalty=0.2, frequency_penalty=0.1, bad_words=("was",), dry_multiplier=0.8, dry_base=2,
     )  # fmt: skip
     expected = stories.generate(PROMPT, params)[0]
     whole = client.generate(PROMPT, params)

@@ -10,17 +10,16 @@ from tinylm.v1 import tinylm_pb2 as pb
 if TYPE_CHECKING:  # clients must not import the engine
     from tinylm.engine.completion import Completion
 
-_OPTIONAL = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "logprobs",
-    "prompt_logprobs",
+# A request has all of these settings, so that a change of the defaults does not change its answer.
+_ALWAYS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs")
+# A request has these settings only if they are not the defaults.
+_NUMBERS = (
+    *("prompt_logprobs", "min_tokens", "presence_penalty", "frequency_penalty"),
+    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
 )
+_STRINGS = ("bad_words", "dry_sequence_breakers")
+_OTHERS = ("ignore_eos", "stop_token_ids", "logit_bias")
+_DEFAULTS = SamplingParams()
 
 MAX_UINT32 = 2**32 - 1
 FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
@@ -33,7 +32,8 @@ FINISH_REASON_NAMES = {number: name for name, number in FINISH_REASONS.items()}
 
 def params_from_request(request: pb.GenerateRequest) -> SamplingParams:
     """Return the settings of a request. Raise ValueError, which names the field, the value and the limit."""
-    given = {name: getattr(request, name) for name in _OPTIONAL if request.HasField(name)}
+    given: dict[str, Any] = {name: getattr(request, name) for name in _ALWAYS + _NUMBERS if request.HasField(name)}
+    given |= {name: value for name in _STRINGS + _OTHERS if (value := getattr(request, name))}
     return SamplingParams(stop=tuple(request.stop), **given)
 
 
@@ -43,12 +43,16 @@ def request_from_params(prompt: str, params: SamplingParams) -> pb.GenerateReque
     Raise ValueError, which names the field, for a value that the message cannot hold.
     """
     check_text("prompt", prompt)
-    for text in params.stop:
-        check_text("stop", text)
+    for name in ("stop", *_STRINGS):
+        for text in getattr(params, name):
+            check_text(name, text)
     for name, value in (("max_tokens", params.max_tokens), ("top_k", params.top_k)):
         if value > MAX_UINT32:
             raise ValueError(f"{name} must be a whole number of at most {MAX_UINT32}, got {value}")
-    given = {name: value for name in _OPTIONAL if (value := getattr(params, name)) is not None}
+    given = {name: value for name in _ALWAYS if (value := getattr(params, name)) is not None}
+    for name in _NUMBERS + _STRINGS + _OTHERS:
+        if (value := getattr(params, name)) != getattr(_DEFAULTS, name):
+            given[name] = value
     return pb.GenerateRequest(prompt=prompt, stop=params.stop, **given)
 
 

@@ -48,8 +48,8 @@ class CompletionBuilder:
         tokens = progress.tokens[self.n_taken :]
         # With stop strings, push single tokens: the answer ends with the token that completes a stop string.
         for part in [(token,) for token in tokens] if self._params.stop else [tokens]:
-            text += self._stream.push(part)
             self.n_taken += len(part)
+            text += self._stream.push(part, may_stop=self.n_taken > self._params.min_tokens)
             if self._stream.stopped:
                 finish_reason = "stop"
                 break

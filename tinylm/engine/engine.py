@@ -13,10 +13,12 @@ from contextlib import suppress
 
 import numpy as np
 
+from tinylm.engine.logit_changes import logit_changes
 from tinylm.engine.logprobs import token_logprobs
 from tinylm.engine.request import Request, check_ids, check_length, whole_ids
 from tinylm.engine.scheduler import choose_slot, share_tokens
 from tinylm.engine.stats import EngineStats
+from tinylm.engine.word_tokens import WordTokens
 from tinylm.model import Model, ModelRunner
 from tinylm.sampling import FinishReason, SamplingParams
 
@@ -94,17 +96,29 @@ class Engine:
                 f"{self.n_running} requests are running and {self.n_waiting} waiting, the limit: try later"
             )
 
-    def make_request(self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None) -> Request:
+    def make_request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        timeout_s: float | None = None,
+        words: WordTokens | None = None,
+    ) -> Request:
         """Return the request for a prompt of token ids (with its boundary). `add` queues it.
 
-        Raise ValueError if the prompt is empty, contains an unknown id or leaves no room in the context for an answer.
+        words: what `word_tokens` returns for these settings.
+        Raise ValueError if the prompt is empty, contains an unknown id or leaves no room in the context for an answer,
+        or if the settings contain an unknown id or forbid all tokens.
         """
         check_length(len(prompt), self.config.context, params.max_tokens)
         prompt = whole_ids(prompt)
         check_ids(prompt, self.config.vocab_size)
+        check_ids(params.stop_token_ids, self.config.vocab_size, "stop_token_ids")
+        check_ids(params.logit_bias, self.config.vocab_size, "logit_bias")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         max_tokens = min(params.max_tokens, self.config.context - len(prompt))
-        return Request(prompt, params, deadline, np.random.default_rng(params.seed).random(max_tokens))
+        uniforms = np.random.default_rng(params.seed).random(max_tokens)
+        ends = frozenset((self.config.boundary_id, *params.stop_token_ids))
+        return Request(prompt, params, deadline, uniforms, ends, logit_changes(params, words, self.config))
 
     def add(self, request: Request) -> None:
         """Queue a request that `make_request` returned. Raise EngineFull if the queue is full."""
@@ -113,9 +127,15 @@ class Engine:
             self._next_deadline = min(self._next_deadline, request.deadline)
         self._unfinished.append(request)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None) -> Request:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        timeout_s: float | None = None,
+        words: WordTokens | None = None,
+    ) -> Request:
         """Queue a prompt and return its request. Raise as `make_request` and `add` do."""
-        request = self.make_request(prompt, params, timeout_s)
+        request = self.make_request(prompt, params, timeout_s, words)
         self.add(request)
         return request
 
@@ -225,6 +245,9 @@ class Engine:
         batch.seen[slot] = False
         batch.seen[slot, ids] = True
         batch.seen[slot, self.config.boundary_id] = False  # every prompt has it: a penalty would delay the end
+        batch.biased[slot] = request.changes is not None
+        if request.changes is not None:
+            request.changes.begin(request.prompt)
         if request.admitted_at is None:
             request.admitted_at = time.monotonic()
             request.n_reused = n_cached
@@ -237,6 +260,7 @@ class Engine:
 
     def _fill_batch(self, parts: list[tuple[Request, int]]) -> list[Request]:
         """Write the parts' tokens into the batch. Return the requests that get a token from this batch, one per row."""
+        batch = self._runner.batch
         ids: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -249,7 +273,8 @@ class Engine:
             if request.n_cached + count == request.n_tokens and not request.is_full:
                 rows.append(len(ids) - 1)
                 sampled.append(request)
-        batch = self._runner.batch
+                if request.changes is not None:
+                    request.changes.write(request.tokens, batch.bias[request.slot])
         batch.ids[: len(ids)] = ids
         batch.slots[: len(ids)] = slots
         batch.positions[: len(ids)] = positions
@@ -291,7 +316,7 @@ class Engine:
         """Give a request its new token. Return whether the answer has another token before it."""
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
-        if token == self.config.boundary_id:
+        if token in request.ends:
             self._finish(request, "stop")
             return False
         if request.params.logprobs is not None:  # before the token: `_recover` deletes one that has no token

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import SupportsIndex
 
 import numpy as np
 
+from tinylm.engine.logit_changes import LogitChanges
 from tinylm.sampling import FinishReason, SamplingParams, TokenLogprobs
 
 
@@ -22,7 +23,7 @@ class Progress:
 
     n_prompt_tokens: int  # with the boundary
     n_reused: int  # how many of these were in the cache
-    tokens: tuple[int, ...]  # the answer so far, without the boundary that ends it
+    tokens: tuple[int, ...]  # the answer so far, without the token that ends it
     logprobs: tuple[TokenLogprobs, ...]  # one per token, if the request asks for them
     prompt_logprobs: tuple[TokenLogprobs, ...]  # one per token of the prompt except the first, if it asks for them
     finish_reason: FinishReason | None  # None while the request waits or runs
@@ -44,7 +45,9 @@ class Request:
     params: SamplingParams
     deadline: float | None
     uniforms: np.ndarray  # one random number for each token that the answer can have
-    tokens: list[int] = field(default_factory=list)  # the answer, without the boundary that ends it
+    ends: frozenset[int]  # the tokens that end the answer: the boundary and stop_token_ids
+    changes: LogitChanges | None = None  # None: the logits stay as they are
+    tokens: list[int] = field(default_factory=list)  # the answer, without the token that ends it
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, if the request asks for them
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens except the first
     finish_reason: FinishReason | None = None
@@ -121,8 +124,8 @@ def check_length(n_tokens: int, context: int, max_tokens: int = 1) -> None:
         )
 
 
-def check_ids(prompt: Sequence[int], vocab_size: int) -> None:
-    """Raise ValueError unless all ids are tokens of the vocabulary."""
-    if not all(0 <= token < vocab_size for token in prompt):
-        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-        raise ValueError(f"the prompt holds token {wrong}: tokens are 0 to {vocab_size - 1}")
+def check_ids(ids: Collection[int], vocab_size: int, name: str = "the prompt") -> None:
+    """Raise ValueError unless all ids are tokens of the vocabulary. name: what holds the ids."""
+    if not all(0 <= token < vocab_size for token in ids):
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise ValueError(f"{name} holds token {wrong}: tokens are 0 to {vocab_size - 1}")

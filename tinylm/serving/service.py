@@ -18,6 +18,7 @@ from tinylm.engine import Engine, check_ids, check_length
 from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine, EngineDied, Listener
 from tinylm.engine.completion import Completion, CompletionBuilder
 from tinylm.engine.request import Progress
+from tinylm.engine.word_tokens import word_tokens
 from tinylm.kernels import KernelName, Precision
 from tinylm.llm import load
 from tinylm.sampling import SamplingParams, TokenLogprobs
@@ -115,7 +116,7 @@ class Service:
         every_s = math.inf if whole else self.args.stream_interval_ms / 1000
         if params.stop:  # the engine would generate tokens after the stop string in vain
             every_s = min(every_s, STOP_INTERVAL_S)
-        ids = self._ids(prompt, params.max_tokens)
+        ids, words = self._ids(prompt, params.max_tokens), word_tokens(params, self.tokenizer)
         if self.args.log_prompts:
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
             call.prompt = text if call.prompt is None or index > 0 else f"{call.prompt}\n{text}"
@@ -123,7 +124,7 @@ class Service:
         listener, builder = Listener(every_s), CompletionBuilder(self.tokenizer, params)
         n_sent = 0
         wants_scores = params.prompt_logprobs is not None
-        async with aclosing(self.engine.generate(ids, params, timeout_s, listener)) as updates:
+        async with aclosing(self.engine.generate(ids, params, timeout_s, listener, words)) as updates:
             async for progress in updates:
                 if answer is None:
                     answer = Answer(listener, index=index)

@@ -16,9 +16,11 @@ from tinylm.sampling import MAX_SEED, SamplingParams
 MAX_BODY_BYTES = 4 * 1024 * 1024  # the same limit as for a gRPC message
 MAX_ANSWERS = 128  # of one request: its prompts times n, or times best_of
 MAX_PROMPT_ITEMS = 65_536  # texts or token ids in total; a context holds far fewer
-PRIVATE = {"prompt", "stop", "user"}  # error messages omit these values, because they are logged
-# Unsupported fields of OpenAI's API, with the value that has no effect.
-UNSUPPORTED = {"suffix": "", "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0}
+# Error messages omit these values, because they are logged.
+PRIVATE = {"prompt", "stop", "user", "bad_words", "dry_sequence_breakers"}
+# Unsupported fields of OpenAI's API and of vLLM's, with the value that has no effect.
+UNSUPPORTED = {"suffix": "", "skip_special_tokens": True}
+DEFAULTS = SamplingParams()
 
 
 class TooLarge(ValueError):
@@ -47,11 +49,14 @@ class CompletionRequest(BaseModel):
     best_of: int | None = Field(default=None, ge=1, le=MAX_ANSWERS)  # generate so many, and return the n most likely
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] = []
-    seed: int | None = None
+    stop: str | list[str] = []  # "" means none
+    seed: int | None = None  # -1 means a random seed
     logprobs: int | None = None  # alternatives to report for each token
     echo: bool = False  # put the prompt before the answer
     user: str | None = None  # accepted and ignored
+    logit_bias: dict[str, float] = {}  # the keys are token ids
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     # Not in OpenAI's API: the same fields as in tinylm.v1.GenerateRequest. llama.cpp's name is repeat_penalty.
     top_k: int = 0
     min_p: float = 0.0
@@ -59,6 +64,15 @@ class CompletionRequest(BaseModel):
         default=1.0, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
     )
     timeout_ms: int = Field(default=0, ge=0, le=2**32 - 1)
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    stop_token_ids: list[int] = []
+    bad_words: list[str] = []
+    dry_multiplier: float = DEFAULTS.dry_multiplier
+    dry_base: float = DEFAULTS.dry_base
+    dry_allowed_length: int = DEFAULTS.dry_allowed_length
+    dry_penalty_last_n: int = DEFAULTS.dry_penalty_last_n
+    dry_sequence_breakers: list[str] = list(DEFAULTS.dry_sequence_breakers)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -79,17 +93,14 @@ class CompletionRequest(BaseModel):
 
     def params(self, index: int) -> SamplingParams:
         """Return the settings of answer `index` to a prompt. Its seed is the request's seed plus `index`."""
+        same = {name: getattr(self, name) for name in SamplingParams.__dataclass_fields__ if name not in CONVERTED}
         return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-            seed=self.seed if self.seed is None or index == 0 else (self.seed + index) % (MAX_SEED + 1),
+            stop=() if self.stop == "" else tuple([self.stop] if isinstance(self.stop, str) else self.stop),
+            seed=_seed(self.seed, index),
             logprobs=0 if self.logprobs is None and self.n_generated > self.n else self.logprobs,
             prompt_logprobs=self._prompt_logprobs,
+            logit_bias=_biases(self.logit_bias),
+            **same,
         )
 
     @property
@@ -98,6 +109,30 @@ class CompletionRequest(BaseModel):
         if not self.echo:
             return None
         return 0 if self.logprobs is None and self.max_tokens == 0 else self.logprobs
+
+
+CONVERTED = {
+    "stop",
+    "seed",
+    "logprobs",
+    "prompt_logprobs",
+    "logit_bias",
+}  # the other fields have the form of SamplingParams
+
+
+def _seed(seed: int | None, index: int) -> int | None:
+    """Return the seed of answer `index`. Each answer has another one, within the limit."""
+    if seed is None or seed == -1:
+        return None
+    return seed if index == 0 else (seed + index) % (MAX_SEED + 1)
+
+
+def _biases(logit_bias: dict[str, float]) -> dict[int, float]:
+    """Return the biases with token ids as keys. Raise ValueError for other keys."""
+    for key in logit_bias:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise ValueError(f"logit_bias has the key {key[:64]!r}: it must be a token id")
+    return {int(key): value for key, value in logit_bias.items()}
 
 
 def is_field(name: str) -> bool:
