@@ -43,6 +43,8 @@ class Request:
     params: SamplingParams
     deadline: float | None
     uniforms: np.ndarray  # one random number for each token that the answer can have
+    priority: int = 0  # 0 or more; a waiting request with a higher priority gets a slot first
+    n_overtaken: int = 0  # how many requests with a higher priority went ahead of it in the queue
     tokens: list[int] = field(default_factory=list)  # the answer, without the boundary that ends it
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, if the request asks for them
     finish_reason: FinishReason | None = None
