@@ -116,14 +116,11 @@ class RateLimiter:
         now_ns = self._clock_ns()
         self._forget_old(now_ns)
         windows = self._windows.setdefault(name, {kind: SlidingWindow() for kind in KINDS})
-        needs = [
-            (kind, limit, amount)
-            for kind, limit, amount in (
-                ("requests", limits.requests_per_minute, 1),
-                ("tokens", limits.tokens_per_minute, n_tokens),
-            )
-            if limit is not None
-        ]
+        needs: list[tuple[Kind, int, int]] = []  # (kind, limit, amount)
+        if limits.requests_per_minute is not None:
+            needs.append(("requests", limits.requests_per_minute, 1))
+        if limits.tokens_per_minute is not None:
+            needs.append(("tokens", limits.tokens_per_minute, n_tokens))
         refusals = [Refusal(kind, limit, windows[kind].wait_ns(amount, limit, now_ns)) for kind, limit, amount in needs]
         longest = max(refusals, key=lambda refusal: refusal.wait_ns, default=None)
         if longest is not None and longest.wait_ns > 0:

@@ -9,6 +9,7 @@ import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,8 +23,10 @@ from tinylm.llm import load
 from tinylm.sampling import SamplingParams, TokenLogprobs
 from tinylm.serving.access import Access
 from tinylm.serving.calls import Answer, Call, answering
+from tinylm.serving.keys import Key
 from tinylm.serving.metrics import ServiceMetrics
 from tinylm.serving.ray.exporter import Exporter
+from tinylm.serving.ray.shared_limits import SharedLimits, open_counter
 from tinylm.system.paths import DEFAULT_MODEL
 
 STOP_INTERVAL_S = 0.005  # time between two searches for a stop string
@@ -70,7 +73,9 @@ class Service:
         self.tokenizer, model = load(args.model, args.kernels, args.precision)
         self.config, self.weights, self.arithmetic = model.config, model.weight_type, model.arithmetic
         self.name = args.model.name
-        self.replica: str = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self.replica: str = context.replica_id.unique_id
+        self.limits = SharedLimits(partial(open_counter, context.app_name))
         engine = Engine(model, args.slots, args.max_waiting, args.prefill_tokens)
         self.engine = AsyncEngine(engine, args.blas_threads, args.engine_niceness)
         self.metrics = ServiceMetrics(engine)
@@ -89,11 +94,34 @@ class Service:
 
     def answering(self, method: str) -> AbstractContextManager[Call]:
         """Follow a call: turn an exception into its status, and log and count it at its end."""
-        return answering(method, self.metrics.count)
+        return answering(method, self._end)
+
+    def _end(self, call: Call) -> None:
+        self.metrics.count(call)
+        if call.reservation is not None:  # a call that the engine did not accept counts nothing
+            call.reservation.end(int(bool(call.answers)), call.n_prompt_tokens + call.n_tokens)
+
+    async def admit(
+        self, call: Call, prompts: Sequence[str | Sequence[int]], params: SamplingParams, n: int = 1
+    ) -> list[list[int]]:
+        """Return the token ids of each prompt, if the limits of the caller's key admit `n` answers to each.
+
+        prompts: texts, or token ids with or without the boundary in front.
+        Raise ValueError for an invalid prompt, or a call that is too large for its key. Raise RateLimited.
+        """
+        ids = [self._ids(prompt) for prompt in prompts]
+        if self.args.log_prompts:
+            call.prompt = "\n".join(p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts)
+        if call.key is not None and call.key.limits.is_set:
+            most = [len(prompt) + n * min(params.max_tokens, self.config.context - len(prompt)) for prompt in ids]
+            check_tokens(params.max_tokens, sum(most), call.key)
+            call.reservation = self.limits.reservation(call.key, sum(most))
+            await call.reservation.take()
+        return ids
 
     async def generate(
         self,
-        prompt: str | Sequence[int],
+        ids: list[int],
         params: SamplingParams,
         timeout_s: float | None,
         call: Call,
@@ -102,21 +130,17 @@ class Service:
     ) -> AsyncGenerator[Delta, None]:
         """Yield an answer piece by piece. Closing the generator frees the slot.
 
-        prompt: a text, or token ids with or without the boundary in front. index: the answer's number among the
-        answers of `call` to the same prompt. whole: the caller needs no pieces, so one delta may hold everything.
-        Raise ValueError for an invalid prompt, EngineFull, EngineDied.
+        ids: a prompt from `admit`. index: the answer's number among the answers of `call` to the same prompt.
+        whole: the caller needs no pieces, so one delta may hold everything. Raise EngineFull, EngineDied.
         """
         every_s = math.inf if whole else self.args.stream_interval_ms / 1000
         if params.stop:  # the engine would generate tokens after the stop string in vain
             every_s = min(every_s, STOP_INTERVAL_S)
-        ids = self._ids(prompt)
-        if self.args.log_prompts:
-            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
-            call.prompt = text if call.prompt is None or index > 0 else f"{call.prompt}\n{text}"
+        priority = 0 if call.key is None else call.key.priority
         answer: Answer | None = None
         listener, builder = Listener(every_s), CompletionBuilder(self.tokenizer, params)
         n_sent = 0
-        async with aclosing(self.engine.generate(ids, params, timeout_s, listener)) as updates:
+        async with aclosing(self.engine.generate(ids, params, timeout_s, listener, priority)) as updates:
             async for progress in updates:
                 if answer is None:
                     answer = Answer(listener, index=index)
@@ -133,11 +157,23 @@ class Service:
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             check_size("prompt", prompt)
-            return self.tokenizer.encode_document(prompt)
+            ids = self.tokenizer.encode_document(prompt)
+            check_length(len(ids), self.config.context)
+            return ids
         begins = bool(prompt) and prompt[0] == self.tokenizer.boundary_id
         check_length(len(prompt) + (not begins), self.config.context)  # before the prompt is copied
         check_ids(prompt, self.config.vocab_size)
         return list(prompt) if begins else [self.tokenizer.boundary_id, *prompt]
+
+
+def check_tokens(max_tokens: int, n_tokens: int, key: Key) -> None:
+    """Raise ValueError for a call that can need more tokens than its key may use in a minute."""
+    limit = key.limits.tokens_per_minute
+    if limit is not None and n_tokens > limit:
+        raise ValueError(
+            f"max_tokens is {max_tokens}: with the prompt, the call can need {n_tokens} tokens, but the key "
+            f"{key.name!r} may use at most {limit} per minute"
+        )
 
 
 def check_size(field: str, text: str) -> None:

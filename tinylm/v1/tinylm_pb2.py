@@ -22,39 +22,45 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tinylm/v1/tinylm.proto\x12\ttinylm.v1\"\xe7\x02\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x07\x88\x01\x01\x12\x12\n\ntimeout_ms\x18\x0b \x01(\rB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"E\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x16\n\x0e\x66irst_token_ms\x18\x02 \x01(\x02\x12\x10\n\x08total_ms\x18\x03 \x01(\x02\"b\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\"\xd2\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.tinylm.v1.FinishReason\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.tinylm.v1.Usage\x12#\n\x07timings\x18\x04 \x01(\x0b\x32\x12.tinylm.v1.Timings\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\x12\x0f\n\x07replica\x18\x06 \x01(\t\"\xe8\x01\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12)\n\x08logprobs\x18\x02 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.tinylm.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.tinylm.v1.Usage\x12#\n\x07timings\x18\x05 \x01(\x0b\x32\x12.tinylm.v1.Timings\x12\x0f\n\x07replica\x18\x06 \x01(\t\x12\x0e\n\x06tokens\x18\x07 \x01(\r\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"\"\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x0c\"4\n\x10TokenizeResponse\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.tinylm.v1.Token\"\x15\n\x13GetModelInfoRequest\"\xe7\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x04\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\r\n\x05heads\x18\x06 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x07 \x01(\r\x12\x0f\n\x07weights\x18\x08 \x01(\t\x12\r\n\x05slots\x18\t \x01(\r\x12\x0f\n\x07replica\x18\n \x01(\t\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x12\n\narithmetic\x18\x0c \x01(\t*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_TIMEOUT\x10\x03\x32\xb6\x02\n\x06TinyLM\x12\x43\n\x08Generate\x12\x1a.tinylm.v1.GenerateRequest\x1a\x1b.tinylm.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.tinylm.v1.GenerateRequest\x1a!.tinylm.v1.GenerateStreamResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.tinylm.v1.TokenizeRequest\x1a\x1b.tinylm.v1.TokenizeResponse\x12O\n\x0cGetModelInfo\x12\x1e.tinylm.v1.GetModelInfoRequest\x1a\x1f.tinylm.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tinylm/v1/tinylm.proto\x12\ttinylm.v1\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\"\xe7\x02\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x07\x88\x01\x01\x12\x12\n\ntimeout_ms\x18\x0b \x01(\rB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"E\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x16\n\x0e\x66irst_token_ms\x18\x02 \x01(\x02\x12\x10\n\x08total_ms\x18\x03 \x01(\x02\"b\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\"\xd2\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.tinylm.v1.FinishReason\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.tinylm.v1.Usage\x12#\n\x07timings\x18\x04 \x01(\x0b\x32\x12.tinylm.v1.Timings\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\x12\x0f\n\x07replica\x18\x06 \x01(\t\"\xe8\x01\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12)\n\x08logprobs\x18\x02 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.tinylm.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.tinylm.v1.Usage\x12#\n\x07timings\x18\x05 \x01(\x0b\x32\x12.tinylm.v1.Timings\x12\x0f\n\x07replica\x18\x06 \x01(\t\x12\x0e\n\x06tokens\x18\x07 \x01(\r\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"\"\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x0c\"4\n\x10TokenizeResponse\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.tinylm.v1.Token\"\x15\n\x13GetModelInfoRequest\"\xe7\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x04\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\r\n\x05heads\x18\x06 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x07 \x01(\r\x12\x0f\n\x07weights\x18\x08 \x01(\t\x12\r\n\x05slots\x18\t \x01(\r\x12\x0f\n\x07replica\x18\n \x01(\t\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x12\n\narithmetic\x18\x0c \x01(\t\"N\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any\";\n\tRetryInfo\x12.\n\x0bretry_delay\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_TIMEOUT\x10\x03\x32\xb6\x02\n\x06TinyLM\x12\x43\n\x08Generate\x12\x1a.tinylm.v1.GenerateRequest\x1a\x1b.tinylm.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.tinylm.v1.GenerateRequest\x1a!.tinylm.v1.GenerateStreamResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.tinylm.v1.TokenizeRequest\x1a\x1b.tinylm.v1.TokenizeResponse\x12O\n\x0cGetModelInfo\x12\x1e.tinylm.v1.GetModelInfoRequest\x1a\x1f.tinylm.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tinylm.v1.tinylm_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1457
-  _globals['_FINISHREASON']._serialized_end=1579
-  _globals['_GENERATEREQUEST']._serialized_start=38
-  _globals['_GENERATEREQUEST']._serialized_end=397
-  _globals['_USAGE']._serialized_start=399
-  _globals['_USAGE']._serialized_end=456
-  _globals['_TIMINGS']._serialized_start=458
-  _globals['_TIMINGS']._serialized_end=527
-  _globals['_TOKENLOGPROB']._serialized_start=529
-  _globals['_TOKENLOGPROB']._serialized_end=627
-  _globals['_GENERATERESPONSE']._serialized_start=630
-  _globals['_GENERATERESPONSE']._serialized_end=840
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=843
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1075
-  _globals['_TOKENIZEREQUEST']._serialized_start=1077
-  _globals['_TOKENIZEREQUEST']._serialized_end=1108
-  _globals['_TOKEN']._serialized_start=1110
-  _globals['_TOKEN']._serialized_end=1144
-  _globals['_TOKENIZERESPONSE']._serialized_start=1146
-  _globals['_TOKENIZERESPONSE']._serialized_end=1198
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1200
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1221
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1224
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1455
-  _globals['_TINYLM']._serialized_start=1582
-  _globals['_TINYLM']._serialized_end=1892
+  _globals['_FINISHREASON']._serialized_start=1657
+  _globals['_FINISHREASON']._serialized_end=1779
+  _globals['_GENERATEREQUEST']._serialized_start=97
+  _globals['_GENERATEREQUEST']._serialized_end=456
+  _globals['_USAGE']._serialized_start=458
+  _globals['_USAGE']._serialized_end=515
+  _globals['_TIMINGS']._serialized_start=517
+  _globals['_TIMINGS']._serialized_end=586
+  _globals['_TOKENLOGPROB']._serialized_start=588
+  _globals['_TOKENLOGPROB']._serialized_end=686
+  _globals['_GENERATERESPONSE']._serialized_start=689
+  _globals['_GENERATERESPONSE']._serialized_end=899
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=902
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1134
+  _globals['_TOKENIZEREQUEST']._serialized_start=1136
+  _globals['_TOKENIZEREQUEST']._serialized_end=1167
+  _globals['_TOKEN']._serialized_start=1169
+  _globals['_TOKEN']._serialized_end=1203
+  _globals['_TOKENIZERESPONSE']._serialized_start=1205
+  _globals['_TOKENIZERESPONSE']._serialized_end=1257
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1259
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1280
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1283
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1514
+  _globals['_STATUS']._serialized_start=1516
+  _globals['_STATUS']._serialized_end=1594
+  _globals['_RETRYINFO']._serialized_start=1596
+  _globals['_RETRYINFO']._serialized_end=1655
+  _globals['_TINYLM']._serialized_start=1782
+  _globals['_TINYLM']._serialized_end=2092
 # @@protoc_insertion_point(module_scope)

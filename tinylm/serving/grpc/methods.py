@@ -14,10 +14,10 @@ from google.protobuf.message import Message
 from ray.serve.grpc_util import RayServegRPCContext
 
 import tinylm
-from tinylm.client.wire import ending, params_from_request
+from tinylm.client.wire import STATUS_DETAILS, ending, params_from_request, retry_details
 from tinylm.engine import EngineFull
 from tinylm.sampling import TokenLogprobs
-from tinylm.serving.calls import Call, Refused
+from tinylm.serving.calls import Call, RateLimited, Refused
 from tinylm.serving.grpc_service import Unparsable
 from tinylm.serving.ray import haproxy
 from tinylm.serving.service import Delta, Service, check_size
@@ -35,7 +35,7 @@ class GrpcMethods:
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
         with self.service.answering("Generate") as call:
             self._let_in(call, request, grpc_context)
-            async with aclosing(self._deltas(request, call, whole=True)) as deltas:
+            async with aclosing(await self._deltas(request, call, whole=True)) as deltas:
                 async for delta in deltas:
                     if (completion := delta.completion) is None:
                         continue
@@ -54,7 +54,7 @@ class GrpcMethods:
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         with self.service.answering("GenerateStream") as call:
             self._let_in(call, request, grpc_context)
-            async with aclosing(self._deltas(request, call, whole=False)) as deltas:
+            async with aclosing(await self._deltas(request, call, whole=False)) as deltas:
                 async for delta in deltas:
                     end = {} if delta.completion is None else ending(delta.completion, self.service.replica)
                     logprobs = _logprobs(delta.tokens, delta.logprobs, self.service.tokenizer)
@@ -106,9 +106,11 @@ class GrpcMethods:
         if isinstance(request, Unparsable):
             raise request
 
-    def _deltas(self, request: pb.GenerateRequest, call: Call, whole: bool) -> AsyncGenerator[Delta, None]:
+    async def _deltas(self, request: pb.GenerateRequest, call: Call, whole: bool) -> AsyncGenerator[Delta, None]:
+        params = params_from_request(request)
+        (ids,) = await self.service.admit(call, [request.prompt], params)
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
-        return self.service.generate(request.prompt, params_from_request(request), timeout_s, call, whole=whole)
+        return self.service.generate(ids, params, timeout_s, call, whole=whole)
 
 
 def address_of(peer: str) -> str | None:
@@ -128,6 +130,9 @@ def _refuse(call: Call, context: RayServegRPCContext) -> None:
     context.set_details(call.details)
     if isinstance(call.error, EngineFull):
         context.set_trailing_metadata([(haproxy.FULL, "1")])
+    elif isinstance(call.error, RateLimited):
+        details = retry_details(call.status.value[0], call.details, call.error.retry_after_s)
+        context.set_trailing_metadata([(STATUS_DETAILS, details)])  # type: ignore[list-item]  # bytes, since it is -bin
 
 
 def _logprobs(tokens: list[int], logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> list[pb.TokenLogprob]:

@@ -94,7 +94,8 @@ class CompletionResponse(Response):
         is_streaming = False
         with self._service.answering("POST /v1/completions") as call:
             body = await self._read(call)
-            completions = Completions(self._service, body, call, self._request.headers.get("x-request-id"))
+            prompts = await self._service.admit(call, body.prompts, body.params(0), body.n)
+            completions = Completions(self._service, body, prompts, call, self._request.headers.get("x-request-id"))
             if body.stream:
                 async with aclosing(completions.events()) as events:
                     async for event in events:
@@ -122,7 +123,10 @@ class CompletionResponse(Response):
 class Completions:
     """All answers to one request: `n` answers to each prompt."""
 
-    def __init__(self, service: Service, body: CompletionRequest, call: Call, request_id: str | None) -> None:
+    def __init__(
+        self, service: Service, body: CompletionRequest, prompts: list[list[int]], call: Call, request_id: str | None
+    ) -> None:
+        """prompts: the token ids of each prompt of `body`, from `Service.admit`."""
         self._body, self._call = body, call
         call.n_expected = len(body.prompts) * body.n
         self._head: dict[str, Any] = {
@@ -133,11 +137,11 @@ class Completions:
         }
         self._choices: list[Choice] = []
         generators = []
-        for prompt in body.prompts:
+        for prompt, ids in zip(body.prompts, prompts, strict=True):
             for index in range(body.n):
                 self._choices.append(Choice(len(self._choices), prompt, body, service.tokenizer))
                 params, is_whole = body.params(index), not body.stream
-                generators.append(service.generate(prompt, params, body.timeout_s, call, index, is_whole))
+                generators.append(service.generate(ids, params, body.timeout_s, call, index, is_whole))
         self._deltas = merged(generators)
         self.ended = False  # whether `events` has yielded the last event
 
