@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tinylm.serving.keys import Key
 from tinylm.serving.metrics import ServiceMetrics
 from tinylm.serving.ray.exporter import Exporter
 from tinylm.serving.ray.shared_limits import SharedLimits, open_counter
+from tinylm.serving.tracing import tracing_from
 from tinylm.system.paths import DEFAULT_MODEL
 
 STOP_INTERVAL_S = 0.005  # time between two searches for a stop string
@@ -80,6 +82,7 @@ class Service:
         self.engine = AsyncEngine(engine, args.blas_threads, args.engine_niceness)
         self.metrics = ServiceMetrics(engine)
         self._exporter = Exporter(self.metrics)
+        self._tracing = tracing_from(os.environ, self.replica, self.name)
 
     def check_health(self) -> None:
         """Raise EngineDied when the engine has ended or stalled. Serve then replaces the replica."""
@@ -100,6 +103,8 @@ class Service:
         self.metrics.count(call)
         if call.reservation is not None:  # a call that the engine did not accept counts nothing
             call.reservation.end(int(bool(call.answers)), call.n_prompt_tokens + call.n_tokens)
+        if self._tracing is not None:
+            self._tracing.record(call)
 
     async def admit(
         self, call: Call, prompts: Sequence[str | Sequence[int]], params: SamplingParams, n: int = 1

@@ -21,6 +21,7 @@ from tinylm.serving.calls import Call, RateLimited, Refused
 from tinylm.serving.grpc_service import Unparsable
 from tinylm.serving.ray import haproxy
 from tinylm.serving.service import Delta, Service, check_size
+from tinylm.serving.trace_context import TRACEPARENT, read_traceparent
 from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb
 
@@ -99,7 +100,9 @@ class GrpcMethods:
 
     def _let_in(self, call: Call, request: Message | Unparsable, context: RayServegRPCContext) -> None:
         """Raise Refused for a caller without access, ValueError for an unparsable request."""
-        authorization = dict(context.invocation_metadata()).get("authorization")
+        metadata = context.invocation_metadata()
+        call.trace = read_traceparent([value for name, value in metadata if name == TRACEPARENT])
+        authorization = dict(metadata).get("authorization")
         call.key = self.service.access.check(
             address_of(context.peer() or ""), authorization if isinstance(authorization, str) else None
         )

@@ -25,6 +25,7 @@ from tinylm.serving.http.merge import merged
 from tinylm.serving.http.requests import CompletionRequest, read_body, read_request
 from tinylm.serving.ray.internals import is_draining
 from tinylm.serving.service import Service
+from tinylm.serving.trace_context import TRACEPARENT, read_traceparent
 
 EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -69,6 +70,7 @@ def routes(service: Service) -> APIRouter:
 
 def check_access(call: Call, request: Request, service: Service) -> None:
     """Raise Refused for a caller without access."""
+    call.trace = read_traceparent(request.headers.getlist(TRACEPARENT))
     address = request.client.host if request.client else None
     call.key = service.access.check(address, request.headers.get("authorization"), request.headers.get("host"))
 
