@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -47,9 +48,16 @@ def secret() -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def service(secret: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def urgent() -> tuple[str, str]:
+    return make_key("urgent", priority=9)
+
+
+@pytest.fixture(scope="module")
+def service(
+    secret: tuple[str, str], urgent: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     directory = tmp_path_factory.mktemp("limits")
-    (directory / "keys.txt").write_text(secret[1])
+    (directory / "keys.txt").write_text(f"{secret[1]}\n{urgent[1]}\n")
     values = yaml.safe_load(Path("configs/serve.yaml").read_text(encoding="utf-8"))
     (application,) = values["applications"]
     limits = {"slots": SLOTS, "max_waiting": WAITING, "kernels": "numpy", "api_keys": str(directory / "keys.txt")}
@@ -177,6 +185,26 @@ def test_a_full_queue_refuses_and_leaving_makes_room(
         return len(refused) == 4 and len(left) == n_room
 
     assert any(all_left_in_time() for _ in range(10))  # an answer takes a tenth of a second
+
+
+def test_a_key_with_a_priority_overtakes_waiting_calls(
+    service: Service, channel: grpc.Channel, metadata: tuple, urgent: tuple[str, str]
+) -> None:
+    stub, urgent_metadata = TinyLMStub(channel), (*METADATA, ("authorization", f"Bearer {urgent[0]}"))
+
+    def has_overtaken() -> bool:
+        shorter = request_from_params(PROMPT, replace(LONG, max_tokens=60))
+        *running, waiting = [
+            stub.Generate.future(request, metadata=metadata)
+            for request in [*[LONG_REQUEST] * (SLOTS - 1), shorter, LONG_REQUEST]
+        ]
+        first = stub.Generate(LONG_REQUEST, metadata=urgent_metadata)
+        has_overtaken = not waiting.done()  # all long answers take the same time
+        for call in running:
+            call.result()
+        return has_overtaken and waiting.result().timings.queue_ms > first.timings.queue_ms > 0
+
+    assert any(has_overtaken() for _ in range(10))  # the urgent call can come too late
 
 
 def test_above_its_limit_it_answers_and_refuses_the_rest(

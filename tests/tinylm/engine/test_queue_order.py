@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinylm import SamplingParams
 from tinylm.engine import Engine, engine
+from tinylm.engine.async_engine import AsyncEngine
 from tinylm.engine.request import Request
 from tinylm.model import Model
 
@@ -77,3 +81,34 @@ def test_a_negative_priority_is_refused(model):
     with pytest.raises(ValueError, match="priority is -1: it must be at least 0"):
         one.submit([1], ONE_STEP, priority=-1)
     assert not one.has_work
+
+
+def test_a_task_with_a_priority_gets_the_next_slot(model, monkeypatch):
+    step, permits = Engine.step, threading.Semaphore(0)
+
+    def paced(self):
+        assert permits.acquire(timeout=60)
+        return step(self)
+
+    async def check() -> None:
+        runner, order, has_begun = AsyncEngine(Engine(model, n_slots=1)), [], asyncio.Event()
+
+        async def ask(name: str, n_tokens: int, priority: int) -> None:
+            params = SamplingParams(temperature=0, max_tokens=n_tokens)
+            async for progress in runner.generate([1], params, priority=priority):
+                if progress.tokens:
+                    has_begun.set()
+            order.append(name)
+
+        permits.release()
+        tasks = [asyncio.create_task(ask("running", 3, 0))]
+        await has_begun.wait()
+        tasks += [asyncio.create_task(ask(name, 1, n)) for n, name in enumerate(["low", "middle", "high"])]
+        await asyncio.sleep(0)  # all three tasks submit their requests
+        permits.release(100)
+        await asyncio.wait(tasks)
+        assert order == ["running", "high", "middle", "low"]
+        runner.stop()
+
+    monkeypatch.setattr(Engine, "step", paced)
+    asyncio.run(check())

@@ -26,8 +26,8 @@ from tinylm.serving.limits import RateLimiter, Refusal
 
 logger = logging.getLogger("ray.serve")
 
-ANSWER_WITHIN_S = 0.5  # an answer takes about a millisecond
-START_WITHIN_S = 10.0  # the actor's process takes one or two seconds
+ANSWER_WITHIN_S = 0.5  # far above the time of an answer, but short for the caller
+START_WITHIN_S = 10.0  # Ray starts a process for the actor
 LOOK_AGAIN_S = 1.0  # after a failure, the replica counts by itself for this time
 
 
