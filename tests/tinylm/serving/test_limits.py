@@ -41,21 +41,23 @@ class SlowCount:
         )
 
 
-@given(steps=st.lists(st.tuples(STEPS, AMOUNTS, st.one_of(st.none(), AMOUNTS)), max_size=40))
+@given(steps=st.lists(st.tuples(STEPS, AMOUNTS, AMOUNTS, st.integers(0, 4)), max_size=40))
 def test_no_minute_has_more_than_the_limit(steps):
+    """Each amount is reduced after some later steps, perhaps when it has left the window already."""
     limit, now_ns, window = 12, 0, SlidingWindow()
-    admitted: list[list[int]] = []
-    for step_ns, amount, used in steps:
+    admitted: list[list[int]] = []  # [time, amount]
+    due: dict[int, list] = {}  # after which step which entries are reduced
+    for number, (step_ns, amount, used, n_later) in enumerate(steps):
         now_ns += step_ns
         in_minute = sum(a for t, a in admitted if now_ns - WINDOW_NS < t)
         wait_ns = window.wait_ns(amount, limit, now_ns)
         assert (wait_ns == 0) == (in_minute + amount <= limit)
         if wait_ns == 0:
-            entry = window.add(amount, now_ns)
             admitted.append([now_ns, amount])
-            if used is not None:
-                window.reduce(entry, used)
-                admitted[-1][1] = min(amount, used)
+            due.setdefault(number + n_later, []).append((window.add(amount, now_ns), used, admitted[-1]))
+        for entry, used_, record in due.get(number, []):
+            window.reduce(entry, used_)
+            record[1] = min(record[1], used_)
     for end, _ in admitted:
         assert sum(a for t, a in admitted if end - WINDOW_NS < t <= end) <= limit
 

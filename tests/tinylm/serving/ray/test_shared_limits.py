@@ -108,7 +108,9 @@ def test_a_call_cancelled_while_it_asks_gives_everything_back():
         limits = SharedLimits(lambda: counter)
         reservation = limits.reservation(THREE, 1)
         task = asyncio.create_task(reservation.take())
+        deadline = time.monotonic() + GIVE_UP_S
         while not counter.limiter._reserved:
+            assert time.monotonic() < deadline
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -138,6 +140,18 @@ def test_without_an_answer_each_replica_counts_alone(fault: str, monkeypatch: py
     asyncio.run(check())
 
 
+def test_a_replica_that_counts_alone_gives_back_too():
+    async def check() -> None:
+        limits = SharedLimits(lambda: Counter(fault="ended"))
+        first = await take(limits, TEN_TOKENS, 10)
+        assert await take(limits, TEN_TOKENS, 1) is None
+        first.end(1, 4)
+        assert await take(limits, TEN_TOKENS, 7) is None
+        assert await take(limits, TEN_TOKENS, 6) is not None
+
+    asyncio.run(check())
+
+
 def test_a_replica_finds_the_next_counter(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shared_limits, "LOOK_AGAIN_S", 0.0)
 
@@ -146,7 +160,9 @@ def test_a_replica_finds_the_next_counter(monkeypatch: pytest.MonkeyPatch):
         one, other = (SharedLimits(lambda: next(c for c in counters if c.fault != "ended")) for _ in range(2))
         assert await n_admitted(one, other) == 3
         counters[0].fault = "ended"
+        deadline = time.monotonic() + GIVE_UP_S
         while one._counter is not counters[1] or other._counter is not counters[1]:
+            assert time.monotonic() < deadline
             await n_admitted(one, other)
             await asyncio.sleep(0.001)
         assert len(counters[1].limiter._reserved) <= 3
