@@ -434,18 +434,31 @@ def serve(
 def key(
     name: Annotated[str, typer.Argument(help="The name of the key's owner; the service logs it.")],
     file: Annotated[Optional[Path], typer.Option(help="Add the hash to this key file. Creates it if needed.")] = None,
+    requests_per_minute: Annotated[Optional[int], typer.Option(help="The most calls in any minute.")] = None,
+    tokens_per_minute: Annotated[
+        Optional[int], typer.Option(help="The most tokens in any minute, of prompts and answers together.")
+    ] = None,
+    priority: Annotated[
+        Optional[int], typer.Option(help="0 to 100; waiting requests with a higher priority run first.")
+    ] = None,
 ) -> None:
     """Create an API key. Prints the key, and the hash for the key file (`api_keys`) of a service.
 
-    Clients read the key from TINYLM_API_KEY. To revoke a key, remove its line. The service notices within a second.
+    Clients read the key from TINYLM_API_KEY. To revoke a key, remove its line. To change its limits, edit its line. The
+    service notices within a second.
     """
     from tinylm.serving.keys import add_key, make_key
 
+    fields = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "priority": priority,
+    }
     with _one_line_errors():
         if file is not None:
-            typer.echo(add_key(file, name))
+            typer.echo(add_key(file, name, **fields))
             return
-        secret, line = make_key(name)
+        secret, line = make_key(name, **fields)
         typer.echo(line, err=True)
         typer.echo(secret)
 

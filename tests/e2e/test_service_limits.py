@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -49,9 +50,16 @@ def secret() -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def service(secret: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def urgent() -> tuple[str, str]:
+    return make_key("urgent", priority=9)
+
+
+@pytest.fixture(scope="module")
+def service(
+    secret: tuple[str, str], urgent: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     directory = tmp_path_factory.mktemp("limits")
-    (directory / "keys.txt").write_text(secret[1])
+    (directory / "keys.txt").write_text(f"{secret[1]}\n{urgent[1]}\n")
     values = yaml.safe_load(Path("configs/serve.yaml").read_text(encoding="utf-8"))
     (application,) = values["applications"]
     limits = {"slots": SLOTS, "max_waiting": WAITING, "kernels": "numpy", "api_keys": str(directory / "keys.txt")}
@@ -181,6 +189,26 @@ def test_a_full_queue_refuses_and_leaving_makes_room(
     assert any(all_left_in_time() for _ in range(10))  # an answer takes a tenth of a second
 
 
+def test_a_key_with_a_priority_overtakes_waiting_calls(
+    service: Service, channel: grpc.Channel, metadata: tuple, urgent: tuple[str, str]
+) -> None:
+    stub, urgent_metadata = TinyLMStub(channel), (*METADATA, ("authorization", f"Bearer {urgent[0]}"))
+
+    def has_overtaken() -> bool:
+        shorter = request_from_params(PROMPT, replace(LONG, max_tokens=60))
+        *running, waiting = [
+            stub.Generate.future(request, metadata=metadata)
+            for request in [*[LONG_REQUEST] * (SLOTS - 1), shorter, LONG_REQUEST]
+        ]
+        first = stub.Generate(LONG_REQUEST, metadata=urgent_metadata)
+        has_overtaken = not waiting.done()  # all long answers take the same time
+        for call in running:
+            call.result()
+        return has_overtaken and waiting.result().timings.queue_ms > first.timings.queue_ms > 0
+
+    assert any(has_overtaken() for _ in range(10))  # the urgent call can come too late
+
+
 def test_above_its_limit_it_answers_and_refuses_the_rest(
     service: Service, secret: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -221,7 +249,7 @@ def test_http_has_the_same_keys_and_queue(service: Service, secret: tuple[str, s
             for stream_too in (False, True):
                 with pytest.raises(openai.RateLimitError) as refused:
                     client.completions.create(**settings, stream=stream_too)
-                assert refused.value.code == "rate_limit_exceeded"
+                assert refused.value.code == "queue_full"
                 assert int(refused.value.response.headers["retry-after"]) >= 1
             assert http.get(f"{service.url}/health").status_code == 200  # it needs no key
         deadline = time.monotonic() + GIVE_UP_S

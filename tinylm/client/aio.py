@@ -91,7 +91,7 @@ class AsyncClient(Connection):
                 call = getattr(self._stub, name)(request, metadata=self._metadata, timeout=attempts.begin())
                 return await self._unless_closed(call, attempts), attempts.n
             except grpc.aio.AioRpcError as error:
-                pause_s = attempts.pause_s(error.code(), error.details())
+                pause_s = attempts.pause_after(error)
             await self._pause(pause_s)
 
     async def _updates(
@@ -110,7 +110,7 @@ class AsyncClient(Connection):
                         return
                 pause_s = attempts.pause_s(*CUT_OFF, answer.has_begun)
             except grpc.aio.AioRpcError as error:
-                pause_s = attempts.pause_s(error.code(), error.details(), answer.has_begun)
+                pause_s = attempts.pause_after(error, answer.has_begun)
             finally:
                 call.cancel()
             await self._pause(pause_s)

@@ -81,7 +81,7 @@ class Client(Connection):
                 with self._unless_closed(attempts):
                     return method(request, metadata=self._metadata, timeout=attempts.begin()), attempts.n
             except grpc.RpcError as error:
-                pause_s = attempts.pause_s(error.code(), error.details())
+                pause_s = attempts.pause_after(error)
             self._closed.wait(pause_s)
 
     def _updates(
@@ -104,7 +104,7 @@ class Client(Connection):
                         return
                 pause_s = attempts.pause_s(*CUT_OFF, answer.has_begun)
             except grpc.RpcError as error:
-                pause_s = attempts.pause_s(error.code(), error.details(), answer.has_begun)
+                pause_s = attempts.pause_after(error, answer.has_begun)
             finally:
                 call.cancel()
             self._closed.wait(pause_s)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+
+from google.protobuf.message import DecodeError
 
 from tinylm.sampling import FinishReason, SamplingParams
 from tinylm.v1 import tinylm_pb2 as pb
@@ -22,6 +26,8 @@ _OTHERS = ("ignore_eos", "stop_token_ids", "logit_bias")
 _DEFAULTS = SamplingParams()
 
 MAX_UINT32 = 2**32 - 1
+STATUS_DETAILS = "grpc-status-details-bin"  # the trailing metadata in which gRPC carries a google.rpc.Status
+_RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
 FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -78,3 +84,23 @@ def ending(completion: Completion, replica: str) -> dict[str, Any]:
         ),
         "replica": replica,
     }
+
+
+def retry_details(code: int, message: str, retry_after_s: float) -> bytes:
+    """Return a google.rpc.Status whose details are a google.rpc.RetryInfo, in bytes."""
+    info = pb.RetryInfo()
+    info.retry_delay.FromNanoseconds(round(retry_after_s * 1e9))
+    status = pb.Status(code=code, message=message)
+    status.details.add(type_url=_RETRY_INFO, value=info.SerializeToString())
+    return status.SerializeToString()
+
+
+def retry_after_s(metadata: Iterable[tuple[str, str | bytes]] | None) -> float | None:
+    """Return the time of the RetryInfo in a call's trailing metadata, None if there is none that can be read."""
+    for name, value in metadata or ():
+        if name == STATUS_DETAILS and isinstance(value, bytes):
+            with suppress(DecodeError, ValueError):  # ValueError: the duration is out of its range
+                for detail in pb.Status.FromString(value).details:
+                    if detail.type_url == _RETRY_INFO:
+                        return pb.RetryInfo.FromString(detail.value).retry_delay.ToNanoseconds() / 1e9
+    return None

@@ -105,6 +105,7 @@ class AsyncEngine:
         timeout_s: float | None = None,
         listener: Listener | None = None,
         words: WordTokens | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[Progress, None]:
         """Yield a snapshot when the engine has accepted the request, whenever `listener` wakes up, and at the end.
 
@@ -116,7 +117,7 @@ class AsyncEngine:
         self.check()
         # Refuse now instead of after the current step. `Engine.submit` checks again.
         self.engine.check_room(len(self._submitting) - len(self._leaving))
-        accepted = self._submit(lambda: self.engine.submit(prompt, params, timeout_s, words), listener)
+        accepted = self._submit(lambda: self.engine.submit(prompt, params, timeout_s, words, priority), listener)
         try:
             await accepted
         except asyncio.CancelledError:

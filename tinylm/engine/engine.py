@@ -22,23 +22,31 @@ from tinylm.engine.word_tokens import WordTokens
 from tinylm.model import Model, ModelRunner
 from tinylm.sampling import FinishReason, SamplingParams
 
+MAX_OVERTAKEN = 256  # then no request goes ahead of a waiting one any more, so that none waits for ever
+
 
 class EngineFull(RuntimeError):
     """All slots are in use and the queue is full: try again later."""
 
 
 class Engine:
-    """Runs up to `n_slots` requests at once. Further requests wait and get a slot in the order in which they came.
+    """Runs up to `n_slots` requests at once. Further requests wait for a slot.
+
+    A waiting request with a higher priority gets a slot first. Equal priorities keep the order in which they came. A
+    request is overtaken by at most MAX_OVERTAKEN others.
 
     An exception in `step`, such as a KeyboardInterrupt, loses nothing: the next step computes again what the
     interrupted step did not finish.
 
-    Threads: only one thread at a time may call `step`, read a `Request`, or add a request that has a deadline. Any
-    thread may call everything else at any time, also during a step:
+    Threads: only one thread at a time may call `step`, read a `Request`, or add a request that has a deadline or a
+    priority other than 0. Any thread may call everything else at any time, also during a step:
 
     - `add`, `cancel`, `has_work` and `check_room` use `_unfinished` by single list operations, which are atomic. A step
-      works on a copy of this list. It may still give a token to a request that another thread cancels, so a thread that
-      cancels a request must not read it afterwards.
+      works on a copy of this list. To insert a request with a priority, `add` reads the list before it changes it.
+      Between the two, other threads can only append requests of priority 0, which belong behind it, and remove
+      requests. A removal can move the place of the new request behind one that it would have overtaken.
+    - A step may still give a token to a request that another thread cancels, so a thread that cancels a request must
+      not read it afterwards.
     - `n_running`, `n_waiting` and `kv_usage` read one integer per request and are right up to one step.
     - `stats`: see `EngineStats`. `model`, `config`, `n_slots` and `cache_bytes` never change.
     """
@@ -59,7 +67,7 @@ class Engine:
         self._runner = ModelRunner(model, n_slots, n_tokens=n_tokens, n_rows=n_tokens)
         self._max_waiting = max_waiting
         self._prefill_tokens = prefill_tokens
-        self._unfinished: list[Request] = []  # in the order they came; the first n_slots have the slots
+        self._unfinished: list[Request] = []  # in the order of admission; the first n_slots have the slots
         self._cached: list[Request | None] = [None] * n_slots  # the request whose keys and values each slot holds
         self._in_step = False  # between steps, True means that an exception ended the last step
         self._next_deadline = float("inf")  # no request has an earlier deadline
@@ -125,7 +133,20 @@ class Engine:
         self.check_room()
         if request.deadline is not None:
             self._next_deadline = min(self._next_deadline, request.deadline)
-        self._unfinished.append(request)
+        if request.priority == 0:
+            self._unfinished.append(request)
+        else:
+            self._insert(request)
+
+    def _insert(self, request: Request) -> None:
+        """Queue a request ahead of the waiting requests with a lower priority, but behind any running request."""
+        waiting = self._unfinished.copy()
+        place = len(waiting)
+        while place > 0 and _may_overtake(request, waiting[place - 1]):
+            place -= 1
+        for other in waiting[place:]:
+            other.n_overtaken += 1
+        self._unfinished.insert(place, request)
 
     def submit(
         self,
@@ -133,9 +154,16 @@ class Engine:
         params: SamplingParams,
         timeout_s: float | None = None,
         words: WordTokens | None = None,
+        priority: int = 0,
     ) -> Request:
-        """Queue a prompt and return its request. Raise as `make_request` and `add` do."""
+        """Queue a prompt and return its request. Raise as `make_request` and `add` do.
+
+        priority: 0 or more. Raise ValueError for a lower one.
+        """
+        if priority < 0:
+            raise ValueError(f"priority is {priority}: it must be at least 0")
         request = self.make_request(prompt, params, timeout_s, words)
+        request.priority = priority
         self.add(request)
         return request
 
@@ -334,3 +362,7 @@ class Engine:
             request.finish_reason = reason
         with suppress(ValueError):  # it is removed already
             self._unfinished.remove(request)
+
+
+def _may_overtake(request: Request, other: Request) -> bool:
+    return other.slot is None and other.priority < request.priority and other.n_overtaken < MAX_OVERTAKEN

@@ -47,6 +47,8 @@ class Request:
     uniforms: np.ndarray  # one random number for each token that the answer can have
     ends: frozenset[int]  # the tokens that end the answer: the boundary and stop_token_ids
     changes: LogitChanges | None = None  # None: the logits stay as they are
+    priority: int = 0  # 0 or more; a waiting request with a higher priority gets a slot first
+    n_overtaken: int = 0  # how many requests with a higher priority went ahead of it in the queue
     tokens: list[int] = field(default_factory=list)  # the answer, without the token that ends it
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, if the request asks for them
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens except the first

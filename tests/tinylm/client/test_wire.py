@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm import SamplingParams
-from tinylm.client.wire import FINISH_REASON_NAMES, FINISH_REASONS, params_from_request, request_from_params
+from tinylm.client.wire import (
+    FINISH_REASON_NAMES,
+    FINISH_REASONS,
+    STATUS_DETAILS,
+    params_from_request,
+    request_from_params,
+    retry_after_s,
+    retry_details,
+)
 from tinylm.v1 import tinylm_pb2 as pb
 
 UINT32 = 2**32 - 1
@@ -88,3 +97,23 @@ def test_every_finish_reason_of_the_proto_has_a_name():
     assert set(FINISH_REASON_NAMES) == set(pb.FinishReason.values()) - {pb.FINISH_REASON_UNSPECIFIED}
     for name, number in FINISH_REASONS.items():
         assert pb.FinishReason.Name(number) == f"FINISH_REASON_{name.upper()}"
+
+
+@given(st.integers(0, 10**8), st.text(max_size=20))
+def test_the_time_to_retry_is_that_of_googles_messages(wait_ms, message):
+    """`google.rpc` is what other clients read it with."""
+    details = retry_details(8, message, wait_ms / 1000)
+    assert retry_after_s([("another", "1"), (STATUS_DETAILS, details)]) == wait_ms / 1000
+    status = status_pb2.Status.FromString(details)
+    info = error_details_pb2.RetryInfo()
+    assert (status.code, status.message) == (8, message)
+    assert status.details[0].Unpack(info)
+    assert info.retry_delay.ToMilliseconds() == wait_ms
+
+
+@given(st.binary(max_size=40))
+def test_damaged_details_name_no_time(damaged):
+    assert retry_after_s([(STATUS_DETAILS, damaged)]) is None
+    assert retry_after_s(None) is None
+    cut = retry_details(8, "a message", 12.5)[:-1]
+    assert retry_after_s([(STATUS_DETAILS, cut)]) is None

@@ -14,13 +14,14 @@ from google.protobuf.message import Message
 from ray.serve.grpc_util import RayServegRPCContext
 
 import tinylm
-from tinylm.client.wire import ending, params_from_request
+from tinylm.client.wire import STATUS_DETAILS, ending, params_from_request, retry_details
 from tinylm.engine import EngineFull, check_ids
 from tinylm.sampling import TokenLogprobs
-from tinylm.serving.calls import Call, Refused
+from tinylm.serving.calls import Call, RateLimited, Refused
 from tinylm.serving.grpc_service import Unparsable
 from tinylm.serving.ray import haproxy
 from tinylm.serving.service import Delta, Service, check_size
+from tinylm.serving.trace_context import TRACEPARENT, read_traceparent
 from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb
 
@@ -37,7 +38,7 @@ class GrpcMethods:
         with self.service.answering("Generate") as call:
             self._let_in(call, request, grpc_context)
             scores: list[pb.TokenLogprob] = []
-            async with aclosing(self._deltas(request, call, whole=True)) as deltas:
+            async with aclosing(await self._deltas(request, call, whole=True)) as deltas:
                 async for delta in deltas:
                     scores += self._prompt_logprobs(delta)
                     if (completion := delta.completion) is None:
@@ -58,7 +59,7 @@ class GrpcMethods:
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         with self.service.answering("GenerateStream") as call:
             self._let_in(call, request, grpc_context)
-            async with aclosing(self._deltas(request, call, whole=False)) as deltas:
+            async with aclosing(await self._deltas(request, call, whole=False)) as deltas:
                 async for delta in deltas:
                     end = {} if delta.completion is None else ending(delta.completion, self.service.replica)
                     logprobs = _logprobs(delta.tokens, delta.logprobs, self.service.tokenizer)
@@ -120,7 +121,9 @@ class GrpcMethods:
 
     def _let_in(self, call: Call, request: Message | Unparsable, context: RayServegRPCContext) -> None:
         """Raise Refused for a caller without access, ValueError for an unparsable request."""
-        authorization = dict(context.invocation_metadata()).get("authorization")
+        metadata = context.invocation_metadata()
+        call.trace = read_traceparent([value for name, value in metadata if name == TRACEPARENT])
+        authorization = dict(metadata).get("authorization")
         call.key = self.service.access.check(
             address_of(context.peer() or ""), authorization if isinstance(authorization, str) else None
         )
@@ -128,12 +131,14 @@ class GrpcMethods:
             raise request
 
     def _prompt_logprobs(self, delta: Delta) -> list[pb.TokenLogprob]:
-        scored = [(token, entry) for token, entry in delta.prompt if entry is not None]
-        return _logprobs([token for token, _ in scored], [entry for _, entry in scored], self.service.tokenizer)
+        tokens, scores = [token for token, _ in delta.prompt], [score for _, score in delta.prompt]
+        return _logprobs(tokens, scores, self.service.tokenizer)
 
-    def _deltas(self, request: pb.GenerateRequest, call: Call, whole: bool) -> AsyncGenerator[Delta, None]:
+    async def _deltas(self, request: pb.GenerateRequest, call: Call, whole: bool) -> AsyncGenerator[Delta, None]:
+        params = params_from_request(request)
+        (ids,) = await self.service.admit(call, [request.prompt], params)
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
-        return self.service.generate(request.prompt, params_from_request(request), timeout_s, call, whole=whole)
+        return self.service.generate(ids, params, timeout_s, call, whole=whole)
 
 
 def address_of(peer: str) -> str | None:
@@ -153,6 +158,9 @@ def _refuse(call: Call, context: RayServegRPCContext) -> None:
     context.set_details(call.details)
     if isinstance(call.error, EngineFull):
         context.set_trailing_metadata([(haproxy.FULL, "1")])
+    elif isinstance(call.error, RateLimited):
+        details = retry_details(call.status.value[0], call.details, call.error.retry_after_s)
+        context.set_trailing_metadata([(STATUS_DETAILS, details)])  # type: ignore[list-item]  # bytes, since it is -bin
 
 
 def _logprobs(tokens: list[int], logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> list[pb.TokenLogprob]:

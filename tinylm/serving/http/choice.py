@@ -40,8 +40,11 @@ class Choice:
         if self._must_echo:
             self._text = self.prompt if isinstance(self.prompt, str) else self._tokenizer.decode(self.prompt)
             self._must_echo = False
-            for token, entry in delta.prompt:
-                self._add_token(token, entry)
+            boundary = self._tokenizer.boundary_id
+            if isinstance(self.prompt, list) and self.prompt[:1] == [boundary]:
+                self._add_token(boundary, None)
+            for token, score in delta.prompt:
+                self._add_token(token, score)
         self._text += delta.text
         self.n_prompt_tokens = delta.n_prompt_tokens
         self.n_tokens += len(delta.tokens)

@@ -29,6 +29,7 @@ from tinylm.serving.http.merge import merged
 from tinylm.serving.http.requests import CompletionRequest, StreamOptions, read_body, read_request
 from tinylm.serving.ray.internals import is_draining
 from tinylm.serving.service import Delta, Service
+from tinylm.serving.trace_context import TRACEPARENT, read_traceparent
 
 FULL_QUEUE_S = 0.05  # between two looks at a full queue
 PADDED = 64  # bytes
@@ -75,6 +76,7 @@ def routes(service: Service) -> APIRouter:
 
 def check_access(call: Call, request: Request, service: Service) -> None:
     """Raise Refused for a caller without access."""
+    call.trace = read_traceparent(request.headers.getlist(TRACEPARENT))
     address = request.client.host if request.client else None
     call.key = service.access.check(address, request.headers.get("authorization"), request.headers.get("host"))
 
@@ -100,7 +102,8 @@ class CompletionResponse(Response):
         is_streaming = False
         with self._service.answering("POST /v1/completions") as call:
             body = await self._read(call)
-            completions = Completions(self._service, body, call, self._request.headers.get("x-request-id"))
+            prompts = await self._service.admit(call, body.prompts, body.params(0), body.n_generated)
+            completions = Completions(self._service, body, prompts, call, self._request.headers.get("x-request-id"))
             if body.stream:
                 async with aclosing(completions.events()) as events:
                     async for event in events:
@@ -128,7 +131,10 @@ class CompletionResponse(Response):
 class Completions:
     """All answers to one request: `n` answers to each prompt."""
 
-    def __init__(self, service: Service, body: CompletionRequest, call: Call, request_id: str | None) -> None:
+    def __init__(
+        self, service: Service, body: CompletionRequest, prompts: list[list[int]], call: Call, request_id: str | None
+    ) -> None:
+        """prompts: the token ids of each prompt of `body`, from `Service.admit`."""
         self._body, self._call = body, call
         call.n_expected = len(body.prompts) * body.n_generated
         self._head: dict[str, Any] = {
@@ -139,12 +145,12 @@ class Completions:
         }
         self._choices: list[Choice] = []
         generators = []
-        for prompt in body.prompts:
+        for prompt, ids in zip(body.prompts, prompts, strict=True):
             for index in range(body.n_generated):
                 self._choices.append(Choice(len(self._choices), prompt, body, service.tokenizer))
                 params, is_whole = body.params(index), not body.stream
                 # Those of the first wave are refused when the queue is full. Later ones wait: they have begun.
-                ask = partial(service.generate, prompt, params, body.timeout_s, call, index, is_whole)
+                ask = partial(service.generate, ids, params, body.timeout_s, call, index, is_whole)
                 generators.append(ask() if len(generators) < service.args.slots else _patient(ask))
         self._deltas = merged(generators, service.args.slots)
         self.ended = False  # whether `events` has yielded the last event
