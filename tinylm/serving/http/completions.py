@@ -144,7 +144,7 @@ class Completions:
             "model": service.name,
         }
         self._choices: list[Choice] = []
-        generators = []
+        generators: list[AsyncGenerator[Delta, None]] = []
         for prompt, ids in zip(body.prompts, prompts, strict=True):
             for index in range(body.n_generated):
                 self._choices.append(Choice(len(self._choices), prompt, body, service.tokenizer))
