@@ -58,14 +58,15 @@ class TrainedModel(NamedTuple):
 def load_trained(config: TrainConfig) -> TrainedModel:
     """Return the last checkpoint and its text; raise ConfigError when an earlier stage has to run first."""
     require(config.manifest_path, "train.prepare")
-    tokenizer, data = load_tokenizer(config), load_tokens(config)
+    tokenizer = load_tokenizer(config)
     checkpoint = last_checkpoint(config)
+    run_config = checkpoint.config.model_copy(update={"workdir": config.workdir})  # the directory may have moved
+    data = load_tokens(run_config)
     checkpoint.check_same_data(config, data)
     tensors = checkpoint.weights()
     manifest = json.loads(config.manifest_path.read_text(encoding="utf-8"))
     held_out = [config.text_file(name, "validation") for name in manifest]
-    run_config = checkpoint.config
-    passes = load_tokens(run_config).mixture.epochs(checkpoint.step * run_config.run.batch_rows)
+    passes = data.mixture.epochs(checkpoint.step * run_config.run.batch_rows)
     return TrainedModel(
         checkpoint,
         tokenizer,

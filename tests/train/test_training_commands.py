@@ -137,7 +137,7 @@ def test_fine_tuning_refuses_another_shape_or_tokenizer(demo: Demo):
 
 
 def test_a_run_without_ray_equals_a_run_with_ray(demo: Demo, tmp_path: Path, one_torch_thread: None):
-    """It also resumes and can be exported. Neither command resumes a run of the other."""
+    """It resumes, and is exported after its directory has moved. Neither command resumes a run of the other."""
     alone = demo.copy_to(tmp_path, "tokens", "text", "tokenizer.model")
     settings = {"run.validate_every_steps": 20, "run.constant_share": 1}
     for steps in (20, 40):
@@ -151,11 +151,14 @@ def test_a_run_without_ray_equals_a_run_with_ray(demo: Demo, tmp_path: Path, one
     )
     assert losses == pytest.approx(losses_with_ray[:4], abs=1e-3)
     assert is_png(alone.run_dir / "curve.png")
-    export(alone.config(**{"export.formats": "[]", "seed": 2}))
-    evaluation = json.loads((alone.model_dir / "evaluation.json").read_text())
+    (tmp_path / "moved").mkdir()
+    moved = alone.copy_to(tmp_path / "moved", "tokens", "text", "tokenizer.model", "runs")
+    shutil.rmtree(alone.directory / "tokens")
+    export(moved.config(**{"export.formats": "[]", "seed": 2}))
+    evaluation = json.loads((moved.model_dir / "evaluation.json").read_text())
     assert (evaluation["step"], evaluation["seed"]) == (40, 1)  # the seed of the run
     with pytest.raises(ConfigError, match=r"is a run of `python -m train\.alone`: resume it with that command"):
-        run(alone.config())
+        run(moved.config())
     with pytest.raises(ConfigError, match=r"is a run of `python -m train\.run`: resume it with that command"):
         run_alone(demo.config())
 
