@@ -57,6 +57,14 @@ MinP = Annotated[
     float, typer.Option(help="Keep tokens with at least this share of the most likely token's probability.")
 ]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1, tokens of the text become less likely.")]
+PresencePenalty = Annotated[float, typer.Option(help="Above 0, tokens of the answer become less likely.")]
+FrequencyPenalty = Annotated[
+    float, typer.Option(help="Above 0, tokens become less likely each time that the answer holds them.")
+]
+BadWords = Annotated[Optional[list[str]], typer.Option(help="Never write this word; may be repeated.")]
+DryMultiplier = Annotated[
+    float, typer.Option(help="Above 0, tokens that extend a repetition become less likely (DRY); try 0.8.")
+]
 Stop = Annotated[Optional[list[str]], typer.Option(help="Stop before this text; may be repeated.")]
 Seed = Annotated[Optional[int], typer.Option(help="The same seed gives the same text.")]
 Server = Annotated[Optional[str], typer.Option("--server", "-s", help="Use a running service.", metavar="HOST:PORT")]
@@ -128,7 +136,18 @@ def generate(
     top_k: TopK = 0,
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    dry_multiplier: DryMultiplier = 0.0,
+    bad_words: BadWords = None,
+    logit_bias: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Add a number to the logit of a token; may be repeated.", metavar="TOKEN=BIAS"),
+    ] = None,
     stop: Stop = None,
+    stop_token_ids: Annotated[Optional[list[int]], typer.Option(help="Stop at this token; may be repeated.")] = None,
+    min_tokens: Annotated[int, typer.Option(help="Do not stop before this many tokens.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="The model does not end the text itself.")] = False,
     seed: Seed = None,
     logprobs: Annotated[
         Optional[int], typer.Option(help="With --json: log-probabilities, with this many alternatives.")
@@ -147,7 +166,23 @@ def generate(
     with _one_line_errors():
         text = read_standard_input() if prompt == "-" else prompt
         params = SamplingParams(
-            max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop or ()), seed, logprobs
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            seed=seed,
+            logprobs=logprobs,
+            ignore_eos=ignore_eos,
+            min_tokens=min_tokens,
+            stop_token_ids=tuple(stop_token_ids or ()),
+            logit_bias=dict(map(_bias, logit_bias or ())),
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            bad_words=tuple(bad_words or ()),
+            dry_multiplier=dry_multiplier,
         )
         stream: Stream[Any]
         if server is not None:
@@ -161,6 +196,15 @@ def generate(
                 typer.echo(json.dumps({"prompt": text, **dataclasses.asdict(stream.completion)}))
                 return
             _print_answer(text, stream)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """Return the token and the number of an option: '300=-5' -> (300, -5.0)."""
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise ValueError(f"--logit-bias is {text!r}: it must be TOKEN=BIAS, as in 300=-5") from None
 
 
 def _print_answer(prompt: str, stream: Stream[Any]) -> None:
@@ -182,6 +226,10 @@ def write(
     top_k: TopK = 0,
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    dry_multiplier: DryMultiplier = 0.0,
+    bad_words: BadWords = None,
     stop: Stop = None,
     seed: Seed = None,
     color_probabilities: Annotated[
@@ -207,7 +255,18 @@ def write(
 
     with _one_line_errors():
         params = SamplingParams(
-            max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, tuple(stop or ()), seed
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            seed=seed,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            bad_words=tuple(bad_words or ()),
+            dry_multiplier=dry_multiplier,
         )
         if server is not None:
             source = service_source(_client(server, tls, ca))
@@ -375,18 +434,31 @@ def serve(
 def key(
     name: Annotated[str, typer.Argument(help="The name of the key's owner; the service logs it.")],
     file: Annotated[Optional[Path], typer.Option(help="Add the hash to this key file. Creates it if needed.")] = None,
+    requests_per_minute: Annotated[Optional[int], typer.Option(help="The most calls in any minute.")] = None,
+    tokens_per_minute: Annotated[
+        Optional[int], typer.Option(help="The most tokens in any minute, of prompts and answers together.")
+    ] = None,
+    priority: Annotated[
+        Optional[int], typer.Option(help="0 to 100; waiting requests with a higher priority run first.")
+    ] = None,
 ) -> None:
     """Create an API key. Prints the key, and the hash for the key file (`api_keys`) of a service.
 
-    Clients read the key from TINYLM_API_KEY. To revoke a key, remove its line. The service notices within a second.
+    Clients read the key from TINYLM_API_KEY. To revoke a key, remove its line. To change its limits, edit its line. The
+    service notices within a second.
     """
     from tinylm.serving.keys import add_key, make_key
 
+    fields = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "priority": priority,
+    }
     with _one_line_errors():
         if file is not None:
-            typer.echo(add_key(file, name))
+            typer.echo(add_key(file, name, **fields))
             return
-        secret, line = make_key(name)
+        secret, line = make_key(name, **fields)
         typer.echo(line, err=True)
         typer.echo(secret)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -16,9 +17,10 @@ import numpy as np
 from tinylm.engine.completion import Completion, CompletionBuilder
 from tinylm.engine.engine import Engine
 from tinylm.engine.request import Progress, Request
+from tinylm.engine.word_tokens import word_tokens
 from tinylm.kernels.blas import run_limited
 from tinylm.model import Chunk, Model, ModelRunner
-from tinylm.sampling import SamplingParams
+from tinylm.sampling import SamplingParams, TokenLogprobs
 from tinylm.stream import Stream, Update
 from tinylm.system.paths import DEFAULT_MODEL
 from tinylm.tokenizer import Tokenizer
@@ -45,6 +47,19 @@ def load(directory: Path | str, kernels: str = "auto", precision: str = "auto") 
         if theirs != ours:
             raise ModelError(f"{Path(directory) / TOKENIZER}: {name} is {theirs}, the model's config says {ours}")
     return tokenizer, Model(config, tensors, kernels, precision)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The tokens of a text, and what the model says of each after the tokens before it."""
+
+    token_ids: list[int]  # without the boundary before the text
+    logprobs: list[TokenLogprobs]  # one per token
+
+    @property
+    def total(self) -> float:
+        """The natural logarithm of the probability that the model begins a document with this text."""
+        return sum(token.logprob for token in self.logprobs)
 
 
 class LLM:
@@ -99,8 +114,7 @@ class LLM:
         Raise ValueError, before anything is generated, if a prompt is too long.
         """
         params = params or SamplingParams()
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        requests = [self._engine.make_request(self.tokenizer.encode_document(text), params) for text in texts]
+        requests = self._requests([prompts] if isinstance(prompts, str) else prompts, params)
         builders = {request: CompletionBuilder(self.tokenizer, params) for request in requests}
         try:
             try:
@@ -113,6 +127,19 @@ class LLM:
             self._cancel(requests)  # again: a second Ctrl-C can interrupt the first
         return [builder.completion for builder in builders.values() if builder.completion is not None]
 
+    def score(self, texts: str | Sequence[str], top: int = 0) -> list[Scored]:
+        """Return the log-probability of each token of each text, in the texts' order, as the model would write it.
+
+        top: how many of the most likely tokens to report at each place. Up to `n_slots` texts share a batch. Raise
+        ValueError, before anything is computed, if a text is longer than the context less its boundary.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        completions = self.generate(texts, SamplingParams(max_tokens=0, prompt_logprobs=top))
+        return [
+            Scored(self.tokenizer.encode(text), completion.prompt_logprobs or [])
+            for text, completion in zip(texts, completions, strict=True)
+        ]
+
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream[Completion]:
         """Return a stream of the pieces of one answer. The pieces joined are the text that `generate` returns.
 
@@ -121,7 +148,7 @@ class LLM:
         return Stream(self._updates(prompt, params or SamplingParams()))
 
     def _updates(self, prompt: str, params: SamplingParams) -> Generator[Update[Completion], None, None]:
-        request = self._engine.make_request(self.tokenizer.encode_document(prompt), params)
+        [request] = self._requests([prompt], params)
         builder = CompletionBuilder(self.tokenizer, params)
 
         def advance() -> Progress:
@@ -142,6 +169,10 @@ class LLM:
                 self._engine.cancel(request)
         finally:
             self._engine.cancel(request)  # again: a second Ctrl-C can interrupt the first
+
+    def _requests(self, prompts: Sequence[str], params: SamplingParams) -> list[Request]:
+        words, encode = word_tokens(params, self.tokenizer), self.tokenizer.encode_document
+        return [self._engine.make_request(encode(prompt), params, words=words) for prompt in prompts]
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return the scores of the next token after each of `ids`, (len(ids), vocab) float32, without the KV cache.

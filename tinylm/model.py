@@ -68,6 +68,10 @@ class ModelRunner:
         """Return the size of the KV cache in bytes."""
         return self.model.kernels.cache_bytes(self._cache)
 
+    def compute(self, n_tokens: int, n_rows: int) -> None:
+        """Run a step without choosing tokens."""
+        self.model.kernels.forward(self.model.weights, self._cache, self._scratch, self.batch, n_tokens, n_rows)
+
     def forward(self, ids: np.ndarray, chunks: Sequence[Chunk], rows: np.ndarray) -> np.ndarray:
         """Run the chunks' tokens through the model, write their keys and values to the cache, and return logits.
 
@@ -79,7 +83,7 @@ class ModelRunner:
         batch.slots[:n_tokens] = np.concatenate([np.full(c.count, c.slot) for c in chunks])
         batch.positions[:n_tokens] = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
         batch.rows[:n_rows] = np.asarray(rows, int) % n_tokens
-        self.model.kernels.forward(self.model.weights, self._cache, self._scratch, batch, n_tokens, n_rows)
+        self.compute(n_tokens, n_rows)
         return batch.logits[:n_rows, : self.model.config.vocab_size]
 
     def copy_prefix(self, source: int, target: int, n_tokens: int) -> None:

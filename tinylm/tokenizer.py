@@ -29,9 +29,10 @@ class Tokenizer:
         if self.boundary_id < 0:
             raise ValueError(f"{path} has no boundary (eos) piece")
         self.piece_bytes: list[bytes] = [self._bytes_of(piece) for piece in range(self.vocab_size)]
+        self.byte_ids: list[int] = [self._spm.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         # SentencePiece would read U+2581 in a text as a space, so `encode` writes it as its three bytes.
-        self._literal_space_ids: list[int] = [self._spm.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        if not all(self._spm.is_byte(piece) for piece in self._literal_space_ids):
+        self._literal_space_ids: list[int] = [self.byte_ids[byte] for byte in _SPACE.encode()]
+        if not all(self._spm.is_byte(piece) for piece in self.byte_ids):
             raise ValueError(f"{path} was trained without byte fallback: it would lose characters")
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ValueError(f"{path} was trained to normalize text: it would change {_PROBE!r}")

@@ -54,7 +54,7 @@ def export_huggingface(model: Path, out: Path) -> None:
     with exported_directory("huggingface", model, out) as new:
         _convert_model(config, tensors).save_pretrained(new)
         convert_tokenizer(model / TOKENIZER, config.context).save_pretrained(new)
-        _use_old_class_name(new / "tokenizer_config.json")
+        _fit_version_4(new / "tokenizer_config.json")
         ids = sample_ids(config)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(new, dtype="auto")
         # With two threads, the first forward pass of a process is sometimes (3 in 40) wrong by 1e-3.
@@ -91,7 +91,7 @@ def _convert_model(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> tr
     state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
     model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
     model.generation_config = transformers.GenerationConfig(
-        do_sample=True, temperature=0.8, top_p=0.95, top_k=0, max_length=config.context, **special_ids
+        do_sample=True, temperature=0.8, top_p=0.95, top_k=0, max_new_tokens=config.context * 3 // 4, **special_ids
     )
     return model
 
@@ -151,10 +151,14 @@ def require_same_ids(theirs: transformers.PreTrainedTokenizerBase, ours: Tokeniz
             raise ExportError(f"transformers {transformers.__version__} gives other tokens for {text!r}")
 
 
-def _use_old_class_name(path: Path) -> None:
-    """Write the tokenizer's class name that `transformers` 4 knows. Version 5 knows it too."""
+def _fit_version_4(path: Path) -> None:
+    """Write the tokenizer's class name that `transformers` 4 knows, and what the model takes. Version 5 knows both too.
+
+    By default, version 4 gives token_type_ids too, which the model refuses.
+    """
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -41,11 +41,13 @@ class CallRecord:
     def tokens_of_messages(self) -> np.ndarray:
         """Return (messages,): the tokens of each message with text.
 
-        If the server does not say, spread the tokens of the answer evenly: 7 tokens in 3 messages are 2, 3 and 2.
+        If the server does not say, the first message has one token, because servers send the first token at once. The
+        other tokens are spread evenly: 7 tokens in 3 messages are 1, 3 and 3.
         """
         if self.text_tokens is not None:
             return np.array(self.text_tokens, np.int64)
         n = len(self.text_at)
-        if n == 0:
-            return np.empty(0, np.int64)
-        return np.diff(np.round(np.arange(n + 1) * max(self.tokens, 1) / n)).astype(np.int64)
+        if n < 2:
+            return np.full(n, max(self.tokens, 1), np.int64)
+        later = np.diff(np.round(np.arange(n) * max(self.tokens - 1, 0) / (n - 1)))
+        return np.concatenate([[1], later]).astype(np.int64)

@@ -1,6 +1,7 @@
 """Calls to a server with OpenAI's completions API, streamed as server-sent events.
 
-llama.cpp's server, vLLM and others have this API. If a server sends no usage, each message counts as one token.
+llama.cpp's server, vLLM and others have this API. TinyLM and vLLM report usage with each message, so that the tokens of
+each are known. If a server sends no usage, each message counts as one token.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class OpenAICaller:
         body: dict[str, Any] = {"prompt": request.prompt, "max_tokens": request.max_tokens, **SAMPLING}
         body["seed"] = request.seed % 2**31
         if self._load.stream:
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
+            body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         async with session.post(self._url, json=body) as response:
             if response.status != 200:
                 record.status = f"HTTP_{response.status}"
@@ -60,6 +61,7 @@ class OpenAICaller:
 
 async def _read_events(response: aiohttp.ClientResponse, record: CallRecord) -> None:
     usage: dict[str, int] | None = None
+    counts: list[int] = []  # the tokens of each message with text, if the server says
     finished = False
     async for line in response.content:
         if not line.startswith(b"data:"):
@@ -72,8 +74,12 @@ async def _read_events(response: aiohttp.ClientResponse, record: CallRecord) -> 
         for choice in event.get("choices", ()):
             if choice.get("text"):
                 record.text_at.append(time.monotonic())
+                if event.get("usage"):
+                    counts.append(event["usage"]["completion_tokens"] - sum(counts))
             finished = finished or choice.get("finish_reason") is not None
     record.tokens = usage["completion_tokens"] if usage else len(record.text_at)
     record.prompt_tokens = usage["prompt_tokens"] if usage else 0
+    if len(counts) == len(record.text_at):
+        record.text_tokens = counts
     if not finished:
         record.status = "CUT_OFF"  # the stream ended before the answer was finished

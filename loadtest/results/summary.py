@@ -107,8 +107,8 @@ def _gaps(ok: Records) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seconds, counts = np.diff(call.text_at), call.tokens_of_messages()[1:]
         gaps.append(seconds)
         tokens.append(counts)
-        if call.text_tokens is None:  # assume that each message carries the same number of tokens
-            itl.append(seconds * len(call.text_at) / max(call.tokens, 1))
+        if call.text_tokens is None:  # assume that each message after the first carries the same number of tokens
+            itl.append(seconds * (len(call.text_at) - 1) / max(call.tokens - 1, 1))
         else:
             itl.append(seconds / np.maximum(counts, 1))
     return np.concatenate(gaps), np.concatenate(tokens), np.concatenate(itl)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import HTTPConnection
 
@@ -86,12 +87,118 @@ def test_token_ids_equal_their_text_and_echo_repeats_the_prompt(client: OpenAI, 
     assert texts == [PROMPT + expected] * 5
 
 
+def test_a_batch_of_prompts_larger_than_the_queue_is_answered(client: OpenAI, stories: LLM) -> None:
+    """128 answers wait for each other, and a short request beside them does not wait for all."""
+    prompts = [f"{PROMPT} {i}" for i in range(128)]
+    fields = {"model": "stories-8m", "max_tokens": 4, "temperature": 0}
+    with ThreadPoolExecutor(2) as pool:
+        together = pool.submit(client.completions.create, prompt=prompts, **fields)
+        assert client.completions.create(prompt=PROMPT, **fields).choices[0].text
+        choices = together.result().choices
+    expected = stories.generate(prompts, SamplingParams(max_tokens=4, temperature=0))
+    assert [choice.text for choice in choices] == [completion.text for completion in expected]
+
+
+def test_best_of_returns_the_most_likely_answers(client: OpenAI, stories: LLM) -> None:
+    answer = client.completions.create(model="stories-8m", prompt=[PROMPT, "The dog"], n=2, best_of=4, **SETTINGS)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    found, n_tokens = iter(answer.choices), 0
+    for prompt in (PROMPT, "The dog"):
+        params = [SamplingParams(**{**SETTINGS, "seed": seed}, logprobs=0) for seed in range(3, 7)]
+        completions = [stories.generate(prompt, settings)[0] for settings in params]
+        completions.sort(key=lambda c: -sum(entry.logprob for entry in c.logprobs) / len(c.token_ids))
+        assert [next(found).text, next(found).text] == [completion.text for completion in completions[:2]]
+        n_tokens += sum(len(completion.token_ids) for completion in completions)
+    assert answer.usage.completion_tokens == n_tokens
+    assert answer.choices[0].logprobs is None
+
+
+def test_every_event_can_have_usage_and_padding(service: Service, http: DefaultHttpxClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": True}
+    body = {"prompt": PROMPT, "n": 2, "stream": True, "stream_options": options, **SETTINGS}
+    lines = http.post(f"{service.url}/v1/completions", json=body).text.split("\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert {len(line.removeprefix("data: ")) % 64 for line in lines[: len(events) - 1]} == {0}
+    *pieces, last = events
+    n_tokens = dict.fromkeys((0, 1), 0)
+    for event in pieces:
+        (choice,) = event["choices"]
+        assert event["usage"]["completion_tokens"] >= n_tokens[choice["index"]]
+        n_tokens[choice["index"]] = event["usage"]["completion_tokens"]
+        assert event["usage"]["prompt_tokens"] == last["usage"]["prompt_tokens"]
+    assert sum(n_tokens.values()) == last["usage"]["completion_tokens"]
+
+
+def test_text_becomes_tokens_and_text_again(service: Service, http: DefaultHttpxClient, stories: LLM) -> None:
+    text = "The fox \U0001f98a ran."
+    for special in (True, False):
+        body = {"prompt": text, "add_special_tokens": special, "return_token_strs": True}
+        found = http.post(f"{service.url}/tokenize", json=body).json()
+        ids = (stories.tokenizer.encode_document if special else stories.tokenizer.encode)(text)
+        assert (found["tokens"], found["count"], found["max_model_len"]) == (ids, len(ids), stories.config.context)
+        assert found["token_strs"] == [stories.tokenizer.piece(token) for token in ids]
+        assert http.post(f"{service.url}/detokenize", json={"tokens": ids}).json() == {"prompt": text}
+    for path, wrong, word in (
+        ("tokenize", {"prompt": 1}, "prompt is of type int"),
+        ("tokenize", {"prompt": "", "x": 1}, "x is not a field"),
+        ("tokenize", {"prompt": "", "model": "gpt-2"}, "gpt-2"),
+        ("detokenize", {"tokens": [4096]}, "4095"),
+        ("detokenize", {}, "tokens"),
+    ):
+        response = http.post(f"{service.url}/{path}", json=wrong)
+        assert response.status_code == (404 if "model" in wrong else 400)
+        assert word in response.json()["error"]["message"]
+
+
+def test_web_pages_of_other_origins_need_permission(service: Service, http: DefaultHttpxClient) -> None:
+    headers = {"origin": "https://example.org", "access-control-request-method": "POST"}
+    response = http.request("OPTIONS", f"{service.url}/v1/completions", headers=headers)
+    assert response.status_code == 405
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_a_prompt_is_scored(client: OpenAI, stories: LLM) -> None:
+    """Lists have one entry for each token that the client sent. A boundary has null. Bytes without text have names."""
+    text = f"{PROMPT} \U0001f98a ran"
+    boundary, ids = stories.tokenizer.boundary_id, stories.tokenizer.encode(text)
+    scored = stories.score(text, top=2)[0]
+    for prompt, n_boundaries in ((text, 0), (ids, 0), ([boundary, *ids], 1)):
+        fields = {"model": "stories-8m", "prompt": prompt, "echo": True, "logprobs": 2, "temperature": 0}
+        (alone,) = client.completions.create(**fields, max_tokens=0).choices
+        (whole,) = client.completions.create(**fields, max_tokens=3).choices
+        streamed = [chunk.choices[0] for chunk in client.completions.create(**fields, max_tokens=3, stream=True)]
+        assert (alone.text, alone.finish_reason) == (text, "length")
+        assert whole.text == "".join(choice.text for choice in streamed)
+        n = len(ids) + n_boundaries
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            values = getattr(whole.logprobs, name)
+            assert values == [value for choice in streamed for value in getattr(choice.logprobs, name)]
+            assert len(values) == n + 3
+            if name in ("tokens", "text_offset"):
+                assert values[:n] == getattr(alone.logprobs, name)
+        found = whole.logprobs
+        assert found.token_logprobs[n_boundaries:n] == pytest.approx([t.logprob for t in scored.logprobs], abs=1e-3)
+        assert found.token_logprobs[:n_boundaries] == found.top_logprobs[:n_boundaries] == [None] * n_boundaries
+        assert found.tokens[:n_boundaries] == ["<|endoftext|>"] * n_boundaries
+        for token, top in zip(found.tokens[n_boundaries:], found.top_logprobs[n_boundaries:], strict=True):
+            assert token in top
+        assert "bytes:\\xf0" in found.tokens
+        for token, offset in zip(found.tokens, found.text_offset, strict=True):
+            if not token.startswith(("bytes:", "<|")):
+                assert whole.text[offset : offset + len(token)] == token
+        assert found.text_offset[found.tokens.index("bytes:\\xf0")] == text.index("\U0001f98a")
+
+
 def test_defaults_are_openai_s_and_our_settings_take_effect(client: OpenAI, stories: LLM) -> None:
     plain = client.completions.create(model="stories-8m", prompt=PROMPT, seed=5)
     assert plain.choices[0].text == stories.generate(PROMPT, SamplingParams(16, 1.0, 1.0, seed=5))[0].text
-    own = {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.3}
-    more = client.completions.create(model="stories-8m", prompt=PROMPT, extra_body=own, **SETTINGS)
-    assert more.choices[0].text == stories.generate(PROMPT, SamplingParams(**SETTINGS, **own))[0].text
+    own = {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.3, "bad_words": ["was"], "dry_multiplier": 0.8}
+    theirs = {"presence_penalty": 0.5, "frequency_penalty": 0.5}
+    more = client.completions.create(
+        model="stories-8m", prompt=PROMPT, extra_body=own, logit_bias={"300": 2}, **theirs, **SETTINGS
+    )
+    params = SamplingParams(**SETTINGS, **own, **theirs, logit_bias={300: 2})
+    assert more.choices[0].text == stories.generate(PROMPT, params)[0].text
 
 
 def test_the_model_is_listed_and_others_are_unknown(client: OpenAI) -> None:

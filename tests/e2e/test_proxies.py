@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from helpers import fault_actions
 from helpers.service import Service
 from openai import DefaultHttpxClient
@@ -114,6 +116,31 @@ def test_errors_have_a_status_and_name_the_field(
     for message in (*messages, response.json()["error"]["message"]):
         assert [word for word in words if word not in message] == []
         assert "Traceback" not in message
+
+
+def test_standard_services_answer_without_a_key(service: Service) -> None:
+    """Health lists every service, and reflection has both of its names."""
+    services = {"tinylm.v1.TinyLM", "grpc.health.v1.Health"}
+    with grpc.insecure_channel(service.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        listed = health.List(health_pb2.HealthListRequest(), metadata=METADATA, timeout=LIMIT_S).statuses
+        assert {name: status.status for name, status in listed.items()} == dict.fromkeys(
+            ("", "tinylm.v1.TinyLM"), health_pb2.HealthCheckResponse.SERVING
+        )
+        for version in ("v1", "v1alpha"):
+            name = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
+            reflect = channel.stream_stream(
+                name,
+                reflection_pb2.ServerReflectionRequest.SerializeToString,
+                reflection_pb2.ServerReflectionResponse.FromString,
+            )
+            request = reflection_pb2.ServerReflectionRequest(list_services="")
+            (answer,) = reflect(iter([request]), timeout=LIMIT_S)
+            assert services < {found.name for found in answer.list_services_response.service}
+        unknown = channel.unary_unary("/tinylm.v1.TinyLM/Nothing")
+        with pytest.raises(grpc.RpcError) as caught:
+            unknown(b"", metadata=METADATA, timeout=LIMIT_S)
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_a_time_limit_ends_a_stream_with_its_text(service: Service, stub: TinyLMStub, http: DefaultHttpxClient) -> None:

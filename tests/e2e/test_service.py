@@ -76,7 +76,9 @@ def test_commands_and_programs_of_the_docs_work_on_a_service(service: Service, t
 def test_sampled_text_follows_its_seed_and_settings(client: Client, stories: LLM) -> None:
     params = SamplingParams(
         max_tokens=40, temperature=1.1, top_p=0.9, top_k=50, min_p=0.01, repetition_penalty=1.2, seed=7,
-        stop=("zz", "."), logprobs=3,
+        stop=("zz", "."), logprobs=3, prompt_logprobs=2, min_tokens=5, ignore_eos=True, stop_token_ids=(5,),
+        logit_bias={300: 2.5},
+        presence_penalty=0.2, frequency_penalty=0.1, bad_words=("was",), dry_multiplier=0.8, dry_base=2,
     )  # fmt: skip
     expected = stories.generate(PROMPT, params)[0]
     whole = client.generate(PROMPT, params)
@@ -88,6 +90,16 @@ def test_sampled_text_follows_its_seed_and_settings(client: Client, stories: LLM
         logprobs = [entry.logprob for entry in answer.logprobs]
         assert logprobs == pytest.approx([entry.logprob for entry in expected.logprobs], abs=1e-4)
         assert [len(entry.top) for entry in answer.logprobs] == [3] * len(expected.token_ids)
+        scored = [entry.logprob for entry in answer.prompt_logprobs]
+        assert scored == pytest.approx([entry.logprob for entry in expected.prompt_logprobs], abs=1e-3)
+        assert len(scored) == len(stories.tokenizer.encode(PROMPT))
+
+
+def test_a_prompt_can_be_scored_without_an_answer(client: Client, stories: LLM) -> None:
+    answer = client.generate("The little dog", SamplingParams(max_tokens=0, prompt_logprobs=0))
+    assert (answer.text, answer.n_tokens, answer.finish_reason) == ("", 0, "length")
+    total = sum(entry.logprob for entry in answer.prompt_logprobs)
+    assert total == pytest.approx(stories.score("The little dog")[0].total, abs=1e-3)
 
 
 def test_the_asynchronous_client_gets_the_same_answers(service: Service, client: Client) -> None:
@@ -104,7 +116,10 @@ def test_the_asynchronous_client_gets_the_same_answers(service: Service, client:
             whole = await asyncio.gather(*(asking.generate(PROMPT, params) for params in settings))
             assert [answer.text for answer in whole] == expected
             assert (await asking.info()).name == "stories-8m"
-            assert await asking.tokenize("a cat") == client.tokenize("a cat")
+            tokens = await asking.tokenize("a cat")
+            assert tokens == client.tokenize("a cat")
+            ids = [token for token, _ in tokens]
+            assert await asking.detokenize(ids) == client.detokenize(ids) == "a cat"
 
     asyncio.run(ask())
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -37,6 +39,7 @@ SHORT = SamplingParams(max_tokens=2, temperature=0)
 PROMPT = "A prompt that no log may contain"
 LONG_REQUEST = request_from_params(PROMPT, LONG)
 SLOTS, WAITING = 2, 2
+ORIGIN = "https://example.org"
 GIVE_UP_S = 60
 Code = grpc.StatusCode
 
@@ -47,13 +50,20 @@ def secret() -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def service(secret: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def urgent() -> tuple[str, str]:
+    return make_key("urgent", priority=9)
+
+
+@pytest.fixture(scope="module")
+def service(
+    secret: tuple[str, str], urgent: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     directory = tmp_path_factory.mktemp("limits")
-    (directory / "keys.txt").write_text(secret[1])
+    (directory / "keys.txt").write_text(f"{secret[1]}\n{urgent[1]}\n")
     values = yaml.safe_load(Path("configs/serve.yaml").read_text(encoding="utf-8"))
     (application,) = values["applications"]
     limits = {"slots": SLOTS, "max_waiting": WAITING, "kernels": "numpy", "api_keys": str(directory / "keys.txt")}
-    application["args"] |= limits
+    application["args"] |= {**limits, "cors_origins": [ORIGIN]}
     application["deployments"][0]["num_replicas"] = 1
     config = directory / "limits.yaml"
     config.write_text(yaml.safe_dump(values))
@@ -179,6 +189,26 @@ def test_a_full_queue_refuses_and_leaving_makes_room(
     assert any(all_left_in_time() for _ in range(10))  # an answer takes a tenth of a second
 
 
+def test_a_key_with_a_priority_overtakes_waiting_calls(
+    service: Service, channel: grpc.Channel, metadata: tuple, urgent: tuple[str, str]
+) -> None:
+    stub, urgent_metadata = TinyLMStub(channel), (*METADATA, ("authorization", f"Bearer {urgent[0]}"))
+
+    def has_overtaken() -> bool:
+        shorter = request_from_params(PROMPT, replace(LONG, max_tokens=60))
+        *running, waiting = [
+            stub.Generate.future(request, metadata=metadata)
+            for request in [*[LONG_REQUEST] * (SLOTS - 1), shorter, LONG_REQUEST]
+        ]
+        first = stub.Generate(LONG_REQUEST, metadata=urgent_metadata)
+        has_overtaken = not waiting.done()  # all long answers take the same time
+        for call in running:
+            call.result()
+        return has_overtaken and waiting.result().timings.queue_ms > first.timings.queue_ms > 0
+
+    assert any(has_overtaken() for _ in range(10))  # the urgent call can come too late
+
+
 def test_above_its_limit_it_answers_and_refuses_the_rest(
     service: Service, secret: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -210,12 +240,16 @@ def test_http_has_the_same_keys_and_queue(service: Service, secret: tuple[str, s
                 "Bearer",
             )
         settings = {"model": "stories-8m", "prompt": PROMPT, "temperature": 0, "max_tokens": LONG.max_tokens}
-        with client.completions.create(**settings, n=SLOTS + WAITING, stream=True) as stream:
+        with client.completions.create(**settings, n=SLOTS, stream=True) as stream, ThreadPoolExecutor(1) as pool:
             assert next(iter(stream)).id
+            pool.submit(client.completions.create, **settings, n=WAITING)
+            authorization = {"authorization": f"Bearer {secret[0]}"}
+            while http.get(f"{service.url}/live", headers=authorization).json()["replicas"][0]["waiting"] < WAITING:
+                time.sleep(0.05)
             for stream_too in (False, True):
                 with pytest.raises(openai.RateLimitError) as refused:
                     client.completions.create(**settings, stream=stream_too)
-                assert refused.value.code == "rate_limit_exceeded"
+                assert refused.value.code == "queue_full"
                 assert int(refused.value.response.headers["retry-after"]) >= 1
             assert http.get(f"{service.url}/health").status_code == 200  # it needs no key
         deadline = time.monotonic() + GIVE_UP_S
@@ -229,6 +263,34 @@ def test_http_has_the_same_keys_and_queue(service: Service, secret: tuple[str, s
     lines = [line for line in service.call_lines() if line["method"] == "POST /v1/completions"]
     assert {"OK", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED"} <= {line["status"] for line in lines}
     assert {line["api_key_name"] for line in lines if line["status"] != "UNAUTHENTICATED"} == {"alice"}
+
+
+def test_a_request_with_many_answers_leaves_room_in_the_queue(
+    service: Service, secret: tuple[str, str], client: Client
+) -> None:
+    """It runs one answer per slot at once, so it needs no more places in the queue than the service has."""
+    http = openai.DefaultHttpxClient(trust_env=False)
+    settings = {"model": "stories-8m", "max_tokens": 8, "temperature": 0}
+    prompts = [f"{PROMPT} {i}" for i in range(5 * (SLOTS + WAITING))]
+    with (
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key=secret[0], max_retries=0, http_client=http) as many,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        batch = pool.submit(many.completions.create, prompt=prompts, **settings)
+        while not batch.done():
+            assert client.generate("Once", SHORT).n_tokens
+        assert len(batch.result().choices) == len(prompts)
+
+
+def test_web_pages_of_named_origins_may_call(service: Service) -> None:
+    http = openai.DefaultHttpxClient(trust_env=False)
+    headers = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    allowed, other = (
+        http.request("OPTIONS", f"{service.url}/v1/completions", headers={**headers, "origin": origin})
+        for origin in (ORIGIN, "https://other.example")
+    )
+    assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, ORIGIN)
+    assert "access-control-allow-origin" not in other.headers
 
 
 def test_a_client_that_does_not_read_delays_no_other(

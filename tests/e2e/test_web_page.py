@@ -1,6 +1,7 @@
 """The web page in a real Chromium, on the real service."""
 
 import math
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,13 @@ FILL_AND_MEASURE = """values => {
     document.querySelectorAll(`#replicas ${cell}`).forEach(found => found.textContent = text);
   return document.documentElement.scrollWidth;
 }"""
+LAYOUT_SHIFT = """() => new Promise(resolve => {
+  const sum = list => list.getEntries().reduce((total, entry) => total + entry.value, 0);
+  new PerformanceObserver(list => resolve(sum(list))).observe({ type: "layout-shift", buffered: true });
+  setTimeout(() => resolve(0), 1000);  // nothing moved
+})"""
+LEVELS_AND_STYLES = "tokens => tokens.map(token => [token.dataset.level, getComputedStyle(token).textDecoration])"
+EDGE_AND_PAPER = "field => [getComputedStyle(field).borderTopColor, getComputedStyle(document.body).backgroundColor]"
 SHOW_ALTERNATIVES = """async top => {
   const { showAlternatives } = await import("./alternatives.js");
   showAlternatives(document.querySelector("#story .token:last-child"), -1, top);
@@ -180,6 +188,38 @@ def test_nothing_is_wider_than_the_window(browser: Browser, url: str, size: dict
         assert page.locator("#go").bounding_box()["height"] >= 32
 
 
+@pytest.mark.parametrize("size", [DESKTOP, {"width": 390, "height": 800}], ids=lambda size: str(size["width"]))
+def test_nothing_moves_while_the_page_loads(browser: Browser, url: str, size: dict[str, int]) -> None:
+    """Google calls a cumulative layout shift of up to 0.1 good."""
+    with visit(browser, url, viewport=size) as page:
+        expect(page.locator("#replicas tr")).to_have_count(4)
+        assert page.evaluate(LAYOUT_SHIFT) < 0.02
+
+
+def test_forced_colours_keep_the_levels_apart(browser: Browser, url: str) -> None:
+    with visit(browser, url, forced_colors="active") as page:
+        write(page)
+        styles = dict(page.locator("#story .token").evaluate_all(LEVELS_AND_STYLES))
+        assert len(set(styles.values())) == len(styles) > 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_fields_stand_out_from_the_paper(browser: Browser, url: str, scheme: str) -> None:
+    """WCAG 2.2 asks for a contrast of 3 to 1."""
+    with visit(browser, url, color_scheme=scheme) as page:
+        for field in ("#prompt", "input[type=text]"):
+            colours = page.locator(field).first.evaluate(EDGE_AND_PAPER)
+            brighter, darker = sorted((luminance(colour) for colour in colours), reverse=True)
+            assert (brighter + 0.05) / (darker + 0.05) >= 3
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of 'rgb(1, 2, 3)', as WCAG 2.2 defines it."""
+    shares = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
 def test_the_live_view_counts_the_whole_service(page: Page, url: str, http: DefaultHttpxClient) -> None:
     rows = page.locator("#replicas tr")
     expect(rows).to_have_count(4)
@@ -215,7 +255,10 @@ def test_an_error_is_shown_and_the_page_still_works(browser: Browser, url: str) 
 def test_every_setting_has_a_meaning_and_valid_limits(page: Page) -> None:
     fields = page.locator(".field input")
     names = fields.evaluate_all("inputs => inputs.map((input) => input.name)")
-    assert set(names) == set(SamplingParams.__dataclass_fields__) - {"logprobs"}
+    assert set(names) == {
+        *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed"),
+        *("presence_penalty", "frequency_penalty"),
+    }
     for name, field in zip(names, fields.all(), strict=True):
         meaning = page.locator(f"#{field.get_attribute('aria-describedby')}")
         assert len(meaning.text_content() or "") > 20

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, add_TinyLMServicer_to_server
@@ -33,7 +34,20 @@ class Act:
     empty_first: bool = False  # Serve's Python proxy sends a refused stream so
     only_logprobs: bool = False  # a message with tokens but without text
     silent: bool = False
+    retry_after_s: float | None = None  # in the details of the status
     details: str = "as told"  # of the status; a good answer has it as first text, as the model's name and as token
+
+    @property
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        """Return a google.rpc.Status, as any server of gRPC sends it."""
+        if self.retry_after_s is None:
+            return ()
+        status = status_pb2.Status(code=self.status.value[0], message=self.details)
+        status.details.add().Pack(error_details_pb2.ErrorInfo(reason="TOLD"))
+        info = error_details_pb2.RetryInfo()
+        info.retry_delay.FromNanoseconds(round(self.retry_after_s * 1e9))
+        status.details.add().Pack(info)
+        return (("grpc-status-details-bin", status.SerializeToString()),)
 
 
 @dataclass
@@ -54,7 +68,7 @@ class Scripted(TinyLMServicer):
     async def _begin_whole(self, context: grpc.aio.ServicerContext) -> Act:
         act = await self._begin(context)
         if act.status is not grpc.StatusCode.OK:
-            await context.abort(act.status, act.details)
+            await context.abort(act.status, act.details, act.trailing_metadata)
         return act
 
     async def _begin(self, context: grpc.aio.ServicerContext) -> Act:
@@ -99,7 +113,7 @@ class Scripted(TinyLMServicer):
         for text in ANSWER[: act.n_messages]:
             yield pb.GenerateStreamResponse(text=text)
         if act.status is not grpc.StatusCode.OK:
-            await context.abort(act.status, act.details)
+            await context.abort(act.status, act.details, act.trailing_metadata)
         if act.n_messages == len(ANSWER):
             yield pb.GenerateStreamResponse(finish_reason=pb.FINISH_REASON_LENGTH)
 

@@ -64,12 +64,26 @@ def test_every_setting_reaches_the_engine(small, llm):
         "repetition_penalty": 1.2,
         "seed": 3,
         "logprobs": 2,
+        "min_tokens": 4,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.25,
+        "dry_multiplier": 0.8,
+        "bad_words": ("the", "was"),
+        "stop_token_ids": (7, 8),
     }
     [free] = llm.generate("x", tinylm.SamplingParams(**settings))
     stop = free.text[len(free.text) // 2 :][:3]
-    [expected] = llm.generate("x", tinylm.SamplingParams(**settings, stop=("\1", stop)))
-    options = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", value)]
-    answer = json.loads(succeed("generate", "x", *options, "--stop", "\1", "--stop", stop, *small, "--json"))
+    settings |= {"stop": ("\1", stop)}
+    biases = {300: 2.5, 301: -5}
+    params = tinylm.SamplingParams(**settings, logit_bias=biases, ignore_eos=True)
+    [expected] = llm.generate("x", params)
+    several = [(name, value if isinstance(value, tuple) else (value,)) for name, value in settings.items()]
+    options = [part for name, values in several for value in values for part in (f"--{name.replace('_', '-')}", value)]
+    options += [
+        "--ignore-eos",
+        *(part for pair in biases.items() for part in ("--logit-bias", "=".join(map(str, pair)))),
+    ]
+    answer = json.loads(succeed("generate", "x", *options, *small, "--json"))
     assert {name: answer[name] for name in ("prompt", "text", "token_ids", "finish_reason")} == {
         "prompt": "x",
         "text": expected.text,
@@ -114,6 +128,8 @@ def test_info_shows_any_directory_name(tiny_model_dir, tmp_path):
     [
         (("generate", PROMPT, "-t", "11"), b"", "temperature is 11.0"),
         (("generate", PROMPT, "--stop", ""), b"", "stop holds a string of length 0"),
+        (("generate", PROMPT, "--logit-bias", "300:5"), b"", "--logit-bias is '300:5': it must be TOKEN=BIAS"),
+        (("generate", PROMPT, "--logit-bias", "5000=5"), b"", "logit_bias holds token 5000: tokens are 0 to 4095"),
         (("generate", PROMPT, "--kernels", "cuda"), b"", "kernels is 'cuda'"),
         (("generate", "-", "--kernels", "numpy"), b"word " * 300, "at most 255"),
         (("generate", PROMPT, "--model", "nowhere"), b"", "nowhere"),

@@ -40,6 +40,7 @@ def llm(request):
         {"seed": 2, "temperature": 1.5, "top_p": 1, "max_tokens": 50},
         {"seed": 3, "top_k": 5, "repetition_penalty": 1.3, "logprobs": 2},
         {"seed": 4, "min_p": 0.1, "max_tokens": 1},
+        {"seed": 5, "bad_words": ["was", "the"], "dry_multiplier": 1, "presence_penalty": 0.5, "logit_bias": {300: 2}},
     ],
 )
 def test_a_stream_gives_the_text_of_generate(llm, settings):
@@ -71,6 +72,55 @@ def test_a_stop_string_ends_the_text_before_it(llm, where):
     assert llm.tokenizer.decode(whole.token_ids[:-1]).count(stop) == 0, "the answer has a token too many"
     assert len(whole.logprobs) == len(whole.token_ids)
     assert idle(llm)
+
+
+def test_a_stop_string_does_not_end_the_text_before_min_tokens(stories):
+    llm = stories
+    [free] = llm.generate(PROMPT, SamplingParams(seed=5, max_tokens=40))
+    stop = llm.tokenizer.decode(free.token_ids[3:5])
+    found = [n for n in range(41) if stop in llm.tokenizer.decode(free.token_ids[:n])]
+    for min_tokens in (0, found[0] - 1, found[0], 40):
+        params = SamplingParams(seed=5, max_tokens=40, min_tokens=min_tokens, stop=stop, ignore_eos=True)
+        [whole] = llm.generate(PROMPT, params)
+        pieces, completion = drained(llm.stream(PROMPT, params))
+        assert "".join(pieces) == whole.text == completion.text
+        assert (whole.finish_reason == "stop") <= (len(whole.token_ids) > min_tokens)
+        if min_tokens < found[0]:
+            assert whole.text == free.text[: free.text.index(stop)]
+        else:
+            assert whole.text.startswith(llm.tokenizer.decode(free.token_ids[: found[0]]))
+
+
+def test_a_stop_token_ends_the_text_without_its_own(llm):
+    [free] = llm.generate(PROMPT, SamplingParams(seed=5, max_tokens=40))
+    stop = free.token_ids[20]
+    [stopped] = llm.generate(PROMPT, SamplingParams(seed=5, max_tokens=40, stop_token_ids=[stop], logprobs=0))
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop)]
+    assert stopped.text == llm.tokenizer.decode(stopped.token_ids)
+    assert (stopped.finish_reason, len(stopped.logprobs)) == ("stop", len(stopped.token_ids))
+
+
+def test_bad_words_are_not_in_the_text(stories):
+    """With one word at a time, so that the model finds no other tokens for it."""
+    [free] = stories.generate(PROMPT, SamplingParams(temperature=0, max_tokens=60))
+    words = sorted({word.strip('.,"!?') for word in free.text.split()} - {""})
+    assert len(words) > 10
+    for word in words[:6]:
+        [without] = stories.generate(PROMPT, SamplingParams(temperature=0, max_tokens=60, bad_words=[word]))
+        for written in (word, f" {word}"):
+            ids = stories.tokenizer.encode(written)
+            places = range(len(without.token_ids))
+            assert not any(without.token_ids[place:][: len(ids)] == ids for place in places)
+
+
+def test_dry_ends_a_repetition_unless_it_has_breakers(stories):
+    """Both tokens of the repetition are breakers in the last request."""
+    prompt, greedy = "No, no, no, no, no, no,", {"temperature": 0, "max_tokens": 12}
+    dry = {"dry_multiplier": 1, "dry_sequence_breakers": "\n"}
+    assert stories.generate(prompt, SamplingParams(**greedy))[0].text == " no," * 6
+    assert " no, no" not in stories.generate(prompt, SamplingParams(**greedy, **dry))[0].text
+    with_comma = SamplingParams(**greedy, **{**dry, "dry_sequence_breakers": (",", " no")})
+    assert stories.generate(prompt, with_comma)[0].text == " no," * 6
 
 
 def test_text_that_only_begins_a_stop_string_is_kept(llm):
@@ -152,8 +202,12 @@ def test_the_times_of_an_answer_are_in_order(tiny):
 
 
 def test_log_probabilities_are_the_models_own(llm):
-    """They ignore penalty, temperature and truncation."""
-    params = SamplingParams(seed=13, temperature=1.4, top_k=50, repetition_penalty=1.2, max_tokens=12, logprobs=4)
+    """They ignore penalties, biases, temperature and truncation."""
+    changes = {"logit_bias": {300: 5, 301: -5}, "frequency_penalty": 1, "bad_words": ["the"], "dry_multiplier": 1}
+    params = SamplingParams(
+        **{"seed": 13, "temperature": 1.4, "top_k": 50, "repetition_penalty": 1.2, "max_tokens": 12, "logprobs": 4},
+        **changes,
+    )
     [completion] = llm.generate(PROMPT, params)
     assert len(completion.logprobs) == len(completion.token_ids)
     prompt = llm.tokenizer.encode_document(PROMPT)

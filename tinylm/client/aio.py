@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any, Self, TypeVar
@@ -62,6 +62,10 @@ class AsyncClient(Connection):
         check_text("text", text)
         return tokens((await self._ask("Tokenize", pb.TokenizeRequest(text=text)))[0])
 
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD."""
+        return (await self._ask("Detokenize", pb.DetokenizeRequest(tokens=tokens)))[0].text
+
     async def info(self) -> pb.GetModelInfoResponse:
         """Return the service's description of its model, and the name of the replica that answered."""
         return (await self._ask("GetModelInfo", pb.GetModelInfoRequest()))[0]
@@ -87,7 +91,7 @@ class AsyncClient(Connection):
                 call = getattr(self._stub, name)(request, metadata=self._metadata, timeout=attempts.begin())
                 return await self._unless_closed(call, attempts), attempts.n
             except grpc.aio.AioRpcError as error:
-                pause_s = attempts.pause_s(error.code(), error.details())
+                pause_s = attempts.pause_after(error)
             await self._pause(pause_s)
 
     async def _updates(
@@ -106,7 +110,7 @@ class AsyncClient(Connection):
                         return
                 pause_s = attempts.pause_s(*CUT_OFF, answer.has_begun)
             except grpc.aio.AioRpcError as error:
-                pause_s = attempts.pause_s(error.code(), error.details(), answer.has_begun)
+                pause_s = attempts.pause_after(error, answer.has_begun)
             finally:
                 call.cancel()
             await self._pause(pause_s)

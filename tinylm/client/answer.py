@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tinylm.client.attempts import CUT_OFF, ServiceError
@@ -20,6 +21,7 @@ class ServedCompletion:
     n_prompt_tokens: int
     n_tokens: int
     logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs] | None  # one per token of the prompt, if the request asks for them
     queue_s: float
     first_token_s: float
     total_s: float
@@ -31,18 +33,20 @@ class ReceivedAnswer:
     """Gathers the messages of one attempt: those of a stream, or the only one of a whole answer."""
 
     def __init__(self, params: SamplingParams, attempt: int) -> None:
-        self._wants_logprobs, self._attempt = params.logprobs is not None, attempt
+        self._params, self._attempt = params, attempt
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
 
     @property
     def has_begun(self) -> bool:
         """Whether any part has arrived: text, or tokens that are not text yet."""
-        return any(self._pieces) or bool(self._logprobs)
+        return any(self._pieces) or bool(self._logprobs or self._prompt_logprobs)
 
     def add(self, message: pb.GenerateResponse | pb.GenerateStreamResponse) -> Update[ServedCompletion]:
         """Return what the message adds. A refused stream may send an empty message before its status."""
-        new = [TokenLogprobs(e.logprob, tuple((top.token, top.logprob) for top in e.top)) for e in message.logprobs]
+        new = _logprobs(message.logprobs)
+        self._prompt_logprobs += _logprobs(message.prompt_logprobs)
         self._pieces.append(message.text)
         self._logprobs += new
         if message.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
@@ -52,7 +56,8 @@ class ReceivedAnswer:
             finish_reason=FINISH_REASON_NAMES[message.finish_reason],
             n_prompt_tokens=message.usage.prompt_tokens,
             n_tokens=message.usage.completion_tokens,
-            logprobs=self._logprobs if self._wants_logprobs else None,
+            logprobs=None if self._params.logprobs is None else self._logprobs,
+            prompt_logprobs=None if self._params.prompt_logprobs is None else self._prompt_logprobs,
             queue_s=message.timings.queue_ms / 1000,
             first_token_s=message.timings.first_token_ms / 1000,
             total_s=message.timings.total_ms / 1000,
@@ -60,6 +65,10 @@ class ReceivedAnswer:
             attempts=self._attempt,
         )
         return message.text, new, completion
+
+
+def _logprobs(entries: Iterable[pb.TokenLogprob]) -> list[TokenLogprobs]:
+    return [TokenLogprobs(e.logprob, tuple((top.token, top.logprob) for top in e.top)) for e in entries]
 
 
 def completion_of(params: SamplingParams, response: pb.GenerateResponse, attempt: int) -> ServedCompletion:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Any
 
 import grpc
+
+from tinylm.client.wire import retry_after_s
 
 # The caller may get these when a replica or the proxy dies during a call.
 RETRIED = frozenset(
@@ -24,12 +27,15 @@ CUT_OFF = (grpc.StatusCode.UNAVAILABLE, "the answer ended before its last messag
 class ServiceError(RuntimeError):
     """The service refused or failed a call, or no service answered. The message says what helps.
 
-    code: the gRPC status. attempts: how often the call was sent.
+    code: the gRPC status. attempts: how often the call was sent. retry_after_s: for a call that a limit of its key
+    refused, the seconds until the limit admits it; None for every other error, such as a full queue.
     """
 
-    def __init__(self, code: grpc.StatusCode, details: str, attempts: int = 1) -> None:
+    def __init__(
+        self, code: grpc.StatusCode, details: str, attempts: int = 1, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(f"{code.name}: {details}")
-        self.code, self.attempts = code, attempts
+        self.code, self.attempts, self.retry_after_s = code, attempts, retry_after_s
 
 
 class Attempts:
@@ -45,19 +51,30 @@ class Attempts:
         self.n += 1
         return None if self._timeout_s is None else max(0.0, self._deadline - time.monotonic())
 
-    def pause_s(self, code: grpc.StatusCode, details: str | None, has_begun: bool = False) -> float:
+    def pause_after(self, error: Any, has_begun: bool = False) -> float:
+        """Return the seconds to wait before the next attempt, after one that failed with an error of gRPC.
+
+        Raise as `pause_s` does.
+        """
+        return self.pause_s(error.code(), error.details(), has_begun, retry_after_s(error.trailing_metadata()))
+
+    def pause_s(
+        self, code: grpc.StatusCode, details: str | None, has_begun: bool = False, named_s: float | None = None
+    ) -> float:
         """Return the seconds to wait before the next attempt, after one that failed with `code`.
 
+        named_s: the seconds that the service asks to wait, if it named a time.
         Raise the error for the caller if there is no next attempt: the answer has begun, a dying replica does not give
-        such a status, or no retries or no time are left.
+        such a status and the service named no time, or no retries or no time are left.
         """
-        pause_s = random.uniform(0.5, 1.0) * FIRST_PAUSE_S * 2 ** (self.n - 1)
+        backoff_s = random.uniform(0.5, 1.0) * FIRST_PAUSE_S * 2 ** (self.n - 1)
+        pause_s = backoff_s if named_s is None else max(0.0, named_s)
         in_time = time.monotonic() + pause_s < self._deadline
-        if code in RETRIED and not has_begun and self.n <= self._retries and in_time:
+        if (code in RETRIED or named_s is not None) and not has_begun and self.n <= self._retries and in_time:
             return pause_s
         if code == grpc.StatusCode.INVALID_ARGUMENT:
             raise ValueError(details) from None
-        raise ServiceError(code, self._explained(code, details or "no details given"), self.n) from None
+        raise ServiceError(code, self._explained(code, details or "no details given"), self.n, named_s) from None
 
     def _explained(self, code: grpc.StatusCode, details: str) -> str:
         """Return the service's message and a hint for the caller."""

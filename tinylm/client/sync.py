@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self, TypeVar
 
@@ -54,6 +54,10 @@ class Client(Connection):
         check_text("text", text)
         return tokens(self._ask(self._stub.Tokenize, pb.TokenizeRequest(text=text))[0])
 
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD."""
+        return self._ask(self._stub.Detokenize, pb.DetokenizeRequest(tokens=tokens))[0].text
+
     def info(self) -> pb.GetModelInfoResponse:
         """Return the service's description of its model, and the name of the replica that answered."""
         return self._ask(self._stub.GetModelInfo, pb.GetModelInfoRequest())[0]
@@ -77,7 +81,7 @@ class Client(Connection):
                 with self._unless_closed(attempts):
                     return method(request, metadata=self._metadata, timeout=attempts.begin()), attempts.n
             except grpc.RpcError as error:
-                pause_s = attempts.pause_s(error.code(), error.details())
+                pause_s = attempts.pause_after(error)
             self._closed.wait(pause_s)
 
     def _updates(
@@ -100,7 +104,7 @@ class Client(Connection):
                         return
                 pause_s = attempts.pause_s(*CUT_OFF, answer.has_begun)
             except grpc.RpcError as error:
-                pause_s = attempts.pause_s(error.code(), error.details(), answer.has_begun)
+                pause_s = attempts.pause_after(error, answer.has_begun)
             finally:
                 call.cancel()
             self._closed.wait(pause_s)

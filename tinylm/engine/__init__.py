@@ -1,6 +1,7 @@
 """The inference engine: it generates answers to many requests of token ids at the same time.
 
 `scheduler` decides, `engine` steps, `async_engine` runs an engine for an event loop, `completion` makes text of tokens.
+`logit_changes` computes what a request's settings add to its logits, with `dry` and the token ids of `word_tokens`.
 """
 
 from tinylm.engine.engine import Engine, EngineFull

@@ -18,6 +18,7 @@ from contextlib import suppress
 
 from tinylm.engine.engine import Engine
 from tinylm.engine.request import Progress, Request
+from tinylm.engine.word_tokens import WordTokens
 from tinylm.kernels.blas import run_limited
 from tinylm.sampling import SamplingParams
 
@@ -103,9 +104,12 @@ class AsyncEngine:
         params: SamplingParams,
         timeout_s: float | None = None,
         listener: Listener | None = None,
+        words: WordTokens | None = None,
+        priority: int = 0,
     ) -> AsyncGenerator[Progress, None]:
         """Yield a snapshot when the engine has accepted the request, whenever `listener` wakes up, and at the end.
 
+        words: what `word_tokens` returns for these settings.
         Closing the generator, or cancelling the task that runs it, frees the slot before the next step.
         Raise ValueError or EngineFull as `Engine.submit` does, and EngineDied if the engine's thread has ended.
         """
@@ -113,7 +117,7 @@ class AsyncEngine:
         self.check()
         # Refuse now instead of after the current step. `Engine.submit` checks again.
         self.engine.check_room(len(self._submitting) - len(self._leaving))
-        accepted = self._submit(lambda: self.engine.submit(prompt, params, timeout_s), listener)
+        accepted = self._submit(lambda: self.engine.submit(prompt, params, timeout_s, words, priority), listener)
         try:
             await accepted
         except asyncio.CancelledError:

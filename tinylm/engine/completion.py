@@ -20,6 +20,7 @@ class Completion:
     token_ids: list[int]
     n_prompt_tokens: int  # with the boundary
     logprobs: list[TokenLogprobs] | None  # one per token, if the request asks for them
+    prompt_logprobs: list[TokenLogprobs] | None  # one per token of the prompt after the boundary, if it asks for them
     queue_s: float  # from the submission until the request got a slot
     first_token_s: float  # from the submission until the first token
     total_s: float  # from the submission until the end
@@ -47,8 +48,8 @@ class CompletionBuilder:
         tokens = progress.tokens[self.n_taken :]
         # With stop strings, push single tokens: the answer ends with the token that completes a stop string.
         for part in [(token,) for token in tokens] if self._params.stop else [tokens]:
-            text += self._stream.push(part)
             self.n_taken += len(part)
+            text += self._stream.push(part, may_stop=self.n_taken > self._params.min_tokens)
             if self._stream.stopped:
                 finish_reason = "stop"
                 break
@@ -68,6 +69,7 @@ class CompletionBuilder:
             token_ids=list(progress.tokens[: self.n_taken]),
             n_prompt_tokens=progress.n_prompt_tokens,
             logprobs=list(progress.logprobs[: self.n_taken]) if wants_logprobs else None,
+            prompt_logprobs=None if self._params.prompt_logprobs is None else list(progress.prompt_logprobs),
             queue_s=(progress.admitted_at or ended_at) - progress.submitted_at,
             first_token_s=(progress.first_token_at or ended_at) - progress.submitted_at,
             total_s=ended_at - progress.submitted_at,

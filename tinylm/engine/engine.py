@@ -13,12 +13,16 @@ from contextlib import suppress
 
 import numpy as np
 
+from tinylm.engine.logit_changes import logit_changes
 from tinylm.engine.logprobs import token_logprobs
 from tinylm.engine.request import Request, check_ids, check_length, whole_ids
 from tinylm.engine.scheduler import choose_slot, share_tokens
 from tinylm.engine.stats import EngineStats
+from tinylm.engine.word_tokens import WordTokens
 from tinylm.model import Model, ModelRunner
 from tinylm.sampling import FinishReason, SamplingParams
+
+MAX_OVERTAKEN = 256  # then no request goes ahead of a waiting one any more, so that none waits for ever
 
 
 class EngineFull(RuntimeError):
@@ -26,17 +30,23 @@ class EngineFull(RuntimeError):
 
 
 class Engine:
-    """Runs up to `n_slots` requests at once. Further requests wait and get a slot in the order in which they came.
+    """Runs up to `n_slots` requests at once. Further requests wait for a slot.
+
+    A waiting request with a higher priority gets a slot first. Equal priorities keep the order in which they came. A
+    request is overtaken by at most MAX_OVERTAKEN others.
 
     An exception in `step`, such as a KeyboardInterrupt, loses nothing: the next step computes again what the
     interrupted step did not finish.
 
-    Threads: only one thread at a time may call `step`, read a `Request`, or add a request that has a deadline. Any
-    thread may call everything else at any time, also during a step:
+    Threads: only one thread at a time may call `step`, read a `Request`, or add a request that has a deadline or a
+    priority other than 0. Any thread may call everything else at any time, also during a step:
 
     - `add`, `cancel`, `has_work` and `check_room` use `_unfinished` by single list operations, which are atomic. A step
-      works on a copy of this list. It may still give a token to a request that another thread cancels, so a thread that
-      cancels a request must not read it afterwards.
+      works on a copy of this list. To insert a request with a priority, `add` reads the list before it changes it.
+      Between the two, other threads can only append requests of priority 0, which belong behind it, and remove
+      requests. A removal can move the place of the new request behind one that it would have overtaken.
+    - A step may still give a token to a request that another thread cancels, so a thread that cancels a request must
+      not read it afterwards.
     - `n_running`, `n_waiting` and `kv_usage` read one integer per request and are right up to one step.
     - `stats`: see `EngineStats`. `model`, `config`, `n_slots` and `cache_bytes` never change.
     """
@@ -54,10 +64,10 @@ class Engine:
         self.config = model.config
         self.n_slots = n_slots
         n_tokens = max(model.config.context, n_slots + prefill_tokens)
-        self._runner = ModelRunner(model, n_slots, n_tokens=n_tokens, n_rows=n_slots)
+        self._runner = ModelRunner(model, n_slots, n_tokens=n_tokens, n_rows=n_tokens)
         self._max_waiting = max_waiting
         self._prefill_tokens = prefill_tokens
-        self._unfinished: list[Request] = []  # in the order they came; the first n_slots have the slots
+        self._unfinished: list[Request] = []  # in the order of admission; the first n_slots have the slots
         self._cached: list[Request | None] = [None] * n_slots  # the request whose keys and values each slot holds
         self._in_step = False  # between steps, True means that an exception ended the last step
         self._next_deadline = float("inf")  # no request has an earlier deadline
@@ -94,28 +104,66 @@ class Engine:
                 f"{self.n_running} requests are running and {self.n_waiting} waiting, the limit: try later"
             )
 
-    def make_request(self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None) -> Request:
+    def make_request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        timeout_s: float | None = None,
+        words: WordTokens | None = None,
+    ) -> Request:
         """Return the request for a prompt of token ids (with its boundary). `add` queues it.
 
-        Raise ValueError if the prompt is empty, contains an unknown id or leaves no room in the context for an answer.
+        words: what `word_tokens` returns for these settings.
+        Raise ValueError if the prompt is empty, contains an unknown id or leaves no room in the context for an answer,
+        or if the settings contain an unknown id or forbid all tokens.
         """
-        check_length(len(prompt), self.config.context)
+        check_length(len(prompt), self.config.context, params.max_tokens)
         prompt = whole_ids(prompt)
         check_ids(prompt, self.config.vocab_size)
+        check_ids(params.stop_token_ids, self.config.vocab_size, "stop_token_ids")
+        check_ids(params.logit_bias, self.config.vocab_size, "logit_bias")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         max_tokens = min(params.max_tokens, self.config.context - len(prompt))
-        return Request(prompt, params, deadline, np.random.default_rng(params.seed).random(max_tokens))
+        uniforms = np.random.default_rng(params.seed).random(max_tokens)
+        ends = frozenset((self.config.boundary_id, *params.stop_token_ids))
+        return Request(prompt, params, deadline, uniforms, ends, logit_changes(params, words, self.config))
 
     def add(self, request: Request) -> None:
         """Queue a request that `make_request` returned. Raise EngineFull if the queue is full."""
         self.check_room()
         if request.deadline is not None:
             self._next_deadline = min(self._next_deadline, request.deadline)
-        self._unfinished.append(request)
+        if request.priority == 0:
+            self._unfinished.append(request)
+        else:
+            self._insert(request)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, timeout_s: float | None = None) -> Request:
-        """Queue a prompt and return its request. Raise as `make_request` and `add` do."""
-        request = self.make_request(prompt, params, timeout_s)
+    def _insert(self, request: Request) -> None:
+        """Queue a request ahead of the waiting requests with a lower priority, but behind any running request."""
+        waiting = self._unfinished.copy()
+        place = len(waiting)
+        while place > 0 and _may_overtake(request, waiting[place - 1]):
+            place -= 1
+        for other in waiting[place:]:
+            other.n_overtaken += 1
+        self._unfinished.insert(place, request)
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        timeout_s: float | None = None,
+        words: WordTokens | None = None,
+        priority: int = 0,
+    ) -> Request:
+        """Queue a prompt and return its request. Raise as `make_request` and `add` do.
+
+        priority: 0 or more. Raise ValueError for a lower one.
+        """
+        if priority < 0:
+            raise ValueError(f"priority is {priority}: it must be at least 0")
+        request = self.make_request(prompt, params, timeout_s, words)
+        request.priority = priority
         self.add(request)
         return request
 
@@ -148,26 +196,35 @@ class Engine:
         self._next_deadline = 0.0
         for request in self._unfinished.copy():
             request.slot, request.n_cached = None, 0
+            if request.wants_prompt_logprobs:
+                request.prompt_logprobs.clear()
             del request.logprobs[len(request.tokens) :]
-            if request.is_full or request.finish_reason is not None:
+            if request.finish_reason is not None or (request.is_full and not request.wants_prompt_logprobs):
                 self._finish(request, "length")
 
     def _run(self, running: list[Request], began_at: float) -> list[Request]:
-        """Run one batch of tokens of these requests through the model. Return the requests that got a token."""
+        """Run one batch of tokens of these requests through the model. Return those that got a token or ended."""
         pending = [request.n_tokens - request.n_cached for request in running]
         shares = share_tokens(pending, self._prefill_tokens, self.config.context)
         parts = [(running[place], count) for place, count in shares]
+        n_tokens = sum(count for _, count in parts)
         sampled = self._fill_batch(parts)
-        batch = self._runner.batch
-        self._runner.step(sum(count for _, count in parts), len(sampled))
+        scored = self._add_scored_rows(parts, len(sampled))
+        if sampled:
+            self._runner.step(n_tokens, len(sampled) + sum(n_rows for _, n_rows in scored))
+        else:
+            self._runner.compute(n_tokens, sum(n_rows for _, n_rows in scored))
+        if scored:
+            self._append_scores(scored, len(sampled))
         for request, count in parts:
             request.n_cached += count
+        batch = self._runner.batch
         n_later = sum(
             self._append(request, token, batch.logits[row, : self.config.vocab_size])
             for row, (request, token) in enumerate(zip(sampled, batch.chosen[: len(sampled)].tolist(), strict=True))
         )
         self._count_step(began_at, len(sampled), n_later)
-        return sampled
+        return sampled + self._finish_without_answer(parts)
 
     def _count_step(self, began_at: float, n_sampled: int, n_later: int) -> None:
         """Count a step. n_later: how many of the sampled tokens were not the first token of their answer."""
@@ -204,6 +261,8 @@ class Engine:
         """Give a request one of the free slots, with the longest prefix of its tokens that any slot holds."""
         ids = request.prompt + request.tokens  # a request has tokens if it ran before an interrupted step
         cached = [[] if s is None else (s.prompt + s.tokens)[: s.n_cached] for s in self._cached]
+        if request.wants_prompt_logprobs:  # they need the logits of every token of the prompt
+            cached = [[] for _ in cached]
         slot, source, n_cached = choose_slot(ids, cached, sorted(free, key=self._unused_since))
         if source != slot:
             self._runner.copy_prefix(source, slot, n_cached)
@@ -214,6 +273,9 @@ class Engine:
         batch.seen[slot] = False
         batch.seen[slot, ids] = True
         batch.seen[slot, self.config.boundary_id] = False  # every prompt has it: a penalty would delay the end
+        batch.biased[slot] = request.changes is not None
+        if request.changes is not None:
+            request.changes.begin(request.prompt)
         if request.admitted_at is None:
             request.admitted_at = time.monotonic()
             request.n_reused = n_cached
@@ -226,6 +288,7 @@ class Engine:
 
     def _fill_batch(self, parts: list[tuple[Request, int]]) -> list[Request]:
         """Write the parts' tokens into the batch. Return the requests that get a token from this batch, one per row."""
+        batch = self._runner.batch
         ids: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -235,10 +298,11 @@ class Engine:
             ids += request.next_ids(count)
             slots += [request.slot] * count  # type: ignore[list-item]  # a running request has a slot
             positions += range(request.n_cached, request.n_cached + count)
-            if request.n_cached + count == request.n_tokens:
+            if request.n_cached + count == request.n_tokens and not request.is_full:
                 rows.append(len(ids) - 1)
                 sampled.append(request)
-        batch = self._runner.batch
+                if request.changes is not None:
+                    request.changes.write(request.tokens, batch.bias[request.slot])
         batch.ids[: len(ids)] = ids
         batch.slots[: len(ids)] = slots
         batch.positions[: len(ids)] = positions
@@ -246,15 +310,45 @@ class Engine:
         batch.uniforms[: len(rows)] = [request.uniforms.item(len(request.tokens)) for request in sampled]
         return sampled
 
+    def _add_scored_rows(self, parts: list[tuple[Request, int]], row: int) -> list[tuple[Request, int]]:
+        """Write rows for the prompt tokens whose logits score the next prompt token, from `row` on.
+
+        Return the requests with their numbers of rows.
+        """
+        scored, first = [], 0
+        for request, count in parts:
+            n_rows = min(count, len(request.prompt) - 1 - request.n_cached)
+            if request.wants_prompt_logprobs and n_rows > 0:
+                self._runner.batch.rows[row : row + n_rows] = np.arange(first, first + n_rows)
+                row += n_rows
+                scored.append((request, n_rows))
+            first += count
+        return scored
+
+    def _append_scores(self, scored: list[tuple[Request, int]], row: int) -> None:
+        """Give these requests the log-probabilities of prompt tokens from the rows that `_add_scored_rows` wrote."""
+        for request, n_rows in scored:
+            logits = self._runner.batch.logits[row : row + n_rows, : self.config.vocab_size]
+            tokens = request.prompt[request.n_cached + 1 : request.n_cached + 1 + n_rows]
+            request.prompt_logprobs += token_logprobs(logits, tokens, request.params.prompt_logprobs or 0)
+            row += n_rows
+
+    def _finish_without_answer(self, parts: list[tuple[Request, int]]) -> list[Request]:
+        """End the requests that want no answer and whose prompt has been computed. Return them."""
+        ended = [request for request, _ in parts if not len(request.uniforms) and request.n_cached == request.n_tokens]
+        for request in ended:
+            self._finish(request, "length")
+        return ended
+
     def _append(self, request: Request, token: int, logits: np.ndarray) -> bool:
         """Give a request its new token. Return whether the answer has another token before it."""
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
-        if token == self.config.boundary_id:
+        if token in request.ends:
             self._finish(request, "stop")
             return False
         if request.params.logprobs is not None:  # before the token: `_recover` deletes one that has no token
-            request.logprobs.append(token_logprobs(logits, token, request.params.logprobs))
+            request.logprobs += token_logprobs(logits[None], [token], request.params.logprobs)
         request.tokens.append(token)
         self._runner.batch.seen[request.slot, token] = True
         if request.is_full:
@@ -268,3 +362,7 @@ class Engine:
             request.finish_reason = reason
         with suppress(ValueError):  # it is removed already
             self._unfinished.remove(request)
+
+
+def _may_overtake(request: Request, other: Request) -> bool:
+    return other.slot is None and other.priority < request.priority and other.n_overtaken < MAX_OVERTAKEN

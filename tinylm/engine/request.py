@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import SupportsIndex
 
 import numpy as np
 
+from tinylm.engine.logit_changes import LogitChanges
 from tinylm.sampling import FinishReason, SamplingParams, TokenLogprobs
 
 
@@ -22,8 +23,9 @@ class Progress:
 
     n_prompt_tokens: int  # with the boundary
     n_reused: int  # how many of these were in the cache
-    tokens: tuple[int, ...]  # the answer so far, without the boundary that ends it
+    tokens: tuple[int, ...]  # the answer so far, without the token that ends it
     logprobs: tuple[TokenLogprobs, ...]  # one per token, if the request asks for them
+    prompt_logprobs: tuple[TokenLogprobs, ...]  # one per token of the prompt except the first, if it asks for them
     finish_reason: FinishReason | None  # None while the request waits or runs
     submitted_at: float
     admitted_at: float | None
@@ -43,8 +45,13 @@ class Request:
     params: SamplingParams
     deadline: float | None
     uniforms: np.ndarray  # one random number for each token that the answer can have
-    tokens: list[int] = field(default_factory=list)  # the answer, without the boundary that ends it
+    ends: frozenset[int]  # the tokens that end the answer: the boundary and stop_token_ids
+    changes: LogitChanges | None = None  # None: the logits stay as they are
+    priority: int = 0  # 0 or more; a waiting request with a higher priority gets a slot first
+    n_overtaken: int = 0  # how many requests with a higher priority went ahead of it in the queue
+    tokens: list[int] = field(default_factory=list)  # the answer, without the token that ends it
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, if the request asks for them
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens except the first
     finish_reason: FinishReason | None = None
     slot: int | None = None  # the slot that the request has; after its end, the slot that it had
     n_cached: int = 0  # how many of its tokens have their keys and values in the slot
@@ -63,6 +70,11 @@ class Request:
         """Whether the answer has reached `max_tokens` or the end of the context."""
         return len(self.tokens) >= len(self.uniforms)
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the log-probabilities of some of the prompt's tokens are still missing."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt) - 1
+
     def next_ids(self, count: int) -> list[int]:
         """Return the `count` tokens after those cached."""
         begin = self.n_cached - len(self.prompt)
@@ -78,6 +90,7 @@ class Request:
             n_reused=self.n_reused,
             tokens=tuple(self.tokens),
             logprobs=tuple(self.logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs),
             finish_reason=self.finish_reason,
             submitted_at=self.submitted_at,
             admitted_at=self.admitted_at,
@@ -97,19 +110,24 @@ def whole_ids(ids: Iterable[SupportsIndex]) -> list[int]:
     return whole
 
 
-def check_length(n_tokens: int, context: int) -> None:
-    """Raise ValueError unless a prompt of `n_tokens` has a token and leaves room for one more in the context."""
+def check_length(n_tokens: int, context: int, max_tokens: int = 1) -> None:
+    """Raise ValueError unless a prompt of `n_tokens` has a token and leaves room for an answer in the context.
+
+    max_tokens: of the answer. One that is empty needs no room.
+    """
     if not n_tokens:
         raise ValueError("the prompt has no tokens: it must have at least 1")
-    if n_tokens >= context:
+    if n_tokens > context and not max_tokens:
+        raise ValueError(f"prompt has {n_tokens} tokens: it must have at most {context}, the context")
+    if n_tokens >= context and max_tokens:
         raise ValueError(
             f"prompt has {n_tokens} tokens: it must have at most {context - 1}, "
             f"since prompt and answer share a context of {context}"
         )
 
 
-def check_ids(prompt: Sequence[int], vocab_size: int) -> None:
-    """Raise ValueError unless all ids are tokens of the vocabulary."""
-    if not all(0 <= token < vocab_size for token in prompt):
-        wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-        raise ValueError(f"the prompt holds token {wrong}: tokens are 0 to {vocab_size - 1}")
+def check_ids(ids: Collection[int], vocab_size: int, name: str = "the prompt") -> None:
+    """Raise ValueError unless all ids are tokens of the vocabulary. name: what holds the ids."""
+    if not all(0 <= token < vocab_size for token in ids):
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise ValueError(f"{name} holds token {wrong}: tokens are 0 to {vocab_size - 1}")

@@ -13,6 +13,7 @@ from tinylm.config import ModelConfig
 from tinylm.sampling import SamplingParams
 
 COLUMNS = 64  # the width of `logits` is a multiple of this, since compiled kernels write 64 logits at a time
+FORBIDDEN = -1e30  # the bias of a token that must not be chosen; finite, because infinities give NaN in softmax
 
 
 class Batch(NamedTuple):
@@ -34,6 +35,8 @@ class Batch(NamedTuple):
     top_k: np.ndarray  # (S,) int64
     penalty: np.ndarray  # (S,) float64
     seen: np.ndarray  # (S, vocab) bool: the tokens of prompt and answer, for the repetition penalty
+    biased: np.ndarray  # (S,) bool: whether the sequence uses its row of `bias`
+    bias: np.ndarray  # (S, vocab) float32: added to the logits after the repetition penalty
 
     @classmethod
     def empty(cls, config: ModelConfig, n_slots: int, n_tokens: int, n_rows: int) -> Batch:
@@ -52,6 +55,8 @@ class Batch(NamedTuple):
             top_k=np.zeros(n_slots, np.int64),
             penalty=np.zeros(n_slots),
             seen=np.zeros((n_slots, config.vocab_size), bool),
+            biased=np.zeros(n_slots, bool),
+            bias=np.zeros((n_slots, config.vocab_size), np.float32),
         )
 
     def set_params(self, slot: int, params: SamplingParams) -> None:

@@ -249,14 +249,16 @@ def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray
 def sample(scratch: None, batch: Batch, n_rows: int) -> None:
     """Choose one token for each row of batch.logits and write it to batch.chosen.
 
-    Apply in turn repetition penalty, temperature, top_k, top_p and min_p, each to the result of the previous one. Then
-    choose the first token, in the order of ids, at which the sum of the weights exceeds the row's uniform number times
-    their total. Temperature 0 chooses the most likely token, and the lowest id of equal ones.
+    Apply in turn repetition penalty, bias, temperature, top_k, top_p and min_p, each to the result of the previous one.
+    Then choose the first token, in the order of ids, at which the sum of the weights exceeds the row's uniform number
+    times their total. Temperature 0 chooses the most likely token, and the lowest id of equal ones.
     """
     for row in range(n_rows):
         slot = batch.slots[batch.rows[row]]
         scores = batch.logits[row, : batch.seen.shape[1]]  # (vocab,)
         scores = penalize(scores, batch.seen[slot], batch.penalty[slot])
+        if batch.biased[slot]:
+            scores = scores + batch.bias[slot]
         if batch.temperature[slot] == 0:
             batch.chosen[row] = scores.argmax()
             continue

@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 
 from tinylm.serving.calls import Refused
-from tinylm.serving.keys import KeyFile
+from tinylm.serving.keys import Key, KeyFile
 from tinylm.serving.ray.internals import http_host
 
 HAPROXY_MODE = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own variable: "1" selects HAProxy
@@ -37,8 +37,8 @@ class Access:
                     "set api_keys in the application's args, or allow_anonymous: true"
                 )
 
-    def check(self, address: str | None, authorization: str | None, host: str | None = None) -> str | None:
-        """Return the name of the caller's key, or None without keys. Raise Refused.
+    def check(self, address: str | None, authorization: str | None, host: str | None = None) -> Key | None:
+        """Return the caller's key, or None without keys. Raise Refused.
 
         address: the caller's IP address. None means a local caller without one (a Unix socket).
         authorization: the header of that name, "Bearer KEY". host: HTTP's Host header, None over gRPC.
@@ -55,11 +55,11 @@ class Access:
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, f"without API keys, {why}")
         if authorization is None:
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, "no API key: send 'authorization: Bearer KEY'")
-        scheme, _, key = authorization.partition(" ")
-        name = self._keys.name_of(key.strip()) if scheme.lower() == "bearer" else None
-        if name is None:
+        scheme, _, secret = authorization.partition(" ")
+        key = self._keys.find(secret.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
             raise Refused(grpc.StatusCode.UNAUTHENTICATED, "the API key is not valid")
-        return name
+        return key
 
 
 def is_loopback(host: str) -> bool:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -19,6 +20,12 @@ from tinylm.engine import EngineFull
 from tinylm.engine.async_engine import EngineDied, Listener
 from tinylm.engine.completion import Completion
 from tinylm.engine.request import Progress
+from tinylm.serving.keys import Key
+from tinylm.serving.limits import Kind, Refusal
+from tinylm.serving.trace_context import TraceContext
+
+if TYPE_CHECKING:
+    from tinylm.serving.ray.shared_limits import Reservation
 
 logger = logging.getLogger("ray.serve")
 _ENDINGS = ("stop", "length", "timeout")  # a call with several answers takes the last of these
@@ -37,6 +44,19 @@ class Refused(Exception):
         return cls(
             grpc.StatusCode.DEADLINE_EXCEEDED,
             f"timeout_ms is {timeout_ms}: the time limit passed after {n_tokens} tokens of the answer",
+        )
+
+
+class RateLimited(Refused):
+    """A limit of the caller's key refuses the call. `retry_after_s` is the time until it would admit the call."""
+
+    def __init__(self, name: str, refusal: Refusal) -> None:
+        self.kind: Kind = refusal.kind
+        self.retry_after_s = refusal.wait_ns / 1e9
+        super().__init__(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"the key {name!r} has a limit of {refusal.limit} {refusal.kind} per minute: try again in "
+            f"{math.ceil(self.retry_after_s * 10) / 10:.1f} s",
         )
 
 
@@ -69,7 +89,10 @@ class Call:
     """The state of a call."""
 
     method: str
-    key: str | None = None  # the name of the caller's API key
+    key: Key | None = None  # the line of the caller's API key in the key file
+    reservation: Reservation | None = None  # of the limits of that key, if it has limits
+    trace: TraceContext | None = None  # that the caller named
+    trace_id: str | None = None  # of the spans, if there are any
     prompt: str | None = None  # set only if the service logs prompts
     answers: list[Answer] = field(default_factory=list)  # answers that the engine accepted; at most one over gRPC
     n_expected: int = 1  # answers that the caller asked for
@@ -115,7 +138,9 @@ class Call:
         """Return the fields of the log line. They never contain the API key."""
         fields: dict[str, Any] = {"method": self.method, "status": self.status.name}
         if self.key is not None:
-            fields["api_key_name"] = self.key
+            fields["api_key_name"] = self.key.name
+        if (trace_id := self.trace_id or (self.trace and self.trace.trace_id)) is not None:
+            fields["trace_id"] = trace_id
         if self.answers:
             fields["finish_reason"] = self.finish_reason
             fields["prompt_tokens"] = self.n_prompt_tokens
@@ -133,7 +158,7 @@ class Call:
 
 @contextmanager
 def answering(method: str, on_end: Callable[[Call], None]) -> Iterator[Call]:
-    """Follow a call during the `with` block. At the end, log it and pass it to `on_end`.
+    """Follow a call during the `with` block. At the end, pass it to `on_end` and log it.
 
     An exception in the block becomes the call's `status` and `details`, and the block ends normally. The protocol's
     code then reports them to the client. Only a cancellation is raised again.
@@ -149,8 +174,10 @@ def answering(method: str, on_end: Callable[[Call], None]) -> Iterator[Call]:
         # The traceback refers to the request, which can have 4 MB, and would keep it until a garbage collection.
         call.error = error.with_traceback(None)
     finally:
-        logger.info("%s %s", method, call.status.name, extra=call.log_fields())
-        on_end(call)
+        try:
+            on_end(call)
+        finally:
+            logger.info("%s %s", method, call.status.name, extra=call.log_fields())
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:

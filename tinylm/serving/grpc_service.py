@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from tinylm.serving.ray.grpc_repairs import fail_in_one_frame, forward_cancellations
 from tinylm.serving.ray.internals import is_python_proxy
@@ -51,3 +53,24 @@ def add_TinyLMServicer_to_server(servicer: Any, server: Any) -> None:
         )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
     server.add_registered_method_handlers(service.full_name, handlers)
+    _add_reflection_v1(server)
+
+
+def _add_reflection_v1(server: Any) -> None:
+    """Offer reflection under its present name too. Serve has only v1alpha, whose messages have the same bytes."""
+    name, method = "grpc.reflection.v1.ServerReflection", "ServerReflectionInfo"
+    services = [
+        pb.DESCRIPTOR.services_by_name["TinyLM"].full_name,
+        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+    ]
+    servicer = reflection.aio.ReflectionServicer([*services, name, reflection.SERVICE_NAME])
+    handlers = {
+        method: grpc.stream_stream_rpc_method_handler(
+            servicer.ServerReflectionInfo,
+            request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+            response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+        )
+    }
+    server.add_passthrough_service(name)  # this server answers, and not a replica
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+    server.add_registered_method_handlers(name, handlers)

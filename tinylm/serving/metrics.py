@@ -17,7 +17,8 @@ import grpc
 
 from tinylm.engine import Engine
 from tinylm.engine.stats import Histogram
-from tinylm.serving.calls import Call
+from tinylm.serving.calls import Call, RateLimited
+from tinylm.serving.limits import KINDS
 
 PREFIX = "tinylm_"
 METHODS = ("Generate", "GenerateStream", "POST /v1/completions")  # only these calls count as requests
@@ -74,9 +75,16 @@ REFUSED = _counter(
     "requests_refused",
     "requests",
     "calls that ended with an error, by gRPC status: INVALID_ARGUMENT and UNAUTHENTICATED are the client's errors, "
-    "RESOURCE_EXHAUSTED means a full queue, UNAVAILABLE and INTERNAL are faults of the replica",
+    "RESOURCE_EXHAUSTED means a full queue or a limit of the key, UNAVAILABLE and INTERNAL are faults of the replica",
     "code",
     _CODES,
+)
+RATE_LIMITED = _counter(
+    "requests_rate_limited",
+    "requests",
+    "calls that a limit of their key refused, by what it limits per minute; requests_refused counts them too",
+    "limit",
+    KINDS,
 )
 PROMPT_TOKENS = _counter(
     "prompt_tokens",
@@ -112,8 +120,9 @@ BATCH_SIZE = Metric("batch_size", "histogram", "sequences", "sequences that got 
 PREFIX_QUERIES = _counter("prefix_cache_queries", "tokens", "prompt tokens of requests that got a slot")
 PREFIX_HITS = _counter("prefix_cache_hits", "tokens", "prompt tokens whose keys and values were already in the cache")
 METRICS = (
-    REQUESTS, SUCCESSES, CANCELLED, REFUSED, PROMPT_TOKENS, GENERATION_TOKENS, TIME_TO_FIRST_TOKEN, INTER_TOKEN_LATENCY,
-    LATENCY, QUEUE_TIME, RUNNING, WAITING, CACHE_USAGE, STEP_DURATION, BATCH_SIZE, PREFIX_QUERIES, PREFIX_HITS,
+    REQUESTS, SUCCESSES, CANCELLED, REFUSED, RATE_LIMITED, PROMPT_TOKENS, GENERATION_TOKENS, TIME_TO_FIRST_TOKEN,
+    INTER_TOKEN_LATENCY, LATENCY, QUEUE_TIME, RUNNING, WAITING, CACHE_USAGE, STEP_DURATION, BATCH_SIZE, PREFIX_QUERIES,
+    PREFIX_HITS,
 )  # fmt: skip
 
 
@@ -170,6 +179,8 @@ class ServiceMetrics:
             self._add(CANCELLED)
         else:
             self._add(REFUSED, call.status.name)
+            if isinstance(call.error, RateLimited):
+                self._add(RATE_LIMITED, call.error.kind)
         for answer in call.answers:
             self._add(PROMPT_TOKENS, call.reason_of(answer), answer.n_prompt_tokens)
             self._add(GENERATION_TOKENS, call.reason_of(answer), answer.n_tokens)

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,13 +19,18 @@ from ray import serve
 from tinylm.engine import Engine, check_ids, check_length
 from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine, EngineDied, Listener
 from tinylm.engine.completion import Completion, CompletionBuilder
+from tinylm.engine.request import Progress
+from tinylm.engine.word_tokens import word_tokens
 from tinylm.kernels import KernelName, Precision
 from tinylm.llm import load
 from tinylm.sampling import SamplingParams, TokenLogprobs
 from tinylm.serving.access import Access
 from tinylm.serving.calls import Answer, Call, answering
+from tinylm.serving.keys import Key
 from tinylm.serving.metrics import ServiceMetrics
 from tinylm.serving.ray.exporter import Exporter
+from tinylm.serving.ray.shared_limits import SharedLimits, open_counter
+from tinylm.serving.tracing import tracing_from
 from tinylm.system.paths import DEFAULT_MODEL
 
 STOP_INTERVAL_S = 0.005  # time between two searches for a stop string
@@ -48,6 +55,7 @@ class AppArgs(BaseModel):
     api_keys: Path | None = None  # the key file (`tinylm key`); without it, only callers on this machine are served
     allow_anonymous: bool = False  # without a key file: serve callers from anywhere
     log_prompts: bool = False  # write prompts to the log
+    cors_origins: list[str] = []  # web pages that may call the HTTP API from a browser, such as https://example.org
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,9 @@ class Delta:
     tokens: list[int]
     logprobs: list[TokenLogprobs]  # one per token, or empty if the request does not ask for them
     completion: Completion | None  # set in the last delta
+    # In the first delta, if the request asks for them: the tokens of the prompt after the boundary, with their scores.
+    prompt: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
+    n_prompt_tokens: int = 0  # with the boundary
 
 
 class Service:
@@ -70,11 +81,14 @@ class Service:
         self.tokenizer, model = load(args.model, args.kernels, args.precision)
         self.config, self.weights, self.arithmetic = model.config, model.weight_type, model.arithmetic
         self.name = args.model.name
-        self.replica: str = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self.replica: str = context.replica_id.unique_id
+        self.limits = SharedLimits(partial(open_counter, context.app_name))
         engine = Engine(model, args.slots, args.max_waiting, args.prefill_tokens)
         self.engine = AsyncEngine(engine, args.blas_threads, args.engine_niceness)
         self.metrics = ServiceMetrics(engine)
         self._exporter = Exporter(self.metrics)
+        self._tracing = tracing_from(os.environ, self.replica, self.name)
 
     def check_health(self) -> None:
         """Raise EngineDied when the engine has ended or stalled. Serve then replaces the replica."""
@@ -89,11 +103,36 @@ class Service:
 
     def answering(self, method: str) -> AbstractContextManager[Call]:
         """Follow a call: turn an exception into its status, and log and count it at its end."""
-        return answering(method, self.metrics.count)
+        return answering(method, self._end)
+
+    def _end(self, call: Call) -> None:
+        self.metrics.count(call)
+        if call.reservation is not None:  # a call that the engine did not accept counts nothing
+            call.reservation.end(int(bool(call.answers)), call.n_prompt_tokens + call.n_tokens)
+        if self._tracing is not None:
+            self._tracing.record(call)
+
+    async def admit(
+        self, call: Call, prompts: Sequence[str | Sequence[int]], params: SamplingParams, n: int = 1
+    ) -> list[list[int]]:
+        """Return the token ids of each prompt, if the limits of the caller's key admit `n` answers to each.
+
+        prompts: texts, or token ids with or without the boundary in front.
+        Raise ValueError for an invalid prompt, or a call that is too large for its key. Raise RateLimited.
+        """
+        ids = [self._ids(prompt, params.max_tokens) for prompt in prompts]
+        if self.args.log_prompts:
+            call.prompt = "\n".join(p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts)
+        if call.key is not None and call.key.limits.is_set:
+            most = [len(prompt) + n * min(params.max_tokens, self.config.context - len(prompt)) for prompt in ids]
+            check_tokens(params.max_tokens, sum(most), call.key)
+            call.reservation = self.limits.reservation(call.key, sum(most))
+            await call.reservation.take()
+        return ids
 
     async def generate(
         self,
-        prompt: str | Sequence[int],
+        ids: list[int],
         params: SamplingParams,
         timeout_s: float | None,
         call: Call,
@@ -102,21 +141,19 @@ class Service:
     ) -> AsyncGenerator[Delta, None]:
         """Yield an answer piece by piece. Closing the generator frees the slot.
 
-        prompt: a text, or token ids with or without the boundary in front. index: the answer's number among the
-        answers of `call` to the same prompt. whole: the caller needs no pieces, so one delta may hold everything.
-        Raise ValueError for an invalid prompt, EngineFull, EngineDied.
+        ids: a prompt from `admit`. index: the answer's number among the answers of `call` to the same prompt.
+        whole: the caller needs no pieces, so one delta may hold everything. Raise EngineFull, EngineDied.
         """
         every_s = math.inf if whole else self.args.stream_interval_ms / 1000
         if params.stop:  # the engine would generate tokens after the stop string in vain
             every_s = min(every_s, STOP_INTERVAL_S)
-        ids = self._ids(prompt)
-        if self.args.log_prompts:
-            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
-            call.prompt = text if call.prompt is None or index > 0 else f"{call.prompt}\n{text}"
+        words = word_tokens(params, self.tokenizer)
+        priority = 0 if call.key is None else call.key.priority
         answer: Answer | None = None
         listener, builder = Listener(every_s), CompletionBuilder(self.tokenizer, params)
         n_sent = 0
-        async with aclosing(self.engine.generate(ids, params, timeout_s, listener)) as updates:
+        wants_scores = params.prompt_logprobs is not None
+        async with aclosing(self.engine.generate(ids, params, timeout_s, listener, words, priority)) as updates:
             async for progress in updates:
                 if answer is None:
                     answer = Answer(listener, index=index)
@@ -126,18 +163,40 @@ class Service:
                 if text or builder.completion is not None:
                     new = slice(n_sent, builder.n_taken)
                     n_sent = builder.n_taken
-                    yield Delta(text, list(progress.tokens[new]), list(progress.logprobs[new]), builder.completion)
+                    scores = _scores(ids, progress) if wants_scores else []
+                    wants_scores = False
+                    tokens, logprobs = list(progress.tokens[new]), list(progress.logprobs[new])
+                    yield Delta(text, tokens, logprobs, builder.completion, scores, len(ids))
                 if builder.completion is not None:
                     return
 
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def _ids(self, prompt: str | Sequence[int], max_tokens: int) -> list[int]:
         if isinstance(prompt, str):
             check_size("prompt", prompt)
-            return self.tokenizer.encode_document(prompt)
+            ids = self.tokenizer.encode_document(prompt)
+            check_length(len(ids), self.config.context)
+            return ids
         begins = bool(prompt) and prompt[0] == self.tokenizer.boundary_id
-        check_length(len(prompt) + (not begins), self.config.context)  # before the prompt is copied
+        check_length(len(prompt) + (not begins), self.config.context, max_tokens)  # before the prompt is copied
         check_ids(prompt, self.config.vocab_size)
         return list(prompt) if begins else [self.tokenizer.boundary_id, *prompt]
+
+
+def _scores(ids: list[int], progress: Progress) -> list[tuple[int, TokenLogprobs]]:
+    """Return `Delta.prompt`. Empty if time ran out before all tokens had a score."""
+    if len(progress.prompt_logprobs) < len(ids) - 1:
+        return []
+    return list(zip(ids[1:], progress.prompt_logprobs, strict=True))
+
+
+def check_tokens(max_tokens: int, n_tokens: int, key: Key) -> None:
+    """Raise ValueError for a call that can need more tokens than its key may use in a minute."""
+    limit = key.limits.tokens_per_minute
+    if limit is not None and n_tokens > limit:
+        raise ValueError(
+            f"max_tokens is {max_tokens}: with the prompt, the call can need {n_tokens} tokens, but the key "
+            f"{key.name!r} may use at most {limit} per minute"
+        )
 
 
 def check_size(field: str, text: str) -> None:

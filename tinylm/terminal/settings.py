@@ -15,10 +15,16 @@ _TYPES = {
     "top_k": int,
     "min_p": float,
     "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "dry_multiplier": float,
+    "bad_words": str,
+    "min_tokens": int,
     "seed": int,
     "stop": str,
 }
 NAMES = tuple(_TYPES)
+_SEVERAL = ("stop", "bad_words")  # these take any number of words
 
 
 def changed(params: SamplingParams, name: str, words: Sequence[str]) -> SamplingParams:
@@ -30,7 +36,7 @@ def changed(params: SamplingParams, name: str, words: Sequence[str]) -> Sampling
         raise ValueError(f"there is no setting {name!r}: the settings are {', '.join(NAMES)}")
     if not words:
         value = getattr(SamplingParams(), name)
-    elif name == "stop":
+    elif name in _SEVERAL:
         value = tuple(words)
     else:
         try:
@@ -44,5 +50,6 @@ def changed(params: SamplingParams, name: str, words: Sequence[str]) -> Sampling
 
 def described(params: SamplingParams) -> str:
     """Return one line per setting: its name and its value."""
-    shown = {name: getattr(params, name) for name in NAMES} | {"stop": shlex.join(params.stop) or None}
+    shown = {name: getattr(params, name) for name in NAMES}
+    shown |= {name: shlex.join(getattr(params, name)) or None for name in _SEVERAL}
     return "\n".join(f"{name:<20}{'none' if value is None else value}" for name, value in shown.items())

@@ -49,6 +49,11 @@ class TinyLMStub:
                 request_serializer=tinylm_dot_v1_dot_tinylm__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=tinylm_dot_v1_dot_tinylm__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/tinylm.v1.TinyLM/Detokenize',
+                request_serializer=tinylm_dot_v1_dot_tinylm__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=tinylm_dot_v1_dot_tinylm__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/tinylm.v1.TinyLM/GetModelInfo',
                 request_serializer=tinylm_dot_v1_dot_tinylm__pb2.GetModelInfoRequest.SerializeToString,
@@ -81,6 +86,13 @@ class TinyLMServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Detokenize(self, request, context):
+        """The model's tokens into text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """Which model this is, how it is set up, and which replica answered.
         """
@@ -105,6 +117,11 @@ def add_TinyLMServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=tinylm_dot_v1_dot_tinylm__pb2.TokenizeRequest.FromString,
                     response_serializer=tinylm_dot_v1_dot_tinylm__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=tinylm_dot_v1_dot_tinylm__pb2.DetokenizeRequest.FromString,
+                    response_serializer=tinylm_dot_v1_dot_tinylm__pb2.DetokenizeResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -193,6 +210,33 @@ class TinyLM:
             '/tinylm.v1.TinyLM/Tokenize',
             tinylm_dot_v1_dot_tinylm__pb2.TokenizeRequest.SerializeToString,
             tinylm_dot_v1_dot_tinylm__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinylm.v1.TinyLM/Detokenize',
+            tinylm_dot_v1_dot_tinylm__pb2.DetokenizeRequest.SerializeToString,
+            tinylm_dot_v1_dot_tinylm__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

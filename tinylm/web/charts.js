@@ -32,7 +32,7 @@ export function histogram(bounds, counts, label, width) {
   const most = Math.max(...counts, 1);
   const total = counts.reduce((a, b) => a + b, 0);
   const chart = element("svg", { class: "histogram", width, height: height + foot, role: "img" });
-  chart.setAttribute("aria-label", `${total} answers, by how long they took`);
+  chart.setAttribute("aria-label", `${total} ${total === 1 ? "answer" : "answers"}, by how long they took`);
   counts.forEach((count, i) => {
     const tall = (count / most) * (height - 4);
     if (count) {

@@ -88,7 +88,7 @@ function showLatency(look) {
   const total = counts.reduce((a, b) => a + b, 0);
   text.textContent = half === null
     ? "No answer has ended in the last minute."
-    : `${total.toLocaleString("en")} answers: half within ${milliseconds(half)}, 95 % within ${milliseconds(most)}`;
+    : `${total.toLocaleString("en")} ${total === 1 ? "answer" : "answers"}: half within ${milliseconds(half)}, 95 % within ${milliseconds(most)}`;
   place.replaceChildren(chart, text);
 }
 

@@ -61,10 +61,22 @@ def test_stream_figures_follow_from_message_times() -> None:
 
 
 @given(st.integers(1, 40), st.integers(0, 80))
-def test_unknown_tokens_are_spread_evenly_over_messages(n_messages: int, tokens: int) -> None:
+def test_unknown_tokens_are_spread_evenly_after_the_first(n_messages: int, tokens: int) -> None:
     counts = CallRecord(0, 1, 0, 0, text_at=[0.0] * n_messages, tokens=tokens).tokens_of_messages()
     assert counts.sum() == max(tokens, 1)
-    assert counts.max() - counts.min() <= 1
+    if n_messages > 1:
+        assert counts[0] == 1
+        assert counts[1:].max() - counts[1:].min() <= 1
+
+
+def test_unknown_tokens_give_the_mean_time_between_tokens() -> None:
+    """One token, then 63 in two messages: other tools divide the time after the first token by 63 too."""
+    told, untold = (
+        summarize(OPEN, [call(0, 0, 1, text_at=[0.1, 0.5, 0.9], text_tokens=counts, tokens=64)])
+        for counts in ([1, 32, 31], None)
+    )
+    assert untold["tpot_ms"]["p50"] == told["tpot_ms"]["p50"] == near(800 / 63)
+    assert untold["itl_ms"]["mean"] == pytest.approx(told["itl_ms"]["mean"], rel=0.02)
 
 
 def test_goodput_needs_every_limit_and_an_answer() -> None:

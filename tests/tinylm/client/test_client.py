@@ -7,6 +7,7 @@ import asyncio
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -102,6 +103,34 @@ def test_other_statuses_are_not_retried(ask, streamed, code, error, message, ser
     server.acts = [Act(0, code), Act()]
     with pytest.raises(error, match=message):
         ask(address, streamed, [])
+    assert len(server.timeouts_s) == 1
+
+
+@both
+@whole_and_streamed
+def test_a_refusal_with_a_time_is_retried_after_that_time(ask, streamed: bool, server: Scripted, address: str):
+    server.acts = [Act(0, Code.RESOURCE_EXHAUSTED, retry_after_s=0.3)] * 2 + [Act()]
+    began_at = time.monotonic()
+    assert ask(address, streamed, []).attempts == 3
+    assert time.monotonic() - began_at >= 0.6
+
+
+@both
+@whole_and_streamed
+@pytest.mark.parametrize(
+    ("settings", "act"),
+    [
+        ({"timeout_s": 5}, Act(0, Code.RESOURCE_EXHAUSTED, retry_after_s=6)),
+        ({"retries": 0}, Act(0, Code.RESOURCE_EXHAUSTED, retry_after_s=0.25)),
+        ({}, Act(0, Code.RESOURCE_EXHAUSTED)),
+    ],
+    ids=["too late", "no retries", "full queue"],
+)
+def test_an_error_tells_a_limit_from_a_full_queue(ask, streamed, settings, act: Act, server: Scripted, address: str):
+    server.acts = [act, Act()]
+    with pytest.raises(ServiceError, match="RESOURCE_EXHAUSTED: as told") as caught:
+        ask(address, streamed, [], **settings)
+    assert caught.value.retry_after_s == act.retry_after_s
     assert len(server.timeouts_s) == 1
 
 

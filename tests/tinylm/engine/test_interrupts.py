@@ -15,8 +15,11 @@ from tinylm import LLM, SamplingParams
 from tinylm.model import Model
 
 PACKAGE = str(Path(tinylm.__file__).parent)
-STRIDE = 8  # of about 900 points; 1 takes a minute per test
-SAMPLED = SamplingParams(seed=3, temperature=1.0, max_tokens=4, repetition_penalty=1.3)
+STRIDE = 8  # of about 1,400 points; 1 takes a minute per test
+SAMPLED = SamplingParams(
+    **{"seed": 3, "temperature": 1.0, "max_tokens": 4, "repetition_penalty": 1.3},
+    **{"frequency_penalty": 0.5, "bad_words": ("the",), "dry_multiplier": 1, "min_tokens": 2},
+)
 # Two prompts share a prefix that is long enough to be copied from one slot to another.
 STORY = "Once upon a time there was a fox who lived in the woods and "
 PROMPTS = [STORY + "was hungry", STORY + "had a friend", "The king"]

@@ -83,6 +83,21 @@ def test_a_stop_string_ends_the_text_and_delays_only_itself(tokenizer, data, cas
     assert stream.stopped == any(s in text for s in stop)
 
 
+@given(st.data(), texts_with_stops() | st.just(NESTED))
+def test_stop_strings_of_the_first_tokens_do_not_count(tokenizer, data, case):
+    """A stop string that begins in them and is complete later counts."""
+    text, stop = case
+    groups = grouped(data.draw, tokenizer.encode(text))
+    n_first = data.draw(st.integers(0, len(groups)))
+    passed = tokenizer.decode_bytes(token for group in groups[:n_first] for token in group).decode(errors="ignore")
+    ends = [end for end in range(len(passed) + 1, len(text) + 1) if any(text[:end].endswith(s) for s in stop)]
+    expected = text[: ends[0] - max(len(s) for s in stop if text[: ends[0]].endswith(s))] if ends else text
+    stream = TextStream(tokenizer, stop)
+    shown = "".join([stream.push(group, may_stop=i >= n_first) for i, group in enumerate(groups)]) + stream.finish()
+    assert shown == expected
+    assert stream.stopped == bool(ends)
+
+
 def test_nothing_comes_after_a_stop_string(tokenizer):
     stream = TextStream(tokenizer, ["END"])
     assert stream.push(tokenizer.encode("one END two")) == "one "

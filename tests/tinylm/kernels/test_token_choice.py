@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tinylm import ModelConfig, SamplingParams
-from tinylm.kernels.batch import Batch
+from tinylm.kernels.batch import FORBIDDEN, Batch
 
 LOGITS = hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(-20, 20, width=32))
 # Scores that are equal or clearly different, so that rounding never decides which token is more likely.
@@ -27,8 +28,11 @@ def kernels(request):
     return importlib.import_module(f"tinylm.kernels.{request.param}")
 
 
-def choose(kernels, logits, slots, uniforms, params, seen):
-    """Return the token of each row, for logits (R, vocab), slots (R,), uniforms (R,), params (S,), seen (S, vocab)."""
+def choose(kernels, logits, slots, uniforms, params, seen, bias=None):
+    """Return the token of each row, for logits (R, vocab), slots (R,), uniforms (R,), params (S,), seen (S, vocab).
+
+    bias (S, vocab): slot 1 uses it.
+    """
     n, vocab_size = logits.shape
     config = ModelConfig(vocab_size, hidden_size=2, n_layers=1, n_heads=1, mlp_size=1, context=1, boundary_id=0)
     batch = Batch.empty(config, n_slots=len(params), n_tokens=2 * n, n_rows=n)
@@ -37,6 +41,8 @@ def choose(kernels, logits, slots, uniforms, params, seen):
     batch.rows[:] = np.arange(2 * n)[::-2]  # every other token, in reverse order
     batch.slots[batch.rows] = slots
     batch.seen[:] = seen
+    if bias is not None:
+        batch.biased[1], batch.bias[:] = True, bias
     batch.uniforms[:] = uniforms
     batch.logits[:] = 1e9  # padding is no token
     batch.logits[:, :vocab_size] = logits
@@ -49,11 +55,11 @@ def choose(kernels, logits, slots, uniforms, params, seen):
 def draw(kernels):
     """Return a function of logits (vocab,), params and uniforms that returns the token that each uniform draws."""
 
-    def draw(logits, params, uniforms, seen=False):
+    def draw(logits, params, uniforms, seen=False, bias=None):
         other = SamplingParams(temperature=0, repetition_penalty=5.0)
         both_seen = np.stack([np.ones(len(logits), bool), np.broadcast_to(seen, len(logits))])
         n = len(uniforms)
-        return choose(kernels, np.tile(logits, (n, 1)), [1] * n, uniforms, [other, params], both_seen)
+        return choose(kernels, np.tile(logits, (n, 1)), [1] * n, uniforms, [other, params], both_seen, bias)
 
     return draw
 
@@ -97,19 +103,20 @@ def slow_distribution(logits, params):
     return {token: weight / total for token, weight in kept_weights.items()}, margin
 
 
-def assert_draws(draw, logits, params, seen=False):
+def assert_draws(draw, logits, params, seen=False, bias=None):
     """Assert that each kept token is drawn by an interval of uniform numbers as long as its probability.
 
     The intervals are in the order of the ids. This tries a number just inside both ends of some fifty of them.
     """
-    expected, margin = slow_distribution(slow_penalty(logits, seen, params.repetition_penalty), params)
+    scores = slow_penalty(logits, seen, params.repetition_penalty)
+    expected, margin = slow_distribution(scores if bias is None else scores + bias, params)
     assume(margin > EPSILON)  # otherwise rounding decides
     ends = np.cumsum(list(expected.values()))
     begins = ends - list(expected.values())
     tried = np.flatnonzero(ends - begins > 3 * EPSILON)
     tried = tried[np.unique(np.linspace(0, len(tried) - 1, 50).round().astype(int))]
     inside = np.concatenate([begins[tried] + EPSILON, ends[tried] - EPSILON])
-    first, last, *drawn = draw(logits, params, [0.0, 1 - 2**-53, *inside], seen)
+    first, last, *drawn = draw(logits, params, [0.0, 1 - 2**-53, *inside], seen, bias)
     assert drawn == [list(expected)[i] for i in tried] * 2
     assert {first, last} <= set(expected)
 
@@ -175,6 +182,25 @@ def test_the_penalty_precedes_temperature_and_truncation(draw, logits, penalty, 
     assert_draws(draw, logits, params, seen)
 
 
+@given(st.data(), APART | TIED, st.sampled_from([0.5, 1.0, 1.75]), st.builds(SamplingParams, **SETTINGS))
+def test_the_bias_follows_the_penalty_and_precedes_the_rest(draw, data, logits, penalty, params):
+    steps = st.integers(-640, 640).map(lambda n: n / 64) | st.sampled_from([0.0, FORBIDDEN])
+    bias = data.draw(hnp.arrays(np.float32, len(logits), elements=steps))
+    assume(bias.max() > FORBIDDEN)
+    seen = np.arange(len(logits)) % 3 == 0
+    assert_draws(draw, logits, dataclasses.replace(params, repetition_penalty=penalty), seen, bias)
+
+
+@given(st.data(), LOGITS, st.sampled_from([0.0, 1e-300, 1e-9, 0.7, 10.0]), st.sampled_from([0.0, 0.5, 1 - 2**-53]))
+def test_a_forbidden_token_is_never_drawn(draw, data, logits, temperature, uniform):
+    allowed = data.draw(hnp.arrays(bool, len(logits)))
+    assume(allowed.any())
+    bias = np.where(allowed, 0, FORBIDDEN).astype(np.float32)
+    params = SamplingParams(temperature=temperature, top_p=1, repetition_penalty=2)
+    [token] = draw(logits, params, [uniform], True, bias)
+    assert allowed[token]
+
+
 @given(LOGITS | TIED, st.sampled_from([1.0, 1.7]))
 def test_temperature_0_takes_the_first_of_the_most_likely(draw, logits, penalty):
     seen = np.arange(len(logits)) % 3 == 0
@@ -189,8 +215,10 @@ def test_rows_of_a_batch_are_independent(kernels, seed, vocab_size, params):
     params += [SamplingParams(temperature=0), SamplingParams(repetition_penalty=3.0)]
     slots = rng.permutation(n + 2)[:n]
     logits, uniforms = rng.normal(0, 3, (n, vocab_size)).astype(np.float32), rng.random(n)
-    seen = rng.random((n + 2, vocab_size)) < 0.3
-    together = choose(kernels, logits, slots, uniforms, params, seen)
+    seen, bias = rng.random((n + 2, vocab_size)) < 0.3, rng.normal(0, 3, (n + 2, vocab_size))
+    together = choose(kernels, logits, slots, uniforms, params, seen, bias)
     for i, slot in enumerate(slots):
-        alone = choose(kernels, logits[i : i + 1], [0], uniforms[i], [params[slot]], seen[slot])
+        is_biased = int(slot == 1)  # slot 1 is the one with a bias
+        others = [params[slot]] * 2
+        alone = choose(kernels, logits[i : i + 1], [is_biased], uniforms[i], others, seen[slot], bias[slot])
         assert alone == [together[i]]

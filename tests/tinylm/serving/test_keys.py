@@ -10,17 +10,25 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tinylm.serving import keys
 from tinylm.serving.access import Access, is_local, is_loopback, is_own_name
 from tinylm.serving.calls import Refused
 from tinylm.serving.grpc.methods import address_of
-from tinylm.serving.keys import KeyFile, KeyFileError, add_key, hash_key, make_key, read_keys
+from tinylm.serving.keys import Key, KeyFile, KeyFileError, add_key, hash_key, make_key, read_keys, read_line
+from tinylm.serving.limits import Limits
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "keys.txt"
+
+
+def name_of(known: KeyFile, secret: str) -> str | None:
+    key = known.find(secret)
+    return None if key is None else key.name
 
 
 def tinylm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,7 +40,7 @@ def test_the_command_prints_a_key_and_keeps_only_its_hash(file: Path):
     assert len(set(printed)) == 2
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert not any(secret in file.read_text() for secret in printed)
-    assert [KeyFile(file).name_of(secret) for secret in printed] == ["alice", "bob"]
+    assert [name_of(KeyFile(file), secret) for secret in printed] == ["alice", "bob"]
     again = tinylm("key", "alice", "--file", str(file))
     assert again.returncode == 1
     assert "'alice' already" in again.stderr
@@ -43,9 +51,9 @@ def test_only_keys_in_the_file_have_a_name(file: Path):
     secret, line = make_key("alice")
     file.write_text(f"# ours\n\n{line}   # since May\n")
     known = KeyFile(file)
-    assert known.name_of(secret) == "alice"
+    assert name_of(known, secret) == "alice"
     for wrong in ("", "alice", secret[:-1], secret + " ", secret.upper(), hash_key(secret), "ключ"):
-        assert known.name_of(wrong) is None
+        assert name_of(known, wrong) is None
 
 
 def test_a_changed_file_takes_effect_without_a_restart(file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -56,14 +64,14 @@ def test_a_changed_file_takes_effect_without_a_restart(file: Path, monkeypatch: 
     replacement = file.with_suffix(".new")
     replacement.write_text(second_line)
     replacement.replace(file)
-    assert (known.name_of(first), known.name_of(second)) == (None, "second")
+    assert (name_of(known, first), name_of(known, second)) == (None, "second")
     # An unreadable file changes nothing, so that a mistake in the editor locks out no client.
     file.write_text("a wrong line")
-    assert known.name_of(second) == "second"
+    assert name_of(known, second) == "second"
     file.unlink()
-    assert known.name_of(second) == "second"
+    assert name_of(known, second) == "second"
     file.write_text(first_line)
-    assert (known.name_of(first), known.name_of(second)) == ("first", None)
+    assert (name_of(known, first), name_of(known, second)) == ("first", None)
 
 
 def test_the_file_is_not_read_for_every_call(file: Path, monkeypatch: pytest.MonkeyPatch):
@@ -72,7 +80,7 @@ def test_the_file_is_not_read_for_every_call(file: Path, monkeypatch: pytest.Mon
     file.write_text(line)
     known = KeyFile(file)
     file.write_text("")
-    assert known.name_of(secret) == "alice"
+    assert name_of(known, secret) == "alice"
 
 
 @pytest.mark.parametrize(
@@ -83,6 +91,20 @@ def test_the_file_is_not_read_for_every_call(file: Path, monkeypatch: pytest.Mon
         ("alice md5:" + "0" * 64, "line 1"),
         ("a b sha256:" + "0" * 64, "line 1"),
         (f"a sha256:{'0' * 64}\na sha256:{'1' * 64}", "'a' occurs twice"),
+        (
+            f"a sha256:{'0' * 64} per_minute=3",
+            "'per_minute' is not a field: the fields are requests_per_minute",
+        ),
+        (f"a sha256:{'0' * 64} priority=1 priority=2", "line 1: priority occurs twice"),
+        *(
+            (f"a sha256:{'0' * 64} {field}={value}", f"{field} is '{value}': it must be a whole number from {limits}")
+            for field, limits, values in (
+                ("requests_per_minute", "1 to 1000000", ["0", "-1", "1000001", "", "1.5", "٣", "9" * 30]),
+                ("tokens_per_minute", "1 to 1000000000", ["0", "1000000001"]),
+                ("priority", "0 to 100", ["-1", "101", "high"]),
+            )
+            for value in values
+        ),
     ],
 )
 def test_a_wrong_line_is_named(file: Path, text: str, named: str):
@@ -91,6 +113,38 @@ def test_a_wrong_line_is_named(file: Path, text: str, named: str):
         KeyFile(file)
     assert str(file) in str(caught.value)
     assert named in str(caught.value)
+
+
+FIELD_VALUES = st.fixed_dictionaries(
+    {field: st.one_of(st.none(), st.integers(least, most)) for field, (least, most) in keys.FIELDS.items()}
+)
+
+
+@given(fields=FIELD_VALUES)
+def test_a_line_keeps_its_limits_and_priority(fields: dict[str, int | None]):
+    secret, line = make_key("alice", **fields)
+    key = read_line(line)
+    assert (key.name, key.digest) == ("alice", hash_key(secret))
+    limits = (key.limits.requests_per_minute, key.limits.tokens_per_minute)
+    assert limits == (fields["requests_per_minute"], fields["tokens_per_minute"])
+    assert key.priority == (fields["priority"] or 0)
+    assert key.limits.is_set == any(limit is not None for limit in limits)
+
+
+def test_a_line_of_an_earlier_version_has_no_limits(file: Path):
+    file.write_text(f"alice sha256:{'0' * 64}\n")
+    assert read_keys(file)["alice"] == Key("alice", "0" * 64, Limits(None, None), priority=0)
+
+
+def test_the_command_writes_limits_and_refuses_wrong_ones(file: Path):
+    options = ["--requests-per-minute", "60", "--tokens-per-minute", "9000", "--priority", "5"]
+    assert tinylm("key", "alice", "--file", str(file), *options).returncode == 0
+    key = read_keys(file)["alice"]
+    assert (key.limits, key.priority) == (Limits(60, 9000), 5)
+    wrong = tinylm("key", "bob", "--file", str(file), "--priority", "101")
+    assert wrong.returncode == 1
+    assert "priority is '101': it must be a whole number from 0 to 100" in wrong.stderr
+    assert list(read_keys(file)) == ["alice"]
 
 
 def test_a_missing_file_and_an_invalid_name_are_named(tmp_path: Path):
@@ -166,7 +220,7 @@ def test_a_key_can_follow_a_line_without_newline(file: Path):
         file.write_text(line + end)
         second = add_key(file, "bob")
         known = KeyFile(file)
-        assert (known.name_of(first), known.name_of(second)) == ("alice", "bob")
+        assert (name_of(known, first), name_of(known, second)) == ("alice", "bob")
     with pytest.raises(KeyFileError, match="a key of the name 'bob' already"):
         add_key(file, "bob")
 
@@ -175,4 +229,4 @@ def test_a_key_can_follow_a_line_without_newline(file: Path):
 def test_whitespace_around_a_sent_key_is_ignored(file: Path, space: str):
     secret = add_key(file, "bob")
     access = Access(file, allow_anonymous=False)
-    assert access.check("10.0.0.1", f"Bearer {space}{secret}{space}") == "bob"
+    assert access.check("10.0.0.1", f"Bearer {space}{secret}{space}").name == "bob"

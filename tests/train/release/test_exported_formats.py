@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,14 @@ def test_a_missing_model_is_reported_in_one_line(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, len(result.stderr.strip().splitlines())) == (1, 1)
     assert "none" in result.stderr
+
+
+def test_an_export_has_what_transformers_4_needs(exported):
+    """Version 4.57.1 loads and runs such an export, without a warning about max_new_tokens."""
+    settings = json.loads((exported["huggingface"] / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert "max_length" not in json.loads((exported["huggingface"] / "generation_config.json").read_text())
 
 
 def test_transformers_generates_the_engines_tokens(exported, tiny_model_dir, their_tokenizer, assert_same_greedy):

@@ -101,7 +101,7 @@ class Scratch(NamedTuple):
     scores: np.ndarray  # (heads * context,) float32: attention scores of one token
     high: np.ndarray  # (heads * context,) uint8: the upper bytes of the attention weights
     low: np.ndarray  # (heads * context,) uint8: the lower bytes
-    penalized: np.ndarray  # (1, vocab) float32: one row of logits after the repetition penalty
+    changed: np.ndarray  # (1, vocab) float32: one row of logits after repetition penalty and bias
     weights: np.ndarray  # (vocab,) float32: unnormalized probabilities of one row
     candidates: np.ndarray  # (vocab,) int32: the token ids that the settings keep
     masses: np.ndarray  # (vocab,) float32: the candidates' weights
@@ -251,7 +251,7 @@ def make_scratch(config: ModelConfig, n_tokens: int, n_rows: int) -> Scratch:
         scores=floats(config.n_heads * context),
         high=np.zeros(config.n_heads * context, np.uint8),
         low=np.zeros(config.n_heads * context, np.uint8),
-        penalized=floats(1, vocab),
+        changed=floats(1, vocab),
         weights=floats(vocab),
         candidates=np.zeros(vocab, np.int32),
         masses=floats(vocab),

@@ -1,4 +1,4 @@
-"""From logits to tokens: repetition penalty, temperature, top_k, top_p and min_p, without sorting.
+"""From logits to tokens: repetition penalty, bias, temperature, top_k, top_p and min_p, without sorting.
 
 They choose by the rule of `tinylm.kernels.numpy.sample`, with probabilities in float32.
 """
@@ -30,8 +30,11 @@ def choose_tokens(batch: Batch, n_rows: int, scratch: Scratch) -> None:
         for i in range(n_vocab, n_columns):  # the padding
             scores[r, i] = NEVER
         if batch.penalty[slot] != 1:
-            _penalize(scores, r, batch.seen, slot, np.float32(batch.penalty[slot]), scratch.penalized)
-            scores, at = scratch.penalized, 0
+            _penalize(scores, r, batch.seen, slot, np.float32(batch.penalty[slot]), scratch.changed)
+            scores, at = scratch.changed, 0
+        if batch.biased[slot]:
+            _add_bias(scores, at // n_columns, batch.bias, slot, scratch.changed)
+            scores, at = scratch.changed, 0
         greatest = simd.largest(scores, at, n_blocks)
         if batch.temperature[slot] == 0:
             chosen = 0
@@ -58,6 +61,18 @@ def _penalize(scores: np.ndarray, row: int, seen: np.ndarray, slot: int, penalty
             score = score / penalty if score > 0 else score * penalty
         out[0, i] = score
     for i in range(seen.shape[1], scores.shape[1]):
+        out[0, i] = NEVER
+
+
+@compiled
+def _add_bias(scores: np.ndarray, row: int, bias: np.ndarray, slot: int, out: np.ndarray) -> None:
+    """Write a row of scores plus the slot's bias to out[0], which may be that row.
+
+    scores (R, vocab), bias (S, vocab), out (1, vocab).
+    """
+    for i in range(bias.shape[1]):
+        out[0, i] = scores[row, i] + bias[slot, i]
+    for i in range(bias.shape[1], scores.shape[1]):
         out[0, i] = NEVER
 
 

@@ -1,4 +1,4 @@
-"""The standard health service (grpc.health.v1.Health) on a Serve deployment: `Check` and `Watch`.
+"""The standard health service (grpc.health.v1.Health) on a Serve deployment: `Check`, `List` and `Watch`.
 
 It does not decide whether Serve replaces a replica. The deployment's `check_health` does.
 """
@@ -38,6 +38,13 @@ class HealthMethods:
             grpc_context.set_details(f"unknown service {request.service!r}")
             return health_pb2.HealthCheckResponse()
         return health_pb2.HealthCheckResponse(status=self._serving_status())
+
+    async def List(
+        self, request: health_pb2.HealthListRequest, grpc_context: RayServegRPCContext
+    ) -> health_pb2.HealthListResponse:
+        """Return the status of every service now. Like `Check`, the call needs no key."""
+        status = health_pb2.HealthCheckResponse(status=self._serving_status())
+        return health_pb2.HealthListResponse(statuses=dict.fromkeys(SERVICES, status))
 
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext

@@ -14,16 +14,18 @@ from google.protobuf.message import Message
 from ray.serve.grpc_util import RayServegRPCContext
 
 import tinylm
-from tinylm.client.wire import ending, params_from_request
-from tinylm.engine import EngineFull
+from tinylm.client.wire import STATUS_DETAILS, ending, params_from_request, retry_details
+from tinylm.engine import EngineFull, check_ids
 from tinylm.sampling import TokenLogprobs
-from tinylm.serving.calls import Call, Refused
+from tinylm.serving.calls import Call, RateLimited, Refused
 from tinylm.serving.grpc_service import Unparsable
 from tinylm.serving.ray import haproxy
 from tinylm.serving.service import Delta, Service, check_size
+from tinylm.serving.trace_context import TRACEPARENT, read_traceparent
 from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb
 
+MAX_TOKENS = 65_536  # to detokenize
 _PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?(%[^\]]+)?)\]?:\d+")  # "%" begins an IPv6 zone
 
 
@@ -35,8 +37,10 @@ class GrpcMethods:
     async def Generate(self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext) -> pb.GenerateResponse:
         with self.service.answering("Generate") as call:
             self._let_in(call, request, grpc_context)
-            async with aclosing(self._deltas(request, call, whole=True)) as deltas:
+            scores: list[pb.TokenLogprob] = []
+            async with aclosing(await self._deltas(request, call, whole=True)) as deltas:
                 async for delta in deltas:
+                    scores += self._prompt_logprobs(delta)
                     if (completion := delta.completion) is None:
                         continue
                     if completion.finish_reason == "timeout":
@@ -44,6 +48,7 @@ class GrpcMethods:
                     return pb.GenerateResponse(
                         text=completion.text,
                         logprobs=_logprobs(completion.token_ids, completion.logprobs or [], self.service.tokenizer),
+                        prompt_logprobs=scores,
                         **ending(completion, self.service.replica),
                     )
         _refuse(call, grpc_context)
@@ -54,12 +59,15 @@ class GrpcMethods:
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         with self.service.answering("GenerateStream") as call:
             self._let_in(call, request, grpc_context)
-            async with aclosing(self._deltas(request, call, whole=False)) as deltas:
+            async with aclosing(await self._deltas(request, call, whole=False)) as deltas:
                 async for delta in deltas:
                     end = {} if delta.completion is None else ending(delta.completion, self.service.replica)
                     logprobs = _logprobs(delta.tokens, delta.logprobs, self.service.tokenizer)
                     n_tokens = len(delta.tokens)
-                    yield pb.GenerateStreamResponse(text=delta.text, tokens=n_tokens, logprobs=logprobs, **end)
+                    scores = self._prompt_logprobs(delta)
+                    yield pb.GenerateStreamResponse(
+                        text=delta.text, tokens=n_tokens, logprobs=logprobs, prompt_logprobs=scores, **end
+                    )
         if call.error is not None:
             _refuse(call, grpc_context)
             yield pb.GenerateStreamResponse()  # the Python proxy sends a status only with a message
@@ -73,6 +81,20 @@ class GrpcMethods:
             return pb.TokenizeResponse(tokens=[pb.Token(id=token, bytes=pieces[token]) for token in ids])
         _refuse(call, grpc_context)
         return pb.TokenizeResponse()
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DetokenizeResponse:
+        tokenizer = self.service.tokenizer
+        with self.service.answering("Detokenize") as call:
+            self._let_in(call, request, grpc_context)
+            if len(request.tokens) > MAX_TOKENS:
+                raise ValueError(f"tokens has {len(request.tokens)} tokens: it must have at most {MAX_TOKENS}")
+            check_ids(request.tokens, self.service.config.vocab_size)
+            text, its_bytes = tokenizer.decode(request.tokens), tokenizer.decode_bytes(request.tokens)
+            return pb.DetokenizeResponse(text=text, bytes=its_bytes)
+        _refuse(call, grpc_context)
+        return pb.DetokenizeResponse()
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, grpc_context: RayServegRPCContext
@@ -99,16 +121,24 @@ class GrpcMethods:
 
     def _let_in(self, call: Call, request: Message | Unparsable, context: RayServegRPCContext) -> None:
         """Raise Refused for a caller without access, ValueError for an unparsable request."""
-        authorization = dict(context.invocation_metadata()).get("authorization")
+        metadata = context.invocation_metadata()
+        call.trace = read_traceparent([value for name, value in metadata if name == TRACEPARENT])
+        authorization = dict(metadata).get("authorization")
         call.key = self.service.access.check(
             address_of(context.peer() or ""), authorization if isinstance(authorization, str) else None
         )
         if isinstance(request, Unparsable):
             raise request
 
-    def _deltas(self, request: pb.GenerateRequest, call: Call, whole: bool) -> AsyncGenerator[Delta, None]:
+    def _prompt_logprobs(self, delta: Delta) -> list[pb.TokenLogprob]:
+        tokens, scores = [token for token, _ in delta.prompt], [score for _, score in delta.prompt]
+        return _logprobs(tokens, scores, self.service.tokenizer)
+
+    async def _deltas(self, request: pb.GenerateRequest, call: Call, whole: bool) -> AsyncGenerator[Delta, None]:
+        params = params_from_request(request)
+        (ids,) = await self.service.admit(call, [request.prompt], params)
         timeout_s = request.timeout_ms / 1000 if request.timeout_ms else None
-        return self.service.generate(request.prompt, params_from_request(request), timeout_s, call, whole=whole)
+        return self.service.generate(ids, params, timeout_s, call, whole=whole)
 
 
 def address_of(peer: str) -> str | None:
@@ -128,6 +158,9 @@ def _refuse(call: Call, context: RayServegRPCContext) -> None:
     context.set_details(call.details)
     if isinstance(call.error, EngineFull):
         context.set_trailing_metadata([(haproxy.FULL, "1")])
+    elif isinstance(call.error, RateLimited):
+        details = retry_details(call.status.value[0], call.details, call.error.retry_after_s)
+        context.set_trailing_metadata([(STATUS_DETAILS, details)])  # type: ignore[list-item]  # bytes, since it is -bin
 
 
 def _logprobs(tokens: list[int], logprobs: list[TokenLogprobs], tokenizer: Tokenizer) -> list[pb.TokenLogprob]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+from operator import itemgetter
 from typing import Any
 
+from tinylm.sampling import TokenLogprobs
 from tinylm.serving.http.requests import CompletionRequest
 from tinylm.serving.service import Delta
 from tinylm.tokenizer import Tokenizer
@@ -20,7 +22,14 @@ class Choice:
         self._must_echo = body.echo  # the prompt is added with the first delta, when the service has accepted it
         self._logprobs = _no_logprobs() if body.logprobs is not None else None
         self._finish_reason: str | None = None
+        self.n_prompt_tokens = self.n_tokens = 0  # of the answer so far
+        self._sum = 0.0  # of its log-probabilities
         self._offsets = TextOffsets()
+
+    @property
+    def mean_logprob(self) -> float:
+        """The mean log-probability of the answer's tokens, if the request has them."""
+        return self._sum / max(1, self.n_tokens)
 
     @property
     def has_news(self) -> bool:
@@ -31,23 +40,44 @@ class Choice:
         if self._must_echo:
             self._text = self.prompt if isinstance(self.prompt, str) else self._tokenizer.decode(self.prompt)
             self._must_echo = False
+            boundary = self._tokenizer.boundary_id
+            if isinstance(self.prompt, list) and self.prompt[:1] == [boundary]:
+                self._add_token(boundary, None)
+            for token, score in delta.prompt:
+                self._add_token(token, score)
         self._text += delta.text
+        self.n_prompt_tokens = delta.n_prompt_tokens
+        self.n_tokens += len(delta.tokens)
+        self._sum += sum(entry.logprob for entry in delta.logprobs)
         if delta.completion is not None:
             self._finish_reason = delta.completion.finish_reason
         if self._logprobs is not None:
-            self._add_logprobs(self._logprobs, delta)
+            for token, own in zip(delta.tokens, delta.logprobs, strict=True):
+                self._add_token(token, own)
 
-    def _add_logprobs(self, logprobs: dict[str, list[Any]], delta: Delta) -> None:
-        decode = self._tokenizer.decode
-        for token, entry in zip(delta.tokens, delta.logprobs, strict=True):
-            text = decode([token])
-            top = {text: entry.logprob}
-            for other, logprob in reversed(entry.top):  # of tokens with the same text, the likeliest comes last
-                top[decode([other])] = logprob
-            logprobs["tokens"].append(text)
-            logprobs["token_logprobs"].append(entry.logprob)
-            logprobs["top_logprobs"].append(dict(sorted(top.items(), key=lambda item: -item[1])))
-            logprobs["text_offset"].append(self._offsets.add(self._tokenizer.piece_bytes[token]))
+    def _add_token(self, token: int, entry: TokenLogprobs | None) -> None:
+        """Add a token to the log-probabilities, if there are any. entry: None for a boundary that begins the prompt."""
+        if self._logprobs is None:
+            return
+        top: dict[str, float] | None = None
+        if entry is not None:
+            top = {}
+            for other, logprob in sorted([(token, entry.logprob), *entry.top], key=itemgetter(1), reverse=True):
+                top.setdefault(self._name(other), logprob)  # of tokens with the same text, the likeliest counts
+        self._logprobs["tokens"].append(self._name(token))
+        self._logprobs["token_logprobs"].append(None if entry is None else entry.logprob)
+        self._logprobs["top_logprobs"].append(top)
+        self._logprobs["text_offset"].append(self._offsets.add(self._tokenizer.piece_bytes[token]))
+
+    def _name(self, token: int) -> str:
+        """Return a token's text. As in OpenAI's API, bytes that are no text are b"\\xf0" -> 'bytes:\\xf0'."""
+        piece = self._tokenizer.piece_bytes[token]
+        if not piece:
+            return self._tokenizer.piece(token)
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
     def take(self) -> dict[str, Any]:
         taken = {

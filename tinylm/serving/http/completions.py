@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
+from secrets import token_hex
 from typing import Any
 from uuid import uuid4
 
@@ -18,14 +21,18 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from tinylm.engine import EngineFull
 from tinylm.serving.calls import Call, Refused
 from tinylm.serving.http.choice import Choice
 from tinylm.serving.http.errors import HEADERS, error_of, error_response, refused
 from tinylm.serving.http.merge import merged
-from tinylm.serving.http.requests import CompletionRequest, read_body, read_request
+from tinylm.serving.http.requests import CompletionRequest, StreamOptions, read_body, read_request
 from tinylm.serving.ray.internals import is_draining
-from tinylm.serving.service import Service
+from tinylm.serving.service import Delta, Service
+from tinylm.serving.trace_context import TRACEPARENT, read_traceparent
 
+FULL_QUEUE_S = 0.05  # between two looks at a full queue
+PADDED = 64  # bytes
 EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -69,6 +76,7 @@ def routes(service: Service) -> APIRouter:
 
 def check_access(call: Call, request: Request, service: Service) -> None:
     """Raise Refused for a caller without access."""
+    call.trace = read_traceparent(request.headers.getlist(TRACEPARENT))
     address = request.client.host if request.client else None
     call.key = service.access.check(address, request.headers.get("authorization"), request.headers.get("host"))
 
@@ -94,7 +102,8 @@ class CompletionResponse(Response):
         is_streaming = False
         with self._service.answering("POST /v1/completions") as call:
             body = await self._read(call)
-            completions = Completions(self._service, body, call, self._request.headers.get("x-request-id"))
+            prompts = await self._service.admit(call, body.prompts, body.params(0), body.n_generated)
+            completions = Completions(self._service, body, prompts, call, self._request.headers.get("x-request-id"))
             if body.stream:
                 async with aclosing(completions.events()) as events:
                     async for event in events:
@@ -122,9 +131,12 @@ class CompletionResponse(Response):
 class Completions:
     """All answers to one request: `n` answers to each prompt."""
 
-    def __init__(self, service: Service, body: CompletionRequest, call: Call, request_id: str | None) -> None:
+    def __init__(
+        self, service: Service, body: CompletionRequest, prompts: list[list[int]], call: Call, request_id: str | None
+    ) -> None:
+        """prompts: the token ids of each prompt of `body`, from `Service.admit`."""
         self._body, self._call = body, call
-        call.n_expected = len(body.prompts) * body.n
+        call.n_expected = len(body.prompts) * body.n_generated
         self._head: dict[str, Any] = {
             "id": f"cmpl-{request_id or uuid4().hex}",  # Serve's id of the request, which the log has too
             "object": "text_completion",
@@ -132,13 +144,15 @@ class Completions:
             "model": service.name,
         }
         self._choices: list[Choice] = []
-        generators = []
-        for prompt in body.prompts:
-            for index in range(body.n):
+        generators: list[AsyncGenerator[Delta, None]] = []
+        for prompt, ids in zip(body.prompts, prompts, strict=True):
+            for index in range(body.n_generated):
                 self._choices.append(Choice(len(self._choices), prompt, body, service.tokenizer))
                 params, is_whole = body.params(index), not body.stream
-                generators.append(service.generate(prompt, params, body.timeout_s, call, index, is_whole))
-        self._deltas = merged(generators)
+                # Those of the first wave are refused when the queue is full. Later ones wait: they have begun.
+                ask = partial(service.generate, ids, params, body.timeout_s, call, index, is_whole)
+                generators.append(ask() if len(generators) < service.args.slots else _patient(ask))
+        self._deltas = merged(generators, service.args.slots)
         self.ended = False  # whether `events` has yielded the last event
 
     async def whole(self) -> dict[str, Any]:
@@ -149,12 +163,25 @@ class Completions:
         for completion in self._call.completions:
             if completion.finish_reason == "timeout":
                 raise Refused.timeout(self._body.timeout_ms, len(completion.token_ids))
-        return {**self._head, "choices": [choice.take() for choice in self._choices], "usage": self._usage()}
+        choices = [choice.take() for choice in self._best()]
+        return {**self._head, "choices": choices, "usage": self._usage(self._call)}
+
+    def _best(self) -> list[Choice]:
+        """Return the `n` answers to each prompt whose tokens are the most likely on average, numbered anew."""
+        n, size = self._body.n, self._body.n_generated
+        if size == n:
+            return self._choices
+        best = []
+        for i in range(0, len(self._choices), size):
+            best += sorted(self._choices[i : i + size], key=lambda choice: -choice.mean_logprob)[:n]
+        for index, choice in enumerate(best):
+            choice.index = index
+        return best
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield an event for each piece of a choice. The last one also has the usage and the end of the stream."""
-        with_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
-        head = {**self._head, "usage": None} if with_usage else self._head
+        options = self._body.stream_options or StreamOptions()
+        head = {**self._head, "usage": None} if options.include_usage else self._head
         n_left = len(self._choices)
         async with aclosing(self._deltas):
             async for number, delta in self._deltas:
@@ -163,22 +190,42 @@ class Completions:
                 n_left -= delta.completion is not None
                 if not choice.has_news:
                     continue
-                event = _event({**head, "choices": [choice.take()]})
+                fields = {**head, "choices": [choice.take()]}
+                if options.continuous_usage_stats:
+                    fields["usage"] = self._usage(choice)
+                event = _event(fields, options.include_obfuscation)
                 if n_left == 0:
-                    if with_usage:
-                        event += _event({**self._head, "choices": [], "usage": self._usage()})
+                    if options.include_usage:
+                        event += _event({**self._head, "choices": [], "usage": self._usage(self._call)})
                     event += b"data: [DONE]\n\n"
                     self.ended = True
                 yield event
 
-    def _usage(self) -> dict[str, int]:
-        call = self._call
+    def _usage(self, counted: Call | Choice) -> dict[str, int]:
+        """Return the tokens of the call, or of one of its answers so far."""
         return {
-            "prompt_tokens": call.n_prompt_tokens,
-            "completion_tokens": call.n_tokens,
-            "total_tokens": call.n_prompt_tokens + call.n_tokens,
+            "prompt_tokens": counted.n_prompt_tokens,
+            "completion_tokens": counted.n_tokens,
+            "total_tokens": counted.n_prompt_tokens + counted.n_tokens,
         }
 
 
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+async def _patient(ask: Callable[[], AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """Yield the answer that `ask` gives, and ask again while the queue is full."""
+    while True:
+        try:
+            async with aclosing(ask()) as deltas:
+                async for delta in deltas:
+                    yield delta
+            return
+        except EngineFull:
+            await asyncio.sleep(FULL_QUEUE_S)
+
+
+def _event(value: dict[str, Any], pads: bool = False) -> bytes:
+    """Return a server-sent event. pads: add random characters up to a multiple of PADDED bytes."""
+    data = json.dumps(value, separators=(",", ":")).encode()
+    if pads:
+        size = -(len(data) + len(',"obfuscation":""')) % PADDED
+        data = json.dumps({**value, "obfuscation": token_hex(PADDED)[:size]}, separators=(",", ":")).encode()
+    return b"data: " + data + b"\n\n"

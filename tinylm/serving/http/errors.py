@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import grpc
 from starlette.responses import JSONResponse
 
-from tinylm.serving.calls import Call
+from tinylm.serving.calls import Call, RateLimited
 from tinylm.serving.http.requests import TooLarge, is_field
 
 Code = grpc.StatusCode
@@ -17,7 +18,7 @@ STATUSES: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
     Code.INVALID_ARGUMENT: (400, "invalid_request_error", None),
     Code.UNAUTHENTICATED: (401, "invalid_request_error", "invalid_api_key"),
     Code.NOT_FOUND: (404, "invalid_request_error", "model_not_found"),
-    Code.RESOURCE_EXHAUSTED: (429, "requests", "rate_limit_exceeded"),
+    Code.RESOURCE_EXHAUSTED: (429, "server_error", "queue_full"),
     Code.INTERNAL: (500, "server_error", None),
     Code.UNAVAILABLE: (503, "server_error", "service_unavailable"),
     Code.DEADLINE_EXCEEDED: (504, "server_error", "timeout"),
@@ -30,6 +31,8 @@ def error_of(call: Call) -> tuple[int, dict[str, Any]]:
     status, kind, code = STATUSES.get(call.status, STATUSES[Code.INTERNAL])
     if isinstance(call.error, TooLarge):
         status, code = 413, "request_too_large"
+    elif isinstance(call.error, RateLimited):  # OpenAI's type is the kind of limit
+        kind, code = call.error.kind, "rate_limit_exceeded"
     word = call.details.partition(" ")[0]  # the message about a field begins with its name
     param = word if status in (400, 404) and is_field(word) else None
     return status, {"error": {"message": call.details, "type": kind, "param": param, "code": code}}
@@ -38,7 +41,10 @@ def error_of(call: Call) -> tuple[int, dict[str, Any]]:
 def refused(call: Call) -> JSONResponse:
     """Return the response to a call that failed before its first text."""
     status, body = error_of(call)
-    return JSONResponse(body, status, HEADERS.get(status))
+    headers = HEADERS.get(status)
+    if isinstance(call.error, RateLimited):
+        headers = {"retry-after": str(math.ceil(call.error.retry_after_s))}  # whole seconds (RFC 9110, 10.2.3)
+    return JSONResponse(body, status, headers)
 
 
 def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -11,10 +11,11 @@ T = TypeVar("T")
 _END = object()
 
 
-async def merged(generators: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+async def merged(generators: Sequence[AsyncGenerator[T, None]], most: int) -> AsyncGenerator[tuple[int, T], None]:
     """Yield each item when it is ready, with the number of its generator.
 
-    The first error ends all generators. Closing this generator also ends them.
+    At most `most` generators run at once; the others wait, in their order. The first error ends all generators.
+    Closing this generator also ends them.
     """
     if len(generators) == 1:  # the usual case needs no tasks, and is faster without
         async with aclosing(generators[0]) as only:
@@ -22,10 +23,11 @@ async def merged(generators: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerato
                 yield 0, item
         return
     queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+    places = asyncio.Semaphore(most)  # its waiters get places in their order
 
     async def pump(number: int, generator: AsyncGenerator[T, None]) -> None:
         try:
-            async with aclosing(generator):
+            async with places, aclosing(generator):
                 async for item in generator:
                     queue.put_nowait((number, item))
         except Exception as error:

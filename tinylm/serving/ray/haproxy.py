@@ -6,6 +6,8 @@
   needs, and HAProxy a tenth of that. A full replica marks its refusal with the header `FULL`. If HAProxy then holds a
   call for every slot, that number of calls is too many, and HAProxy refuses calls above it until the second has passed.
 - If the service listens on loopback, HAProxy's metrics and statistics do too. Ray opens them on all addresses.
+- A service on 127.0.0.1 listens on ::1 too, because some clients take only the IPv6 address of `localhost`.
+- It answers 415 to requests on the gRPC port that are not gRPC, such as those of gRPC-Web and Connect.
 
 `tinylm serve` sets RAY_SERVE_HAPROXY_BINARY_PATH to this command. Ray writes HAProxy's config at each start and reload,
 and starts this command, which adds the rules to the config and becomes HAProxy. Without this command the service works
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from itertools import count
 from pathlib import Path
@@ -28,6 +31,16 @@ _BACKEND = re.compile(r"^backend (grpc|http)-.*\n((?:[ \t].*\n|\n)*)", re.MULTIL
 _SERVER = re.compile(r"^ +server (\S+) (\S+):\d+(?!.* backup\b)", re.MULTILINE)  # a replica: name, machine
 _LISTENS_ON_LOOPBACK = re.compile(r"^frontend http_frontend\n +bind (127\.[\d.]+|localhost|::1):\d+$", re.MULTILINE)
 _ON_ALL_ADDRESSES = re.compile(r"^( +bind )\*?(:\d+)$", re.MULTILINE)
+_FRONTEND = re.compile(
+    r"^(frontend (?:http|grpc)_frontend\n( +)bind )(?:127\.0\.0\.1|localhost):(\d+)(.*)$", re.MULTILINE
+)
+# Without the wait, HAProxy resets the stream before the client has sent its request, and the status can be lost.
+_ONLY_GRPC = """\
+    acl tinylm_is_grpc req.hdr(content-type) -m reg ^application/grpc($|[+;])
+    http-request wait-for-body time 1s unless tinylm_is_grpc
+    http-request return status 415 content-type text/plain string "This port is for gRPC." \
+unless tinylm_is_grpc
+"""
 _GENERATES = """\
     # Added by tinylm-haproxy
     acl tinylm_generates path_beg /tinylm.v1.TinyLM/Generate /v1/completions
@@ -67,12 +80,31 @@ def with_rules(config: str, slots: int = 0, cores: int = 1) -> str:
         values = {"n": next(number), "n_slots": slots * len(servers), "full": FULL, "remembered_ms": REMEMBERED_MS}
         rules = _GENERATES + _HAS_REFUSED.format(**values)
         if protocol == "grpc":
-            rules += _REFUSALS.format(**values)
+            rules = _ONLY_GRPC + rules + _REFUSALS.format(**values)
         return f"{backend[0].removesuffix(body)}{rules}{_filling(servers, slots, cores)}{body}"
 
     if _LISTENS_ON_LOOPBACK.search(config):
         config = _ON_ALL_ADDRESSES.sub(r"\g<1>127.0.0.1\2", config)
-    return _BACKEND.sub(with_ours, config)
+    return _BACKEND.sub(with_ours, _FRONTEND.sub(_on_ipv6_too, config))
+
+
+def _on_ipv6_too(frontend: re.Match[str]) -> str:
+    """Return the beginning of a frontend on 127.0.0.1, with ::1 if this machine has it and the port is free there."""
+    _, indent, port, options = frontend.groups()
+    if not _can_bind("::1", int(port)):
+        return frontend[0]
+    return f"{frontend[0]}\n{indent}bind [::1]:{port}{options}"
+
+
+def _can_bind(address: str, port: int) -> bool:
+    """Return whether HAProxy can listen there. It shares the port with its own earlier process, and with no other."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            probe.bind((address, port))
+    except OSError:
+        return False
+    return True
 
 
 def _filling(servers: list[tuple[str, str]], slots: int, cores: int) -> str:

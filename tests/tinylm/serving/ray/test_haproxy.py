@@ -1,6 +1,8 @@
 """The rules of `tinylm-haproxy`, in a real HAProxy in front of gRPC servers that hold a limited number of calls."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +55,7 @@ class Replica(TinyLMServicer):
     n_held: int = 0
     n_refused: int = 0
     n_tokenized: int = 0
+    port: int = 0  # of HAProxy
 
     def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> pb.GenerateResponse:
         with self.lock:
@@ -86,6 +89,8 @@ def behind_haproxy(
         server.start()
         servers.append(server)
     (port,) = free_ports(1)
+    for replica in replicas:
+        replica.port = port
     config = directory / "haproxy.cfg"
     config.write_text(CONFIG.format(port=port, servers="\n".join(lines)))
     command = [str(Path(sys.executable).with_name("tinylm-haproxy")), "-db", "-f", str(config)]
@@ -223,6 +228,37 @@ def test_enough_cores_or_several_machines_use_all_replicas_alike() -> None:
     assert "use-server" not in haproxy.with_rules(fallback, slots=1, cores=2)
 
 
+def test_clients_reach_the_service_over_ipv6(replica: Replica, stub: TinyLMStub) -> None:
+    replica.may_go.set()
+    with grpc.insecure_channel(f"[::1]:{replica.port}", options=CHANNEL_OPTIONS) as channel:
+        assert TinyLMStub(channel).Generate(pb.GenerateRequest(), timeout=GIVE_UP_S).text == "done"
+
+
+def test_a_port_of_another_program_is_left_to_it() -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
+        config = f"frontend grpc_frontend\n    bind 127.0.0.1:{other.getsockname()[1]} proto h2\n"
+        assert haproxy.with_rules(config) == config
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/grpc", "200"),
+        ("application/grpc+proto", "200"),
+        ("application/grpc-web+proto", "415"),
+        ("application/connect+proto", "415"),
+        ("application/json", "415"),
+    ],
+)
+def test_only_grpc_passes_the_grpc_port(replica: Replica, stub: TinyLMStub, content_type: str, status: str) -> None:
+    url = f"http://127.0.0.1:{replica.port}/tinylm.v1.TinyLM/Tokenize"
+    command = ["curl", "--silent", "--http2-prior-knowledge", "--output", "/dev/null", "--write-out", "%{http_code}"]
+    headers = ["--header", f"content-type: {content_type}", "--header", "te: trailers", "--data-binary", "@-"]
+    found = subprocess.run([*command, *headers, url], input=bytes(5), capture_output=True, check=False).stdout
+    assert found.decode() == status
+
+
 def test_only_backends_of_applications_get_rules() -> None:
     before, after = CONFIG, haproxy.with_rules(CONFIG)
     assert after.split("backend grpc-tinylm\n")[0] == before.split("backend grpc-tinylm\n")[0]
@@ -244,4 +280,5 @@ def test_metrics_and_statistics_listen_where_the_service_does(host: str, is_clos
         f"frontend prometheus\n    bind :9101\n    mode http\n{service}listen stats\n  bind *:8404\n  stats enable\n"
     )
     closed = config.replace("bind :9101", "bind 127.0.0.1:9101").replace("bind *:8404", "bind 127.0.0.1:8404")
-    assert haproxy.with_rules(config) == (closed if is_closed else config)
+    found = haproxy.with_rules(config).replace("    bind [::1]:8000\n", "")  # only if that port is free
+    assert found == (closed if is_closed else config)

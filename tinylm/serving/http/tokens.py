@@ -1,0 +1,74 @@
+"""Text to tokens and back, in the form of vLLM's `/tokenize` and `/detokenize`."""
+
+from __future__ import annotations
+
+import json
+from typing import TypeVar
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.responses import JSONResponse, Response
+
+from tinylm.engine import check_ids
+from tinylm.serving.http.completions import check_access, check_model
+from tinylm.serving.http.errors import refused
+from tinylm.serving.http.requests import MAX_PROMPT_ITEMS, message_of, read_body
+from tinylm.serving.service import Service, check_size
+
+
+class TokenizeBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True  # put the boundary in front, as a request does
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    tokens: list[int] = Field(max_length=MAX_PROMPT_ITEMS)
+
+
+B = TypeVar("B", TokenizeBody, DetokenizeBody)
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+    tokenizer = service.tokenizer
+
+    async def read(request: Request, kind: type[B]) -> B:
+        """Return the checked body. Raise ValueError that names the wrong field."""
+        try:
+            body = kind.model_validate(json.loads(await read_body(request)))
+        except ValidationError as error:
+            raise ValueError(message_of(error)) from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the request is not JSON: {error}") from None
+        check_model(body.model, service)
+        return body
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        with service.answering("POST /tokenize") as call:
+            check_access(call, request, service)
+            body = await read(request, TokenizeBody)
+            check_size("prompt", body.prompt)
+            ids = (tokenizer.encode_document if body.add_special_tokens else tokenizer.encode)(body.prompt)
+            strings = [tokenizer.piece(token) for token in ids] if body.return_token_strs else None
+            context = service.config.context
+            return JSONResponse({"count": len(ids), "max_model_len": context, "tokens": ids, "token_strs": strings})
+        return refused(call)
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        with service.answering("POST /detokenize") as call:
+            check_access(call, request, service)
+            body = await read(request, DetokenizeBody)
+            check_ids(body.tokens, service.config.vocab_size)
+            return JSONResponse({"prompt": tokenizer.decode(body.tokens)})
+        return refused(call)
+
+    return router
