@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from tinylm.completions.errors import timeout_message
 from tinylm.engine import EngineFull
 from tinylm.engine.async_engine import EngineDied, Listener
 from tinylm.engine.completion import Completion
@@ -41,10 +42,7 @@ class Refused(Exception):
     @classmethod
     def timeout(cls, timeout_ms: int, n_tokens: int) -> Refused:
         """Return the refusal of an unstreamed answer that had only `n_tokens` tokens when its time limit passed."""
-        return cls(
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-            f"timeout_ms is {timeout_ms}: the time limit passed after {n_tokens} tokens of the answer",
-        )
+        return cls(grpc.StatusCode.DEADLINE_EXCEEDED, timeout_message(timeout_ms, n_tokens))
 
 
 class RateLimited(Refused):

@@ -9,21 +9,20 @@ import math
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from tinylm.engine import Engine, check_ids, check_length
+from tinylm.engine import Engine
 from tinylm.engine.async_engine import STREAM_INTERVAL_S, AsyncEngine, EngineDied, Listener
-from tinylm.engine.completion import Completion, CompletionBuilder
-from tinylm.engine.request import Progress
+from tinylm.engine.delta import Delta, DeltaBuilder
+from tinylm.engine.prompt import prompt_ids
 from tinylm.engine.word_tokens import word_tokens
 from tinylm.kernels import KernelName, Precision
 from tinylm.llm import load
-from tinylm.sampling import SamplingParams, TokenLogprobs
+from tinylm.sampling import SamplingParams
 from tinylm.serving.access import Access
 from tinylm.serving.calls import Answer, Call, answering
 from tinylm.serving.keys import Key
@@ -34,7 +33,6 @@ from tinylm.serving.tracing import tracing_from
 from tinylm.system.paths import DEFAULT_MODEL
 
 STOP_INTERVAL_S = 0.005  # time between two searches for a stop string
-MAX_TEXT_BYTES = 64 * 1024  # of a prompt or a text to tokenize; the context holds far less
 
 
 class AppArgs(BaseModel):
@@ -56,19 +54,6 @@ class AppArgs(BaseModel):
     allow_anonymous: bool = False  # without a key file: serve callers from anywhere
     log_prompts: bool = False  # write prompts to the log
     cors_origins: list[str] = []  # web pages that may call the HTTP API from a browser, such as https://example.org
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """The next piece of an answer. The texts of all deltas together are the answer."""
-
-    text: str
-    tokens: list[int]
-    logprobs: list[TokenLogprobs]  # one per token, or empty if the request does not ask for them
-    completion: Completion | None  # set in the last delta
-    # In the first delta, if the request asks for them: the tokens of the prompt after the boundary, with their scores.
-    prompt: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
-    n_prompt_tokens: int = 0  # with the boundary
 
 
 class Service:
@@ -120,7 +105,7 @@ class Service:
         prompts: texts, or token ids with or without the boundary in front.
         Raise ValueError for an invalid prompt, or a call that is too large for its key. Raise RateLimited.
         """
-        ids = [self._ids(prompt, params.max_tokens) for prompt in prompts]
+        ids = [prompt_ids(prompt, params.max_tokens, self.tokenizer, self.config) for prompt in prompts]
         if self.args.log_prompts:
             call.prompt = "\n".join(p if isinstance(p, str) else self.tokenizer.decode(p) for p in prompts)
         if call.key is not None and call.key.limits.is_set:
@@ -150,43 +135,18 @@ class Service:
         words = word_tokens(params, self.tokenizer)
         priority = 0 if call.key is None else call.key.priority
         answer: Answer | None = None
-        listener, builder = Listener(every_s), CompletionBuilder(self.tokenizer, params)
-        n_sent = 0
-        wants_scores = params.prompt_logprobs is not None
+        listener, builder = Listener(every_s), DeltaBuilder(ids, params, self.tokenizer)
         async with aclosing(self.engine.generate(ids, params, timeout_s, listener, words, priority)) as updates:
             async for progress in updates:
                 if answer is None:
                     answer = Answer(listener, index=index)
                     call.answers.append(answer)
-                text = builder.take(progress)
+                delta = builder.take(progress)
                 answer.completion = builder.completion
-                if text or builder.completion is not None:
-                    new = slice(n_sent, builder.n_taken)
-                    n_sent = builder.n_taken
-                    scores = _scores(ids, progress) if wants_scores else []
-                    wants_scores = False
-                    tokens, logprobs = list(progress.tokens[new]), list(progress.logprobs[new])
-                    yield Delta(text, tokens, logprobs, builder.completion, scores, len(ids))
+                if delta is not None:
+                    yield delta
                 if builder.completion is not None:
                     return
-
-    def _ids(self, prompt: str | Sequence[int], max_tokens: int) -> list[int]:
-        if isinstance(prompt, str):
-            check_size("prompt", prompt)
-            ids = self.tokenizer.encode_document(prompt)
-            check_length(len(ids), self.config.context)
-            return ids
-        begins = bool(prompt) and prompt[0] == self.tokenizer.boundary_id
-        check_length(len(prompt) + (not begins), self.config.context, max_tokens)  # before the prompt is copied
-        check_ids(prompt, self.config.vocab_size)
-        return list(prompt) if begins else [self.tokenizer.boundary_id, *prompt]
-
-
-def _scores(ids: list[int], progress: Progress) -> list[tuple[int, TokenLogprobs]]:
-    """Return `Delta.prompt`. Empty if time ran out before all tokens had a score."""
-    if len(progress.prompt_logprobs) < len(ids) - 1:
-        return []
-    return list(zip(ids[1:], progress.prompt_logprobs, strict=True))
 
 
 def check_tokens(max_tokens: int, n_tokens: int, key: Key) -> None:
@@ -197,10 +157,3 @@ def check_tokens(max_tokens: int, n_tokens: int, key: Key) -> None:
             f"max_tokens is {max_tokens}: with the prompt, the call can need {n_tokens} tokens, but the key "
             f"{key.name!r} may use at most {limit} per minute"
         )
-
-
-def check_size(field: str, text: str) -> None:
-    """Raise ValueError for a text of more than MAX_TEXT_BYTES."""
-    size = len(text.encode(errors="surrogatepass"))  # the tokenizer refuses surrogates
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(f"{field} has {size} bytes: it must have at most {MAX_TEXT_BYTES}")

@@ -16,11 +16,13 @@ from ray.serve.grpc_util import RayServegRPCContext
 import tinylm
 from tinylm.client.wire import STATUS_DETAILS, ending, params_from_request, retry_details
 from tinylm.engine import EngineFull, check_ids
+from tinylm.engine.delta import Delta
+from tinylm.engine.prompt import check_size
 from tinylm.sampling import TokenLogprobs
 from tinylm.serving.calls import Call, RateLimited, Refused
 from tinylm.serving.grpc_service import Unparsable
 from tinylm.serving.ray import haproxy
-from tinylm.serving.service import Delta, Service, check_size
+from tinylm.serving.service import Service
 from tinylm.serving.trace_context import TRACEPARENT, read_traceparent
 from tinylm.tokenizer import Tokenizer
 from tinylm.v1 import tinylm_pb2 as pb

@@ -1,13 +1,12 @@
 """OpenAI's completions API: `/v1/completions` and `/v1/models`, and `/health`.
 
-`tinylm.serving.http.requests` reads the request. This module sends the answers, whole or as server-sent events.
+`tinylm.completions` has the form of requests and answers. This module sends answers, whole or as server-sent events.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
@@ -21,14 +20,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from tinylm.completions.requests import CompletionRequest, StreamOptions, read_request
+from tinylm.completions.response import ResponseBody, usage
 from tinylm.engine import EngineFull
+from tinylm.engine.delta import Delta
 from tinylm.serving.calls import Call, Refused
-from tinylm.serving.http.choice import Choice
 from tinylm.serving.http.errors import HEADERS, error_of, error_response, refused
 from tinylm.serving.http.merge import merged
-from tinylm.serving.http.requests import CompletionRequest, StreamOptions, read_body, read_request
+from tinylm.serving.http.requests import read_body
 from tinylm.serving.ray.internals import is_draining
-from tinylm.serving.service import Delta, Service
+from tinylm.serving.service import Service
 from tinylm.serving.trace_context import TRACEPARENT, read_traceparent
 
 FULL_QUEUE_S = 0.05  # between two looks at a full queue
@@ -135,19 +136,13 @@ class Completions:
         self, service: Service, body: CompletionRequest, prompts: list[list[int]], call: Call, request_id: str | None
     ) -> None:
         """prompts: the token ids of each prompt of `body`, from `Service.admit`."""
-        self._body, self._call = body, call
+        self._body = body
         call.n_expected = len(body.prompts) * body.n_generated
-        self._head: dict[str, Any] = {
-            "id": f"cmpl-{request_id or uuid4().hex}",  # Serve's id of the request, which the log has too
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": service.name,
-        }
-        self._choices: list[Choice] = []
+        request_id = request_id or uuid4().hex  # Serve's id of the request, which the log has too
+        self._response = ResponseBody(body, service.name, request_id, service.tokenizer)
         generators: list[AsyncGenerator[Delta, None]] = []
-        for prompt, ids in zip(body.prompts, prompts, strict=True):
+        for ids in prompts:
             for index in range(body.n_generated):
-                self._choices.append(Choice(len(self._choices), prompt, body, service.tokenizer))
                 params, is_whole = body.params(index), not body.stream
                 # Those of the first wave are refused when the queue is full. Later ones wait: they have begun.
                 ask = partial(service.generate, ids, params, body.timeout_s, call, index, is_whole)
@@ -159,55 +154,34 @@ class Completions:
         """Return the unstreamed answer. Raise Refused when the time limit passed before it was complete."""
         async with aclosing(self._deltas):
             async for number, delta in self._deltas:
-                self._choices[number].add(delta)
-        for completion in self._call.completions:
-            if completion.finish_reason == "timeout":
-                raise Refused.timeout(self._body.timeout_ms, len(completion.token_ids))
-        choices = [choice.take() for choice in self._best()]
-        return {**self._head, "choices": choices, "usage": self._usage(self._call)}
-
-    def _best(self) -> list[Choice]:
-        """Return the `n` answers to each prompt whose tokens are the most likely on average, numbered anew."""
-        n, size = self._body.n, self._body.n_generated
-        if size == n:
-            return self._choices
-        best = []
-        for i in range(0, len(self._choices), size):
-            best += sorted(self._choices[i : i + size], key=lambda choice: -choice.mean_logprob)[:n]
-        for index, choice in enumerate(best):
-            choice.index = index
-        return best
+                self._response.choices[number].add(delta)
+        if (choice := self._response.timed_out) is not None:
+            raise Refused.timeout(self._body.timeout_ms, choice.n_tokens)
+        return self._response.whole()
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield an event for each piece of a choice. The last one also has the usage and the end of the stream."""
         options = self._body.stream_options or StreamOptions()
-        head = {**self._head, "usage": None} if options.include_usage else self._head
-        n_left = len(self._choices)
+        response = self._response
+        head = {**response.head, "usage": None} if options.include_usage else response.head
+        n_left = len(response.choices)
         async with aclosing(self._deltas):
             async for number, delta in self._deltas:
-                choice = self._choices[number]
+                choice = response.choices[number]
                 choice.add(delta)
                 n_left -= delta.completion is not None
                 if not choice.has_news:
                     continue
                 fields = {**head, "choices": [choice.take()]}
                 if options.continuous_usage_stats:
-                    fields["usage"] = self._usage(choice)
+                    fields["usage"] = usage(choice.n_prompt_tokens, choice.n_tokens)
                 event = _event(fields, options.include_obfuscation)
                 if n_left == 0:
                     if options.include_usage:
-                        event += _event({**self._head, "choices": [], "usage": self._usage(self._call)})
+                        event += _event({**response.head, "choices": [], "usage": response.usage()})
                     event += b"data: [DONE]\n\n"
                     self.ended = True
                 yield event
-
-    def _usage(self, counted: Call | Choice) -> dict[str, int]:
-        """Return the tokens of the call, or of one of its answers so far."""
-        return {
-            "prompt_tokens": counted.n_prompt_tokens,
-            "completion_tokens": counted.n_tokens,
-            "total_tokens": counted.n_prompt_tokens + counted.n_tokens,
-        }
 
 
 async def _patient(ask: Callable[[], AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

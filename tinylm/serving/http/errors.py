@@ -1,4 +1,4 @@
-"""Errors in the form of OpenAI's API, and the HTTP status for each gRPC status."""
+"""The HTTP status for each gRPC status, and responses with an error in the form of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ from typing import Any
 import grpc
 from starlette.responses import JSONResponse
 
+from tinylm.completions.errors import error_body
 from tinylm.serving.calls import Call, RateLimited
-from tinylm.serving.http.requests import TooLarge, is_field
+from tinylm.serving.http.requests import TooLarge
 
 Code = grpc.StatusCode
-# HTTP status, and OpenAI's type and code of the error.
-STATUSES: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
-    Code.INVALID_ARGUMENT: (400, "invalid_request_error", None),
-    Code.UNAUTHENTICATED: (401, "invalid_request_error", "invalid_api_key"),
-    Code.NOT_FOUND: (404, "invalid_request_error", "model_not_found"),
-    Code.RESOURCE_EXHAUSTED: (429, "server_error", "queue_full"),
-    Code.INTERNAL: (500, "server_error", None),
-    Code.UNAVAILABLE: (503, "server_error", "service_unavailable"),
-    Code.DEADLINE_EXCEEDED: (504, "server_error", "timeout"),
+STATUSES: dict[grpc.StatusCode, int] = {
+    Code.INVALID_ARGUMENT: 400,
+    Code.UNAUTHENTICATED: 401,
+    Code.NOT_FOUND: 404,
+    Code.RESOURCE_EXHAUSTED: 429,
+    Code.INTERNAL: 500,
+    Code.UNAVAILABLE: 503,
+    Code.DEADLINE_EXCEEDED: 504,
 }
 HEADERS = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "1"}}
 
 
 def error_of(call: Call) -> tuple[int, dict[str, Any]]:
     """Return the HTTP status and the body for a call that failed."""
-    status, kind, code = STATUSES.get(call.status, STATUSES[Code.INTERNAL])
     if isinstance(call.error, TooLarge):
-        status, code = 413, "request_too_large"
-    elif isinstance(call.error, RateLimited):  # OpenAI's type is the kind of limit
-        kind, code = call.error.kind, "rate_limit_exceeded"
-    word = call.details.partition(" ")[0]  # the message about a field begins with its name
-    param = word if status in (400, 404) and is_field(word) else None
-    return status, {"error": {"message": call.details, "type": kind, "param": param, "code": code}}
+        return 413, error_body(413, call.details)
+    status = STATUSES.get(call.status, 500)
+    body = error_body(status, call.details)
+    if isinstance(call.error, RateLimited):  # OpenAI's type is the kind of limit
+        body["error"] |= {"type": call.error.kind, "code": "rate_limit_exceeded"}
+    return status, body
 
 
 def refused(call: Call) -> JSONResponse:

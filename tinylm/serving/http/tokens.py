@@ -9,11 +9,13 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import JSONResponse, Response
 
+from tinylm.completions.requests import MAX_PROMPT_ITEMS, message_of
 from tinylm.engine import check_ids
+from tinylm.engine.prompt import check_size
 from tinylm.serving.http.completions import check_access, check_model
 from tinylm.serving.http.errors import refused
-from tinylm.serving.http.requests import MAX_PROMPT_ITEMS, message_of, read_body
-from tinylm.serving.service import Service, check_size
+from tinylm.serving.http.requests import read_body
+from tinylm.serving.service import Service
 
 
 class TokenizeBody(BaseModel):

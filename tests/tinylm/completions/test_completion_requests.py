@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
-import grpc
 import pytest
-from starlette.requests import Request
 
+from tinylm.completions.requests import is_field, read_request
 from tinylm.sampling import SamplingParams
-from tinylm.serving.calls import Call
-from tinylm.serving.http.errors import error_of
-from tinylm.serving.http.requests import MAX_BODY_BYTES, TooLarge, is_field, read_body, read_request
 
 
 @pytest.mark.parametrize(
@@ -134,36 +129,3 @@ def test_null_counts_as_absent_inside_an_object(options: dict | None) -> None:
 def test_seeds_of_several_answers_differ_and_stay_within_the_limit() -> None:
     request = read_request(json.dumps({"n": 3, "seed": 2**63 - 1}).encode())
     assert [request.params(index).seed for index in range(3)] == [2**63 - 1, 0, 1]
-
-
-def body_of(content_type: str, *chunks: bytes, declared: int | None = None) -> bytes:
-    """Return what `read_body` returns for a request with this body."""
-    headers = [(b"content-type", content_type.encode())]
-    if declared is not None:
-        headers.append((b"content-length", str(declared).encode()))
-    messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
-    messages.append({"type": "http.request", "body": b"", "more_body": False})
-
-    async def receive() -> dict:
-        return messages.pop(0)
-
-    return asyncio.run(read_body(Request({"type": "http", "headers": headers}, receive)))
-
-
-def test_a_body_of_json_is_read() -> None:
-    assert body_of("application/json; charset=utf-8", b"{", b"}", declared=2) == b"{}"
-
-
-def test_a_body_of_another_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="'text/plain': it must be application/json"):
-        body_of("text/plain", b"{}")
-
-
-def test_a_body_that_is_too_large_is_refused() -> None:
-    with pytest.raises(TooLarge, match=str(MAX_BODY_BYTES)):
-        body_of("application/json", b" " * (MAX_BODY_BYTES + 1))
-    with pytest.raises(TooLarge, match=str(MAX_BODY_BYTES)):
-        body_of("application/json", declared=MAX_BODY_BYTES + 1)
-    call = Call("POST /v1/completions", status=grpc.StatusCode.INVALID_ARGUMENT, error=TooLarge("too large"))
-    status, body = error_of(call)
-    assert (status, body["error"]["code"]) == (413, "request_too_large")

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import codecs
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tinylm.completions.requests import CompletionRequest
 from tinylm.sampling import TokenLogprobs
-from tinylm.serving.http.requests import CompletionRequest
-from tinylm.serving.service import Delta
 from tinylm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tinylm.engine.delta import Delta
 
 
 class Choice:
-    """One answer: `add` takes a delta of the service, and `take` returns what was added since the last `take`."""
+    """One answer: `add` takes a delta of the engine, and `take` returns what was added since the last `take`."""
 
     def __init__(self, index: int, prompt: str | list[int], body: CompletionRequest, tokenizer: Tokenizer) -> None:
         self.index, self.prompt = index, prompt
         self._tokenizer = tokenizer
         self._text = ""
-        self._must_echo = body.echo  # the prompt is added with the first delta, when the service has accepted it
+        self._must_echo = body.echo  # the prompt is added with the first delta, when the engine has accepted it
         self._logprobs = _no_logprobs() if body.logprobs is not None else None
-        self._finish_reason: str | None = None
+        self.finish_reason: str | None = None
         self.n_prompt_tokens = self.n_tokens = 0  # of the answer so far
         self._sum = 0.0  # of its log-probabilities
         self._offsets = TextOffsets()
@@ -34,7 +36,7 @@ class Choice:
     @property
     def has_news(self) -> bool:
         has_tokens = self._logprobs is not None and self._logprobs["tokens"]
-        return bool(self._text or has_tokens or self._finish_reason)
+        return bool(self._text or has_tokens or self.finish_reason)
 
     def add(self, delta: Delta) -> None:
         if self._must_echo:
@@ -50,7 +52,7 @@ class Choice:
         self.n_tokens += len(delta.tokens)
         self._sum += sum(entry.logprob for entry in delta.logprobs)
         if delta.completion is not None:
-            self._finish_reason = delta.completion.finish_reason
+            self.finish_reason = delta.completion.finish_reason
         if self._logprobs is not None:
             for token, own in zip(delta.tokens, delta.logprobs, strict=True):
                 self._add_token(token, own)
@@ -84,7 +86,7 @@ class Choice:
             "text": self._text,
             "index": self.index,
             "logprobs": self._logprobs,
-            "finish_reason": self._finish_reason,
+            "finish_reason": self.finish_reason,
         }
         self._text = ""
         self._logprobs = None if self._logprobs is None else _no_logprobs()

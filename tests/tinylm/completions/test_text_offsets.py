@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinylm.serving.http.choice import TextOffsets
+from tinylm.completions.choice import TextOffsets
 
 
 def character_of_each_byte(data: bytes) -> list[int]:
