@@ -1,4 +1,4 @@
-"""The command line: `tinylm generate`, `write`, `info`, `tokenize`, `bench`, `serve`, `key`.
+"""The command line: `tinylm generate`, `write`, `batch`, `info`, `tokenize`, `bench`, `serve`, `key`.
 
 Commands import what they need when they run, so that `tinylm --help` and shell completion stay quick.
 """
@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -24,6 +25,8 @@ from tinylm.terminal import shell_completion
 from tinylm.terminal.output import PlainConsole, one_line_errors
 
 if TYPE_CHECKING:
+    from tinylm.batch.engine import EngineSettings
+    from tinylm.batch.job import Answers
     from tinylm.bench import Report
     from tinylm.client import Client
     from tinylm.llm import LLM
@@ -275,6 +278,53 @@ def write(
         at_a_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         typed = lines.TerminalLines(history) if at_a_terminal else lines.PipeLines()
         Writer(source, params, typed, Screen(), color_probabilities).run()
+
+
+@app.command()
+def batch(
+    requests: Annotated[Path, typer.Argument(help="The requests: a file in the form of OpenAI's batch API.")],
+    answers: Annotated[Path, typer.Argument(help="The file for the answers, in the order of the requests.")],
+    model: Model = DEFAULT_MODEL,
+    kernels: Kernels = "auto",
+    precision: Precision = "auto",
+    workers: Annotated[
+        Optional[int], typer.Option(help="The most engines; the default is one for each core.", min=1)
+    ] = None,
+    on_ray: Annotated[
+        bool, typer.Option("--ray", help="Use the Ray cluster of RAY_ADDRESS; without it, start Ray here.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a file of requests. The same command resumes an interrupted job."""
+    with _one_line_errors():
+        from tinylm.batch import job
+        from tinylm.batch.engine import EngineSettings
+        from tinylm.batch.progress import progress_bar
+
+        settings = EngineSettings(model, kernels, precision)
+        with progress_bar() as show:
+            done = job.run(requests, answers, _answers(on_ray, settings, workers), show)
+        if as_json:
+            typer.echo(json.dumps({"requests": str(requests), "answers": str(answers), **done.as_dict()}))
+            return
+        kept = f" after {done.n_kept:,} of an earlier run" if done.n_kept else ""
+        failed = f", {done.n_failed:,} of them errors" if done.n_failed else ""
+        PlainConsole().write(
+            f"{done.n_answered:,} answers{kept}{failed} in {answers}: {done.prompt_tokens:,} tokens of prompts and "
+            f"{done.completion_tokens:,} of answers in {done.seconds:.1f} s"
+        )
+
+
+def _answers(on_ray: bool, settings: EngineSettings, workers: int | None) -> Answers:
+    if not on_ray:
+        from tinylm.batch import processes
+
+        return partial(processes.answers, settings=settings, n_workers=workers)
+    try:
+        from tinylm.batch import on_ray as ray_data
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--ray needs the package {error.name}: install it with pip install 'tinylm[ray]'") from None
+    return partial(ray_data.answers, settings=settings, n_workers=workers)
 
 
 @app.command()

@@ -18,8 +18,8 @@ ANSWER = ["Once", " upon", " a time"]
 WAIT_S = 20
 
 
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
+def wait_until(true: Callable[[], bool], limit_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)

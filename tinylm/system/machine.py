@@ -1,4 +1,4 @@
-"""Describe the origin of a measured result: processor, versions, date and git revision."""
+"""Describe this machine, and the origin of a measured result: processor, versions, date and git revision."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def describe() -> dict[str, Any]:
         "versions": versions,
         "revision": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
     }
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use. macOS has no affinity: there it may use all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:
