@@ -10,6 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from loadtest.bench import batch_job
 from loadtest.bench.peers.__main__ import main
 from loadtest.bench.peers.model import reference_logits, save_random_model
 from tinylm import ModelConfig
@@ -31,6 +32,18 @@ def test_a_peer_is_checked_and_measured(tmp_path: Path) -> None:
     assert all(case["tokens_per_cpu_s"] > 0 for case in peer["cases"].values())
     assert peer["check"]["least_correlation"] > 0.99999
     assert (tmp_path / "peers.png").stat().st_size > 1000
+
+
+def test_batch_jobs_are_measured(tiny_model_dir: Path, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(batch_job.main)
+    out = tmp_path / "batch.json"
+    options = ["--requests", "5", "--workers", "1", "--model", str(tiny_model_dir), "--out", str(out)]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.output
+    (measured,) = json.loads(out.read_text())["jobs"]
+    assert (measured["n_answered"], measured["n_failed"]) == (5, 0)
+    assert measured["answer_tokens_per_s"] > 0
 
 
 def test_onnx_runtime_computes_the_reference_logits(tmp_path: Path) -> None:
