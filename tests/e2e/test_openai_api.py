@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import HTTPConnection
+from pathlib import Path
 
 import openai
 import pytest
+from helpers.batch_jobs import line_of
 from helpers.service import Service
 from openai import DefaultHttpxClient, OpenAI
 
 from tinylm import LLM, SamplingParams
+from tinylm.batch.engine import BatchEngine, EngineSettings
 
 PROMPT = "Once upon a time"
 LIMIT_S = 30
@@ -111,6 +114,33 @@ def test_best_of_returns_the_most_likely_answers(client: OpenAI, stories: LLM) -
         n_tokens += sum(len(completion.token_ids) for completion in completions)
     assert answer.usage.completion_tokens == n_tokens
     assert answer.choices[0].logprobs is None
+
+
+def test_a_batch_job_returns_the_bodies_of_the_service(
+    service: Service, http: DefaultHttpxClient, stories_dir: Path
+) -> None:
+    bodies: list[dict] = [
+        {"prompt": PROMPT, "logprobs": 2, **SETTINGS},
+        {"prompt": [PROMPT, "The \U0001f98a"], "n": 2, "best_of": 3, "stop": ["."], **SETTINGS},
+        {"prompt": [[5, 6, 7], [1, 5]], "echo": True, "logprobs": 1, "max_tokens": 0},
+        {"prompt": PROMPT, "bad_words": ["was"], "dry_multiplier": 0.8, "model": "stories-8m", **SETTINGS},
+        {"prompt": "a", "top_p": 2},
+        {"prompt": [1, 4096]},
+        {"prompt": "a", "stop_token_ids": [4096]},
+        {"prompt": "a", "max_tokens": 200, "ignore_eos": True, "timeout_ms": 1},
+    ]
+    lines = [line_of(str(i), **body) for i, body in enumerate(bodies)]
+    statuses = []
+    for body, answer in zip(bodies, BatchEngine(EngineSettings(stories_dir)).answer(lines), strict=True):
+        response, ours = http.post(f"{service.url}/v1/completions", json=body), json.loads(answer.text)["response"]
+        theirs = response.json()
+        assert list(ours["body"]) == list(theirs)
+        assert ours["status_code"] == response.status_code
+        statuses.append(response.status_code)
+        if response.status_code != 504:  # its message counts the tokens until then
+            changing = {"id": "", "created": 0} if response.status_code == 200 else {}
+            assert ours["body"] | changing == theirs | changing
+    assert statuses == [200] * 4 + [400] * 3 + [504]
 
 
 def test_every_event_can_have_usage_and_padding(service: Service, http: DefaultHttpxClient) -> None:

@@ -100,6 +100,17 @@ def test_serve_without_ray_names_the_extra(unpacked: Path, tmp_path: Path) -> No
     assert "tinylm[serve]" in result.stderr, result.stderr
 
 
+def test_a_batch_job_on_ray_without_ray_names_the_extra(unpacked: Path, tmp_path: Path) -> None:
+    """Only Ray and pyarrow are missing."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(unpacked)!r}); sys.modules['ray'] = sys.modules['pyarrow'] = None\n"
+        "sys.argv = ['tinylm', 'batch', 'in.jsonl', 'out.jsonl', '--ray']\nimport tinylm.cli\ntinylm.cli.app()"
+    )
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "pip install 'tinylm[ray]'" in result.stderr, result.stderr
+
+
 def test_packaged_model_is_used_from_any_directory(unpacked: Path, tmp_path: Path, stories) -> None:
     """With all libraries of this environment, and TinyLM from the wheel."""
     code = (

@@ -73,7 +73,8 @@ HELD_OUT = {"FILE.parquet": "data/demo/text/demo.validation.parquet"}
 TABLE: dict[str, str | Walk] = {
     r".* --help|make help|python -m loadtest.bench.standard --list|python -m tinylm.serving.metrics": HERE,
     r"tinylm write --seed 1 -n 40": "tests/tinylm/terminal/test_terminal.py::test_the_docs_transcript_is_what_happens",
-    r"(printf .* \| )?tinylm (generate|info|tokenize|key|write|--version)\b(?!.*--server).*": HERE,
+    r"tinylm batch .* --ray": "tests/e2e/test_batch_on_ray.py::test_a_job_on_ray_resumes_with_the_same_answers",
+    r"(printf .* \| )?tinylm (generate|batch|info|tokenize|key|write|--version)\b(?!.*--server).*": HERE,
     r"cat fullchain.pem privkey.pem > server.pem.*": HERE,
     r"make (test|check|docs)": CI,
     r"make walkthrough": ITSELF,
@@ -254,6 +255,10 @@ def make_workplace(directory: Path) -> Path:
             (directory / path.name).symlink_to(path)
     for name in ("fullchain.pem", "privkey.pem"):
         (directory / name).write_text(name + "\n", encoding="utf-8")
+    requests = next(
+        b for language, b in blocks((ROOT / "docs/use.md").read_text(encoding="utf-8")) if language == "json"
+    )
+    (directory / "requests.jsonl").write_text(requests, encoding="utf-8")
     return directory
 
 

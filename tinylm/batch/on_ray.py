@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -31,8 +32,7 @@ def answers(
     """
     with_own_ray = not ray.is_initialized()
     if with_own_ray:
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default is nice 15
-        ray.init(os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False, logging_level="error")
+        _start()
     try:
         most = n_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         n_tasks = max(min(most, n_lines), math.ceil(n_lines / LINES_PER_TASK))
@@ -45,12 +45,22 @@ def answers(
             ray.shutdown()
 
 
+def _start() -> None:
+    """Connect to the cluster of RAY_ADDRESS, or start a Ray on this machine."""
+    quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address, **quiet)
+    else:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default is nice 15
+        ray.init("local", include_dashboard=False, **quiet)
+
+
 def _answers(lines: list[str], n_tasks: int, settings: EngineSettings, most: int) -> Iterator[LineAnswer]:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False  # the job shows one
     context.print_on_execution_start = False
-    tables = (
+    tables: Iterable[Any] = (
         ray.data.from_items([{"line": line} for line in lines], override_num_blocks=n_tasks)
         .map_batches(
             _Answerer,

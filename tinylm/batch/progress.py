@@ -15,14 +15,16 @@ from tinylm.terminal.output import PlainConsole
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
     """Yield a function that shows progress on standard error, if that is a terminal."""
+    console = PlainConsole(stderr=True)
     with Bar(
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=PlainConsole(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,  # otherwise it prints an empty line
     ) as bar:
         task = bar.add_task("loading the model")
 
