@@ -69,6 +69,8 @@ class Delta:
     # In the first delta, if the request asks for them: the tokens of the prompt after the boundary, with their scores.
     prompt: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     n_prompt_tokens: int = 0  # with the boundary
+    # In the last delta, if the request asks for `logprobs`: the token that ended the answer, if a token did.
+    ending: tuple[int, TokenLogprobs] | None = None
 
 
 class Service:
@@ -166,7 +168,7 @@ class Service:
                     scores = _scores(ids, progress) if wants_scores else []
                     wants_scores = False
                     tokens, logprobs = list(progress.tokens[new]), list(progress.logprobs[new])
-                    yield Delta(text, tokens, logprobs, builder.completion, scores, len(ids))
+                    yield Delta(text, tokens, logprobs, builder.completion, scores, len(ids), builder.ending)
                 if builder.completion is not None:
                     return
 
