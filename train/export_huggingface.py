@@ -5,6 +5,7 @@
 The model is an Arcee model (`ArceeForCausalLM`) with the tanh form of GELU, in float32. The tokenizer gives the
 ids that TinyLM's tokenizer gives, for every text; `<|endoftext|>` and `<unk>` in a text are ordinary characters.
 `tokenizer(text)` adds the boundary in front, as in training; with `add_special_tokens=False` it does not.
+train/release/genai_tokenizer.py says how onnxruntime-genai reads it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from train.release.format_checks import (
     run_export,
     sample_ids,
 )
+from train.release.genai_tokenizer import SPACE, write_genai_files
 
-SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 TEXTS = [
     "Once upon a time, there was a little girl named Lily.",
     "  two  spaces,\n\n\na tab\t and a line's end \r\n ",
@@ -55,6 +56,7 @@ def export_huggingface(model: Path, out: Path) -> None:
         _convert_model(config, tensors).save_pretrained(new)
         convert_tokenizer(model / TOKENIZER, config.context).save_pretrained(new)
         _fit_version_4(new / "tokenizer_config.json")
+        write_genai_files(new, config)
         ids = sample_ids(config)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(new, dtype="auto")
         # With two threads, the first forward pass of a process is sometimes (3 in 40) wrong by 1e-3.

@@ -1,5 +1,6 @@
 """The pages: how-it-works.md and its pictures follow from code and results, and figures equal the committed results."""
 
+import hashlib
 import json
 from pathlib import Path
 from statistics import median
@@ -107,6 +108,29 @@ def test_the_training_page_shows_measured_weight_formats() -> None:
     for row in study["formats"]:
         row["decode_tokens_per_cpu_s"] = None  # the page shows no speeds
     assert markdown(study) in Path("docs/training.md").read_text(encoding="utf-8")
+
+
+def test_the_comparison_page_shows_measured_figures() -> None:
+    text = Path("docs/evaluate.md").read_text(encoding="utf-8")
+    result = load("lm-eval.json")
+    by_harness = [run for run in result["runs"] if run["program"].startswith("lm-evaluation-harness")]
+    assert {run["arithmetic"] for run in by_harness} == {"int8", "float32"}
+    for run in by_harness:
+        figures = run["results"]
+        shown = [f"{100 * figures[f'tinylm_{kind}']:.1f} %" for kind in ("endings", "names", "order")]
+        assert f"| {run['arithmetic']} | " in text
+        assert f" | {' | '.join(shown)} | {figures['tinylm_text']:.4f} |" in text
+        assert f"lm_eval=={result['versions']['lm_eval']}" in text.replace("lm-eval[api,hf]", "lm_eval")
+    assert f"is right for {100 * by_harness[0]['results']['tinylm_last_word']:.1f} % of the passages" in text
+
+
+def test_lm_evaluation_harness_gave_the_figures_of_train_evaluate() -> None:
+    result = load("lm-eval.json")
+    assert result["data"]["sha256"] == hashlib.sha256(Path("evals/tinylm.jsonl").read_bytes()).hexdigest()
+    ours = {run["arithmetic"]: run["results"] for run in result["runs"] if run["program"] == "train.evaluate"}
+    for run in result["runs"]:
+        for name, figure in ours[run["arithmetic"]].items():
+            assert run["results"][name] == pytest.approx(figure, abs=1e-4), (run["program"], name)
 
 
 def test_the_usage_page_shows_measured_http_latency() -> None:

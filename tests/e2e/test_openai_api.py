@@ -219,6 +219,18 @@ def test_a_prompt_is_scored(client: OpenAI, stories: LLM) -> None:
         assert found.text_offset[found.tokens.index("bytes:\\xf0")] == text.index("\U0001f98a")
 
 
+def test_an_echo_scores_the_token_that_ends_the_answer(client: OpenAI, stories: LLM) -> None:
+    """lm-evaluation-harness asks for one token and drops its entry. An empty answer must not cost it the prompt's."""
+    fields = {"model": "stories-8m", "prompt": PROMPT, "echo": True, "logprobs": 1, "temperature": 0, "max_tokens": 1}
+    (token,) = stories.generate(PROMPT, SamplingParams(1, 0))[0].token_ids
+    whole, ended = (client.completions.create(**fields, extra_body=more) for more in ({}, {"stop_token_ids": [token]}))
+    assert (ended.choices[0].text, ended.choices[0].finish_reason) == (PROMPT, "stop")
+    found, expected = ended.choices[0].logprobs, whole.choices[0].logprobs
+    assert (found.tokens, found.text_offset) == (expected.tokens, expected.text_offset)
+    assert found.token_logprobs == pytest.approx(expected.token_logprobs, abs=1e-3)
+    assert (whole.usage.completion_tokens, ended.usage.completion_tokens) == (1, 0)
+
+
 def test_defaults_are_openai_s_and_our_settings_take_effect(client: OpenAI, stories: LLM) -> None:
     plain = client.completions.create(model="stories-8m", prompt=PROMPT, seed=5)
     assert plain.choices[0].text == stories.generate(PROMPT, SamplingParams(16, 1.0, 1.0, seed=5))[0].text

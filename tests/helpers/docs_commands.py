@@ -21,7 +21,7 @@ MADE_OF_EXCERPTS = {"how-it-works.md"}  # its Python consists of excerpts, which
 SHELL = {"", "bash", "sh", "console"}  # languages of blocks with commands
 PROGRAMS = (
     *("make", "tinylm", "python", "pip", "serve", "ray", "curl", "grpcurl", "printf", "export", "kill", "git"),
-    *("sudo", "apt", "apt-get", "brew", "systemctl", "docker", "kubectl", "helm"),
+    *("sudo", "apt", "apt-get", "brew", "systemctl", "docker", "kubectl", "helm", "lm_eval"),
 )
 
 HERE = "executed by test_docs_commands"
@@ -66,6 +66,7 @@ BUSY = r"[1-9]\S* requests/s"
 RESULTS, IMAGES = "docs/results/", "docs/images/"
 PLACE = {"/somewhere/with/space": "../elsewhere"}
 DEMO = {"CONFIG": "configs/train-demo.yaml"}
+EXPORTED = "python -m train.export_huggingface --model models/stories-8m --out exports/huggingface"
 HELD_OUT = {"FILE.parquet": "data/demo/text/demo.validation.parquet"}
 
 # Pattern of whole commands (the first match counts) -> HERE, CI, the test that executes it, or a walk. Walks run in
@@ -102,6 +103,11 @@ TABLE: dict[str, str | Walk] = {
     # With all packages, on the same service.
     r"make setup-dev": Walk(Until.END, asked="python -c 'import torch'", limit_s=1800),
     r"pip install -e '.\[\w+\]'": Walk(Until.END, "Successfully installed"),
+    r"pip install 'lm-eval\[.*": Walk(Until.END, r"Successfully installed|already satisfied", limit_s=1800),
+    r"lm_eval --model local-completions .*": Walk(
+        Until.END, r"\|tinylm_text +\|", beside=(SERVE,), before=EXPORTED, limit_s=600
+    ),
+    r"lm_eval --model hf .*": Walk(Until.END, r"\|tinylm_text +\|", before=EXPORTED, limit_s=600),
     r"python tests/web_screenshots.py .*": Walk(Until.END, "web-desktop.png", beside=(SERVE,), rewrites=(IMAGES,)),
     r"python -m loadtest --(concurrency 320|rate 250,.*) .*": Walk(Until.AT_WORK, BUSY, beside=(SERVE,)),
     r"python -m loadtest( -.*)?": Walk(Until.END, "requests/s", beside=(SERVE,), on_service=True),
@@ -139,6 +145,7 @@ TABLE: dict[str, str | Walk] = {
     r"python -m train.(prepare|tokenizer|encode|run|export) --config configs/train-demo.yaml.*": Walk(
         Until.END, filled=PLACE
     ),
+    r"python -m train.lm_eval_data .*": "tests/train/test_lm_eval_data.py::test_the_command_writes_what_choose_returns",
     r"python -m train.evaluate .*": Walk(Until.END, '"bits_per_byte"', filled=HELD_OUT),
     r"python -m train.quantization_study .*": Walk(
         Until.END, r"int4 in groups of 32", filled=DEMO, rewrites=(RESULTS,)

@@ -22,6 +22,7 @@ class Choice:
         self._tokenizer = tokenizer
         self._text = ""
         self._must_echo = body.echo  # the prompt is added with the first delta, when the engine has accepted it
+        self._shows_ending = body.echo  # lm-evaluation-harness drops the last entry, and expects one for max_tokens 1
         self._logprobs = _no_logprobs() if body.logprobs is not None else None
         self.finish_reason: str | None = None
         self.n_prompt_tokens = self.n_tokens = 0  # of the answer so far
@@ -56,6 +57,8 @@ class Choice:
         if self._logprobs is not None:
             for token, own in zip(delta.tokens, delta.logprobs, strict=True):
                 self._add_token(token, own)
+        if delta.ending is not None and self._shows_ending:
+            self._add_token(*delta.ending)
 
     def _add_token(self, token: int, entry: TokenLogprobs | None) -> None:
         """Add a token to the log-probabilities, if there are any. entry: None for a boundary that begins the prompt."""

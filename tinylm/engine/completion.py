@@ -35,6 +35,7 @@ class CompletionBuilder:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self.completion: Completion | None = None  # set when the answer has ended
         self.n_taken = 0  # how many tokens the text has so far
+        self.ending: tuple[int, TokenLogprobs] | None = None  # the token that ended the answer, if a token did
         self._params = params
         self._stream = TextStream(tokenizer, params.stop)
         self._pieces: list[str] = []
@@ -57,6 +58,7 @@ class CompletionBuilder:
             text += self._stream.finish()
         self._pieces.append(text)
         if finish_reason is not None:
+            self.ending = progress.ending if finish_reason == "stop" and not self._stream.stopped else None
             self.completion = self._complete(finish_reason, progress)
         return text
 

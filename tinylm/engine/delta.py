@@ -21,6 +21,8 @@ class Delta:
     # In the first delta, if the request asks for them: the tokens of the prompt after the boundary, with their scores.
     prompt: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     n_prompt_tokens: int = 0  # with the boundary
+    # In the last delta, if the request asks for `logprobs`: the token that ended the answer, if a token did.
+    ending: tuple[int, TokenLogprobs] | None = None
 
 
 class DeltaBuilder:
@@ -48,7 +50,7 @@ class DeltaBuilder:
         scores = self._scores(progress) if self._wants_scores else []
         self._wants_scores = False
         tokens, logprobs = list(progress.tokens[new]), list(progress.logprobs[new])
-        return Delta(text, tokens, logprobs, self.completion, scores, len(self._ids))
+        return Delta(text, tokens, logprobs, self.completion, scores, len(self._ids), self._builder.ending)
 
     def _scores(self, progress: Progress) -> list[tuple[int, TokenLogprobs]]:
         """Return `Delta.prompt`. Empty if time ran out before all tokens had a score."""

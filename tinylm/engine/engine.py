@@ -344,11 +344,13 @@ class Engine:
         """Give a request its new token. Return whether the answer has another token before it."""
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
+        wanted = request.params.logprobs
+        scores = [] if wanted is None else token_logprobs(logits[None], [token], wanted)
         if token in request.ends:
+            request.ending = (token, scores[0]) if scores else None
             self._finish(request, "stop")
             return False
-        if request.params.logprobs is not None:  # before the token: `_recover` deletes one that has no token
-            request.logprobs += token_logprobs(logits[None], [token], request.params.logprobs)
+        request.logprobs += scores  # before the token: `_recover` deletes one that has no token
         request.tokens.append(token)
         self._runner.batch.seen[request.slot, token] = True
         if request.is_full:

@@ -31,6 +31,7 @@ class Progress:
     admitted_at: float | None
     first_token_at: float | None
     finished_at: float | None
+    ending: tuple[int, TokenLogprobs] | None = None  # the token that ended the answer, if it asks for `logprobs`
 
 
 @dataclass(eq=False, slots=True)
@@ -52,6 +53,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)  # the answer, without the token that ends it
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, if the request asks for them
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens except the first
+    ending: tuple[int, TokenLogprobs] | None = None  # the token that ended the answer, if it asks for `logprobs`
     finish_reason: FinishReason | None = None
     slot: int | None = None  # the slot that the request has; after its end, the slot that it had
     n_cached: int = 0  # how many of its tokens have their keys and values in the slot
@@ -96,6 +98,7 @@ class Request:
             admitted_at=self.admitted_at,
             first_token_at=self.first_token_at,
             finished_at=self.finished_at,
+            ending=self.ending,
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 BEFORE = 700  # characters
 QUESTIONS = 400  # of each kind
 
-_SENTENCE = re.compile(r"\S.*?[.!?]+[\"']*(?=\s|$)", re.DOTALL)
+SENTENCE = re.compile(r"\S.*?[.!?]+[\"']*(?=\s|$)", re.DOTALL)
 _CAPITALIZED = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b")  # not at the beginning of a sentence
 _WORD = re.compile(r"[A-Za-z]+")
 
@@ -87,7 +87,7 @@ def _other_names(stories: Sequence[Story], names: Sequence[list[str]]) -> Iterat
             continue
         at, name = min(places)
         other = next((other for other in [*own, *frequent] if len(other) == len(name) and other != name), None)
-        sentence = next((m for m in _SENTENCE.finditer(story.text) if m.start() <= at < m.end()), None)
+        sentence = next((m for m in SENTENCE.finditer(story.text) if m.start() <= at < m.end()), None)
         if other and sentence:
             start, rest = _cut(story.text[: sentence.start()]), story.text[sentence.start() : sentence.end()]
             place = at - sentence.start()
@@ -97,7 +97,7 @@ def _other_names(stories: Sequence[Story], names: Sequence[list[str]]) -> Iterat
 def _orders(stories: Sequence[Story]) -> Iterator[Question]:
     """Exchange two adjacent sentences in the second half of a story. Neither has a quotation mark."""
     for story in stories:
-        sentences = list(_SENTENCE.finditer(story.text))
+        sentences = list(SENTENCE.finditer(story.text))
         for first, second in zip(sentences[len(sentences) // 2 :], sentences[len(sentences) // 2 + 1 :], strict=False):
             one, two = first.group(), second.group()
             if one != two and '"' not in one + two:
@@ -126,7 +126,7 @@ def _whole(name: str) -> re.Pattern[str]:
 
 def _last_sentence(text: str) -> tuple[str, str] | None:
     """Return the text before the last sentence, and that sentence; None for a story of fewer than four sentences."""
-    sentences = list(_SENTENCE.finditer(text))
+    sentences = list(SENTENCE.finditer(text))
     if len(sentences) < 4:
         return None
     last = sentences[-1]
@@ -135,5 +135,5 @@ def _last_sentence(text: str) -> tuple[str, str] | None:
 
 def _cut(before: str) -> str:
     """Return the end of a text: whole sentences of at most BEFORE characters, and the space after them."""
-    starts = (match.start() for match in _SENTENCE.finditer(before) if len(before) - match.start() <= BEFORE)
+    starts = (match.start() for match in SENTENCE.finditer(before) if len(before) - match.start() <= BEFORE)
     return before[next(starts, len(before)) :]

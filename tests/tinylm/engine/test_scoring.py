@@ -101,6 +101,24 @@ def test_a_prompt_that_fills_the_context_can_be_scored(model):
         engine.submit(ids, SamplingParams(max_tokens=1, prompt_logprobs=0))
 
 
+def test_the_token_that_ends_an_answer_has_its_score(model):
+    params = {"max_tokens": 6, "temperature": 0, "logprobs": 2}
+    engine = Engine(model)
+    whole = engine.submit([1, 5, 6], SamplingParams(**params, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+    end = whole.tokens[-1]
+    n = whole.tokens.index(end)
+    ended = engine.submit([1, 5, 6], SamplingParams(**params, ignore_eos=True, stop_token_ids=(end,)))
+    silent = engine.submit([1, 5, 6], SamplingParams(6, 0, ignore_eos=True, stop_token_ids=(end,)))
+    while engine.has_work:
+        engine.step()
+    assert (ended.tokens, len(ended.logprobs), whole.ending) == (whole.tokens[:n], n, None)
+    token, score = ended.ending
+    assert (token, score.logprob) == (end, pytest.approx(whole.logprobs[n].logprob, abs=1e-3))
+    assert (silent.tokens, silent.ending, silent.finish_reason) == (ended.tokens, None, "stop")
+
+
 def test_texts_are_scored_without_the_boundary(tiny: LLM):
     texts = ["The fox ran.", "", "\U0001f98a", "The fox"]
     for text, scored in zip(texts, tiny.score(texts, top=2), strict=True):

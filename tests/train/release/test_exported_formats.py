@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tokenizers
 import torch
 import transformers
 from helpers.train import tree_bytes
@@ -26,6 +27,7 @@ from tinylm.weights import as_float32, load_model
 from train.export_huggingface import convert_tokenizer, export_huggingface, require_same_ids
 from train.export_onnx import FILE, Session, export_onnx
 from train.release.format_checks import ExportError, engine_logits, export_files
+from train.release.genai_tokenizer import SPACE
 
 EXPORTS = {"onnx": export_onnx, "huggingface": export_huggingface}
 
@@ -53,6 +55,11 @@ def logits(tiny_model_dir, ids) -> np.ndarray:
 @pytest.fixture(scope="module")
 def their_tokenizer(exported):
     return transformers.AutoTokenizer.from_pretrained(exported["huggingface"])
+
+
+@pytest.fixture(scope="module")
+def genai_tokenizer(exported) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(exported["huggingface"] / "tokenizer_genai.json"))
 
 
 def test_transformers_gives_the_engines_logits(exported, ids, logits):
@@ -142,6 +149,35 @@ def test_an_export_has_what_transformers_4_needs(exported):
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     assert "max_length" not in json.loads((exported["huggingface"] / "generation_config.json").read_text())
+
+
+def test_an_export_has_what_onnxruntime_genai_needs(exported, tiny_config):
+    """Version 0.18.0 loads such a tokenizer, and gives the engine's ids and texts."""
+
+    def read(name: str) -> dict:
+        return json.loads((exported["huggingface"] / name).read_text(encoding="utf-8"))
+
+    model = read("genai_config.json")["model"]
+    assert model["context_length"] == tiny_config.context  # without it, nothing is loaded
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert model[name] == tiny_config.boundary_id
+    form = read(read("tokenizer_module.json")["tiktoken_file"])
+    replaced = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    assert replaced in form["decoder"]["decoders"]  # this makes it a SentencePiece model
+    assert form["pre_tokenizer"]["type"] == "Split"  # at a string: without it, texts are split as GPT-2 does
+    assert set(form["pre_tokenizer"]["pattern"]) == {"String"}
+    assert not any(" " in piece for piece in form["model"]["vocab"])
+    assert form["added_tokens"] == read("tokenizer.json")["added_tokens"]
+    assert {"genai_config.json", "tokenizer_module.json", "tokenizer_genai.json"} <= set(read("manifest.json")["files"])
+
+
+@given(st.text(max_size=40) | st.lists(st.sampled_from(PIECES)).map("".join))
+def test_the_form_for_onnxruntime_genai_is_the_same_tokenizer(tokenizer, genai_tokenizer, text: str):
+    """Except for U+2581, which is a space, and the names of special tokens, which are these tokens."""
+    text = text.replace(SPACE, "").replace("<|endoftext|>", "").replace("<unk>", "")
+    ids = genai_tokenizer.encode(text, add_special_tokens=False).ids
+    assert ids == tokenizer.encode(text)
+    assert genai_tokenizer.decode(ids) == text
 
 
 def test_transformers_generates_the_engines_tokens(exported, tiny_model_dir, their_tokenizer, assert_same_greedy):
