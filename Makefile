@@ -11,7 +11,7 @@ STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve tls certificate monitor test chaos walkthrough check format proto bench peers parts pictures docs train train-demo clean
+.PHONY: help setup setup-dev serve tls certificate monitor test chaos clients walkthrough check format proto bench peers parts pictures docs train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -42,11 +42,15 @@ certificate: ## Make a self-signed certificate for localhost, to try TLS with; c
 	cat "$$made/ca" "$$made/key" > '$(TLS_CERT)' && umask 022 && cat "$$made/ca" > '$(dir $(TLS_CERT))ca.pem'
 	@echo "made $(TLS_CERT) for the server and $(dir $(TLS_CERT))ca.pem for clients"
 
-test: $(VENV)/development ## Run every test but the slow ones of `make chaos` and `make walkthrough`
+test: $(VENV)/development ## Run every test but the slow ones of `make chaos`, `make clients` and `make walkthrough`
 	$(BIN)/python -m pytest
 
 chaos: $(VENV)/development ## Kill parts of the service under load, for minutes (SOAK_S=20)
 	CHAOS_REPORT=docs/results/chaos.json CHAOS_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m chaos
+	$(BIN)/python -m loadtest.bench.pages
+
+clients: $(VENV)/development ## Install programs of other people below .clients/ and try docs/clients.md with them
+	CLIENTS_REPORT=docs/results/clients.json $(BIN)/python -m pytest -m clients tests/docs/test_clients.py
 	$(BIN)/python -m loadtest.bench.pages
 
 walkthrough: $(VENV)/development ## Execute the commands of README.md and docs/ in a fresh clone of HEAD, as they stand there
@@ -97,7 +101,7 @@ train-demo: $(VENV)/development ## The same in two minutes, on text that it make
 clean: ## Remove .venv, site/ and caches that these targets made, never data or models
 	@$(VENV_IS_OURS)
 	@$(SITE_IS_OURS)
-	rm -rf $(VENV) site tinylm.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .clients site tinylm.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # What `venv --clear` may empty and `make clean` may remove: a virtual environment, or nothing yet.
 VENV_IS_OURS = if [ -e $(VENV) ] && [ ! -e $(VENV)/pyvenv.cfg ] && [ -n "$$(ls -A $(VENV))" ]; then \

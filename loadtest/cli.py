@@ -48,6 +48,7 @@ def run(
     requests: options.Requests = None,
     warmup: options.Warmup = 5,
     max_tokens: options.MaxTokens = "64",
+    ignore_eos: options.IgnoreEos = False,
     prompts: options.Prompts = None,
     prompt_words: options.PromptWords = None,
     repeat: options.Repeat = 1,
@@ -77,6 +78,7 @@ def run(
         settings = {
             "server": server,
             "max_tokens": Mix.parse(max_tokens, "--max-tokens"),
+            "ignore_eos": ignore_eos,
             "stream": stream,
             "duration_s": duration,
             "requests": requests,

@@ -62,6 +62,7 @@ class Load:
     rate_per_s: float | None = None  # requests sent per second, without waiting for answers
     arrivals: str = "poisson"  # or "constant"
     stream: bool = False
+    ignore_eos: bool = False  # every answer gets all its tokens, unless the context ends first
     duration_s: float = 60.0  # measured, after the warm-up; `requests` replaces it
     requests: int | None = None  # stop after this number of measured requests
     warmup_s: float = 5.0  # before the measured time

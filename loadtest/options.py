@@ -38,6 +38,9 @@ MaxTokens = Annotated[
     str,
     typer.Option("--max-tokens", "-n", metavar="N[:SHARE],...", help="Tokens of each answer, as in 16:0.5,64:0.5."),
 ]
+IgnoreEos = Annotated[
+    bool, typer.Option("--ignore-eos", help="The model does not end answers itself, so that each has --max-tokens.")
+]
 Prompts = Annotated[
     Optional[Path], typer.Option(metavar="FILE", help='One a line: text, or {"prompt": ...} in a .jsonl.')
 ]
@@ -127,4 +130,4 @@ def require_at_least(least: float, **options: float | None) -> None:
     """Raise ValueError if one of the options is given and below the limit, infinite or not a number."""
     for name, value in options.items():
         if value is not None and not least <= value < float("inf"):
-            raise ValueError(f"--{name} is {value}: it must be at least {least} and finite")
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least {least} and finite")

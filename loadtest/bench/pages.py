@@ -1,4 +1,4 @@
-"""Fill the tables of docs/speed.md, docs/engine.md and docs/operate.md from docs/results.
+"""Fill the tables of docs/speed.md, docs/engine.md, docs/operate.md and docs/clients.md from docs/results.
 
 python -m loadtest.bench.pages
 """
@@ -51,6 +51,15 @@ def _chaos_cell(key: str, value: float | str | None) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     return f"{value:+.1f}" if key == "memory_growth_mib" else f"{value:,}"
+
+
+def clients_blocks(results: Path) -> dict[str, str]:
+    """Return the block of docs/clients.md: the programs that were tried, and when."""
+    rows = [
+        [row["program"], f"{row['package']} {row['version']}", row["date"][:10], "works" if row["passed"] else "fails"]
+        for row in _read(results / "clients.json")["programs"]
+    ]
+    return {"programs": table(["program", "package", "tried on", "result"], rows)}
 
 
 def engine_blocks(results: Path) -> dict[str, str]:
@@ -110,11 +119,12 @@ PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "speed.md": speed_page.blocks,
     "engine.md": engine_blocks,
     "operate.md": chaos_blocks,
+    "clients.md": clients_blocks,
 }
 
 
 def main() -> None:
-    """Fill the tables of docs/speed.md, docs/engine.md and docs/operate.md from docs/results."""
+    """Fill the tables of docs/speed.md, docs/engine.md, docs/operate.md and docs/clients.md from docs/results."""
     for name, blocks in PAGES.items():
         page = DOCS / name
         write_file(page, fill(page.read_text(encoding="utf-8"), blocks(DOCS / "results")))

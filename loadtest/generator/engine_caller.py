@@ -25,6 +25,7 @@ class EngineCaller:
     def __init__(self, load: Load) -> None:
         self._tokenizer, model = load_model(Path(load.server.removeprefix("engine:")))
         self._engine = AsyncEngine(Engine(model, n_slots=16, max_waiting=load.max_in_flight))
+        self._ignore_eos = load.ignore_eos
         self._name = f"process {os.getpid()}"
         self._every_s = STREAM_INTERVAL_S if load.stream else math.inf  # as the service does
 
@@ -39,7 +40,7 @@ class EngineCaller:
 
     async def _generate(self, request: Request, record: CallRecord, counts: list[int]) -> None:
         ids = self._tokenizer.encode_document(request.prompt)
-        params = SamplingParams(max_tokens=request.max_tokens, seed=request.seed)
+        params = SamplingParams(max_tokens=request.max_tokens, seed=request.seed, ignore_eos=self._ignore_eos)
         builder = CompletionBuilder(self._tokenizer, params)
         async with aclosing(self._engine.generate(ids, params, listener=Listener(self._every_s))) as updates:
             async for progress in updates:

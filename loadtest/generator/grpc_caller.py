@@ -33,7 +33,12 @@ class GrpcCaller:
 
     async def ask(self, request: Request, record: CallRecord, connection: int) -> None:
         stub = self._stubs[connection % len(self._stubs)]
-        message = pb.GenerateRequest(prompt=request.prompt, max_tokens=request.max_tokens, seed=request.seed)
+        message = pb.GenerateRequest(
+            prompt=request.prompt,
+            max_tokens=request.max_tokens,
+            seed=request.seed,
+            ignore_eos=self._load.ignore_eos,
+        )
         try:
             if self._load.stream:
                 await self._stream(stub, message, record)

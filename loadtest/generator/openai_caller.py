@@ -43,6 +43,8 @@ class OpenAICaller:
     async def _post(self, request: Request, record: CallRecord, session: aiohttp.ClientSession) -> None:
         body: dict[str, Any] = {"prompt": request.prompt, "max_tokens": request.max_tokens, **SAMPLING}
         body["seed"] = request.seed % 2**31
+        if self._load.ignore_eos:  # TinyLM's, llama.cpp's and vLLM's, but not OpenAI's
+            body["ignore_eos"] = True
         if self._load.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         async with session.post(self._url, json=body) as response:

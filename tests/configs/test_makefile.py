@@ -72,7 +72,14 @@ def test_a_site_that_mkdocs_did_not_build_is_kept(checkout: Path, target: str) -
 
 def test_clean_removes_only_generated_files(checkout: Path) -> None:
     before = contents(checkout)
-    for name in (".venv/pyvenv.cfg", ".venv/lib/x.py", "site/index.html", "tinylm.egg-info/PKG-INFO", ".ruff_cache/x"):
+    for name in (
+        ".venv/pyvenv.cfg",
+        ".venv/lib/x.py",
+        ".clients/llm/installed",
+        "site/index.html",
+        "tinylm.egg-info/PKG-INFO",
+        ".ruff_cache/x",
+    ):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text('<meta name="generator" content="mkdocs-1">')
     assert make(checkout, "clean").returncode == 0

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES_ONLY = {"files.md"}  # it names commands without their arguments
+CLIENTS = "clients.md"  # `test_clients` executes its blocks
 MADE_OF_EXCERPTS = {"how-it-works.md"}  # its Python consists of excerpts, which `test_docs_pages` checks
 SHELL = {"", "bash", "sh", "console"}  # languages of blocks with commands
 PROGRAMS = (
@@ -27,6 +28,7 @@ PROGRAMS = (
 HERE = "executed by test_docs_commands"
 CI = "a line of .ci/run"
 ITSELF = "the command that executes the walks"
+AGREEMENT = "tests/docs/test_clients.py::test_load_generators_measure_the_same_load"
 
 
 class Until(Enum):
@@ -110,6 +112,7 @@ TABLE: dict[str, str | Walk] = {
     r"lm_eval --model hf .*": Walk(Until.END, r"\|tinylm_text +\|", before=EXPORTED, limit_s=600),
     r"python tests/web_screenshots.py .*": Walk(Until.END, "web-desktop.png", beside=(SERVE,), rewrites=(IMAGES,)),
     r"python -m loadtest --(concurrency 320|rate 250,.*) .*": Walk(Until.AT_WORK, BUSY, beside=(SERVE,)),
+    r"python -m loadtest.bench.agreement .*": AGREEMENT,
     r"python -m loadtest( -.*)?": Walk(Until.END, "requests/s", beside=(SERVE,), on_service=True),
     r"python -m loadtest report .*": Walk(Until.END, "report.html", on_service=True),
     r"python -m loadtest compare .*": Walk(
@@ -162,6 +165,7 @@ TABLE: dict[str, str | Walk] = {
     r"make proto": Walk(Until.END),
     r"python -m (loadtest.bench.pages|docs.making.page)": Walk(Until.END),
     r"(SOAK_S=\d+ )?make chaos": Walk(Until.AT_WORK, r"tests/chaos/\w+\.py \.", limit_s=400),
+    r"make clients": Walk(Until.AT_WORK, r"tests/docs/test_clients\.py \.", limit_s=600),
     r"make bench( ONLY=.*)?|python -m loadtest.bench.standard": Walk(Until.AT_WORK, BUSY, limit_s=400),
     r"make peers": Walk(Until.AT_WORK, r"Building wheel for llama|round 1", limit_s=900),
 }  # fmt: skip
@@ -184,7 +188,7 @@ def commands() -> list[Command]:
     found: dict[tuple[str, str], Command] = {}
     for path in [page for page in PAGES if page.name not in NAMES_ONLY]:
         page, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
-        for language, block in blocks(text):
+        for language, block in blocks(text) if path.name != CLIENTS else []:
             for command in _of_block(page, language, block) if language in SHELL else []:
                 found.setdefault((page, command.shown), command)
         prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -203,7 +207,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 def programs() -> list[tuple[str, str]]:
     """Return (page, source) of the complete Python examples."""
-    pages = [path for path in PAGES if path.name not in MADE_OF_EXCERPTS]
+    pages = [path for path in PAGES if path.name not in {*MADE_OF_EXCERPTS, CLIENTS}]
     return [
         (str(p.relative_to(ROOT)), b) for p in pages for lang, b in blocks(p.read_text("utf-8")) if lang == "python"
     ]

@@ -82,3 +82,14 @@ def test_the_engine_is_measured_without_a_server() -> None:
     assert run["statuses"] == {"OK": 12}
     assert run["messages"]["tokens_of_each_known"]
     assert run["server"]["cores"] is None
+
+
+def test_ignore_eos_gives_every_answer_all_its_tokens() -> None:
+    """Without it, some of these stories end before 200 tokens."""
+    long = Mix((200,), (1.0,))
+    engine = "engine:models/stories-8m"
+    ended, full = (
+        one_run(Load(engine, long, concurrency=8, requests=24, warmup_s=0, ignore_eos=ignore))
+        for ignore in (False, True)
+    )
+    assert ended["full_length_answers"] < full["full_length_answers"] == full["requests"]
