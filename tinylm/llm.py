@@ -5,7 +5,9 @@ A server with an event loop uses `tinylm.engine.async_engine` instead.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +29,9 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.weights import TOKENIZER, ModelError, load_model
 
 T = TypeVar("T")
+
+_living: weakref.WeakSet[LLM] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [llm._after_fork() for llm in _living])
 
 
 def load(directory: Path | str, kernels: str = "auto", precision: str = "auto") -> tuple[Tokenizer, Model]:
@@ -74,6 +79,9 @@ class LLM:
     Threads: several threads may call all methods at once, and their requests share the engine's batch. Only the thread
     that holds `_stepping` steps the engine and reads requests, and it takes its snapshots before it releases the lock.
     Use one stream in only one thread at a time. A signal handler must not call the LLM that it interrupts.
+
+    Processes: a forked child may use its copy. If another thread was inside a step during the fork, the copy raises
+    RuntimeError.
     """
 
     def __init__(
@@ -107,6 +115,13 @@ class LLM:
         self._threads = threads
         self._stepping = threading.Lock()
         self._last_in_line = threading.Lock()  # held by the last thread that waits for its turn
+        self._forked_in_a_step = False
+        _living.add(self)
+
+    def _after_fork(self) -> None:
+        """Replace the locks in a forked child: the threads that hold them exist only in the parent."""
+        self._forked_in_a_step = self._stepping.locked()
+        self._stepping, self._last_in_line = threading.Lock(), threading.Lock()
 
     def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
         """Return one completion per prompt, in the prompts' order. Up to `n_slots` prompts share a batch.
@@ -220,6 +235,8 @@ class LLM:
 
     def _in_turn(self, function: Callable[[], T]) -> T:
         """Call a function that steps the engine or reads requests, when it is this thread's turn."""
+        if self._forked_in_a_step:
+            raise RuntimeError("another thread used this LLM when the process forked: load it again in this process")
         # Each thread waits for the thread before it. Otherwise a thread that steps often could keep the others out.
         # The locks of this line only set the order, since an exception can release one of them too early. `_stepping`
         # is the lock that keeps all other threads out.

@@ -60,12 +60,12 @@ def test_ray_reads_every_environment_variable(path: Path) -> None:
 def test_the_launcher_reads_addresses_and_slots(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     config = load(CONFIGS[0])
-    assert launch.read_config(CONFIGS[0]) == ("localhost", 9000, 8000, config["applications"][0]["args"]["slots"])
+    assert launch.read_config(CONFIGS[0]) == ("localhost", 9000, 8000, config["applications"][0]["args"]["slots"], True)
     del config["applications"][0]["args"]["slots"], config["grpc_options"]["port"]
     for host, reached_at in (("0.0.0.0", "localhost"), ("192.0.2.7", "192.0.2.7"), ("::1", "[::1]")):
         config["http_options"]["host"] = host
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        assert launch.read_config(path) == (reached_at, 9000, 8000, AppArgs().slots)
+        assert launch.read_config(path) == (reached_at, 9000, 8000, AppArgs().slots, True)
     for text in ("- 1", "http_options: {port: x}", "applications: [{args: {slots: many}}]"):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="is not a Serve config"):

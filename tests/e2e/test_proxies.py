@@ -154,6 +154,21 @@ def test_a_time_limit_ends_a_stream_with_its_text(service: Service, stub: TinyLM
     assert json.loads(last_event)["choices"][0]["finish_reason"] == "timeout"
 
 
+def test_long_headers_and_frequent_pings_are_accepted(service: Service) -> None:
+    headers = (*METADATA, ("x-long", "a" * 60_000), *((f"x-{number}", "a") for number in range(300)))
+    pings = [("grpc.keepalive_time_ms", 1000), ("grpc.http2.min_ping_interval_without_data_ms", 1000)]
+    fields = {"prompt": PROMPT, "max_tokens": 2, "temperature": 0}
+    with grpc.insecure_channel(service.address, options=pings) as channel:
+        stub = TinyLMStub(channel)
+        held = stub.GenerateStream(pb.GenerateRequest(**{**fields, "max_tokens": 250}), metadata=METADATA)
+        next(held)
+        for _ in range(5):
+            assert stub.Generate(pb.GenerateRequest(**fields), metadata=headers, timeout=LIMIT_S).text
+        assert list(held)[-1].usage.completion_tokens > 2
+        time.sleep(5)  # several pings, without data
+        assert stub.Generate(pb.GenerateRequest(**fields), metadata=METADATA, timeout=LIMIT_S).text
+
+
 def test_many_cancellations_leave_the_service_healthy(service: Service) -> None:
     assert fault_actions.cancel(service.address, 100) == {"CANCELLED": 100}
     service.wait_until_healthy(LIMIT_S)

@@ -30,7 +30,7 @@ CHANNEL_OPTIONS = (
     ("grpc.http2.ping_timeout_ms", 5000),
     ("grpc.http2.bdp_probe", 0),  # its pings count as the two above; it only helps messages larger than ours
 )
-MAX_API_KEY_LENGTH = 4096  # HAProxy closes the connection at about 16 kB of headers
+MAX_API_KEY_LENGTH = 4096
 MAX_TIMEOUT_S = 1e9  # gRPC's clock overflows at about nine times as much; a longer timeout means no limit
 
 

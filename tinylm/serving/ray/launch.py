@@ -15,18 +15,15 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
-from tinylm.serving.ray.haproxy import BINARY_VARIABLE as HAPROXY_BINARY
-from tinylm.serving.ray.haproxy import SLOTS_VARIABLE as HAPROXY_SLOTS
+from tinylm.serving.ray.environment import ray_directory, service_environment
 from tinylm.serving.ray.server import Server
 from tinylm.system.paths import CONFIGS
 from tinylm.system.text_files import read_text
 
-# For Ray, unless the user's environment sets them: normal priority for workers (Ray's default is nice 15), a dashboard
-# that needs no token (it listens on loopback), no usage reports.
-ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 CLUSTER_LIMIT_S = 5.0  # time to connect to Ray's head
 MAX_RESTARTS, RESTARTS_WITHIN_S = 3, 600.0
 DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT = 9000, 8000  # Serve's own
@@ -40,21 +37,27 @@ def launch(config: Path | None, wait_s: float) -> int:
     config = config or pick_config()
     if not config.is_file():
         raise ValueError(f"config is {config}: the file does not exist")
-    host, grpc_port, http_port, slots = read_config(config)
-    for port in (grpc_port, http_port):
-        with suppress(OSError), socket.create_connection((host.strip("[]"), port), timeout=1):
+    read = read_config(config)
+    for port in (read.grpc_port, read.http_port):
+        with suppress(OSError), socket.create_connection((read.host.strip("[]"), port), timeout=1):
             raise ValueError(f"port {port} is in use: stop the other program, or change the port in {config}")
     check_cluster()
-    address, url = f"{host}:{grpc_port}", f"http://{host}:{http_port}"
+    address, url = f"{read.host}:{read.grpc_port}", f"http://{read.host}:{read.http_port}"
     serve = shutil.which("serve", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if serve is None:
         raise ValueError("Ray Serve's command `serve` is not installed: pip install 'ray[serve]'")
     # Set handlers even if the shell ignores these signals. The child process then starts with the default handlers.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+    with service_environment(read.grpc_port, read.slots, read.has_haproxy) as environment:
+        return _serve(config, [serve, "run", str(config)], environment, address, url, wait_s)
+
+
+def _serve(config: Path, command: list[str], environment: dict[str, str], address: str, url: str, wait_s: float) -> int:
+    """Start the service, again if Ray ends, until it is interrupted. Return the exit status."""
     restarts: list[float] = []
     while True:
-        server = Server([serve, "run", str(config)], _environment(slots))
+        server = Server(command, environment)
         try:
             if not server.wait_until_ready(address, wait_s):
                 return server.process.wait()
@@ -87,11 +90,18 @@ def pick_config() -> Path:
     return CONFIGS / ("serve.yaml" if has_haproxy else "serve-python-proxy.yaml")
 
 
-def read_config(config: Path) -> tuple[str, int, int, int]:
-    """Return the host, gRPC port, HTTP port and slots per replica of a Serve config. Raise ValueError if it is not one.
+class ReadConfig(NamedTuple):
+    """What this command needs of a Serve config."""
 
-    The host is the one that a client on this machine uses in an address.
-    """
+    host: str  # that a client on this machine uses in an address
+    grpc_port: int
+    http_port: int
+    slots: int  # of a replica
+    has_haproxy: bool
+
+
+def read_config(config: Path) -> ReadConfig:
+    """Read a Serve config. Raise ValueError if it is not one."""
     try:
         values = yaml.safe_load(read_text(config))
         grpc_options, http_options = values.get("grpc_options") or {}, values.get("http_options") or {}
@@ -99,9 +109,14 @@ def read_config(config: Path) -> tuple[str, int, int, int]:
         if host in ("0.0.0.0", "::", "127.0.0.1"):
             host = "localhost"
         slots = [(a.get("args") or {}).get("slots", DEFAULT_SLOTS) for a in values.get("applications") or ()]
-        grpc_port = int(grpc_options.get("port", DEFAULT_GRPC_PORT))
-        http_port = int(http_options.get("port", DEFAULT_HTTP_PORT))
-        return f"[{host}]" if ":" in host else host, grpc_port, http_port, int(slots[0]) if slots else 0
+        variables = ((values.get("controller_options") or {}).get("runtime_env") or {}).get("env_vars") or {}
+        return ReadConfig(
+            host=f"[{host}]" if ":" in host else host,
+            grpc_port=int(grpc_options.get("port", DEFAULT_GRPC_PORT)),
+            http_port=int(http_options.get("port", DEFAULT_HTTP_PORT)),
+            slots=int(slots[0]) if slots else 0,
+            has_haproxy=variables.get("RAY_SERVE_ENABLE_HA_PROXY") == "1",
+        )
     except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{config} is not a Serve config: {error}") from None
 
@@ -113,8 +128,7 @@ def check_cluster() -> None:
     """
     named_by, address = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS", "")
     if address in ("", "auto"):
-        temporary = os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
-        record = Path(temporary, "ray", "ray_current_cluster")
+        record = Path(ray_directory(), "ray", "ray_current_cluster")
         named_by, address = str(record), record.read_text(encoding="utf-8").strip() if record.is_file() else ""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal() or "://" in address:  # no cluster, "local", or Ray Client
@@ -126,15 +140,6 @@ def check_cluster() -> None:
         raise ValueError(
             f"Ray's head at {address}, which {named_by} names, does not answer ({error}): {what_to_do}"
         ) from None
-
-
-def _environment(slots: int) -> dict[str, str]:
-    """Return the environment for Ray. The user's variables override ours."""
-    own = {**ENVIRONMENT, HAPROXY_SLOTS: str(slots)}
-    own_haproxy = Path(sys.executable).with_name("tinylm-haproxy")
-    if own_haproxy.is_file():
-        own[HAPROXY_BINARY] = str(own_haproxy)
-    return {**own, **os.environ}
 
 
 def _own_command() -> str:

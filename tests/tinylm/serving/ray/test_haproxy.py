@@ -20,6 +20,7 @@ import pytest
 from loadtest.bench.services import free_ports
 from tinylm.client import CHANNEL_OPTIONS
 from tinylm.serving.ray import haproxy
+from tinylm.serving.ray.internals import GRPC_LIMITS, MAX_METADATA_BYTES
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMServicer, TinyLMStub, add_TinyLMServicer_to_server
 
@@ -28,6 +29,11 @@ ROOM = 3
 GIVE_UP_S = 30
 WORDS = "three requests are running, the limit: 100 % full"
 CONFIG = """\
+global
+    stats socket {directory}/admin.sock mode 666 level admin expose-fd listeners
+    maxconn 4096
+    tune.bufsize 131072
+    tune.h2.fe.max-concurrent-streams 1000
 defaults
     mode http
     balance leastconn
@@ -78,12 +84,20 @@ class Replica(TinyLMServicer):
 
 @contextmanager
 def behind_haproxy(
-    replicas: list[Replica], directory: Path, cores: int = 1, slots: int = 0
+    replicas: list[Replica],
+    directory: Path,
+    cores: int = 1,
+    slots: int = 0,
+    files: int | None = None,
+    threads: int = ROOM + 10,
 ) -> Iterator[tuple[TinyLMStub, list[grpc.Server]]]:
-    """Start HAProxy as Ray does, on `cores` cores, and yield a stub on it and the servers behind it."""
+    """Start HAProxy as Ray does, on `cores` cores, and yield a stub on it and the servers behind it.
+
+    files: the hard limit of open files, None for the one of this process.
+    """
     servers, lines = [], []
     for number, replica in enumerate(replicas):
-        server = grpc.server(ThreadPoolExecutor(ROOM + 10))
+        server = grpc.server(ThreadPoolExecutor(threads), options=list(GRPC_LIMITS.items()))
         add_TinyLMServicer_to_server(replica, server)
         lines.append(SERVER.format(number=number, port=server.add_insecure_port("127.0.0.1:0")))
         server.start()
@@ -92,12 +106,13 @@ def behind_haproxy(
     for replica in replicas:
         replica.port = port
     config = directory / "haproxy.cfg"
-    config.write_text(CONFIG.format(port=port, servers="\n".join(lines)))
+    config.write_text(CONFIG.format(port=port, servers="\n".join(lines), directory=directory))
     command = [str(Path(sys.executable).with_name("tinylm-haproxy")), "-db", "-f", str(config)]
     variables = {haproxy.BINARY_VARIABLE: command[0], haproxy.SLOTS_VARIABLE: str(slots)}
     allowed = sorted(os.sched_getaffinity(0))[:cores]
+    limit = [] if files is None else ["prlimit", f"--nofile={files}:{files}"]
     process = subprocess.Popen(
-        ["taskset", "-c", ",".join(map(str, allowed)), *command], env={**os.environ, **variables}
+        ["taskset", "-c", ",".join(map(str, allowed)), *limit, *command], env={**os.environ, **variables}
     )
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
@@ -215,10 +230,59 @@ def test_a_full_replica_keeps_no_calls_from_idle_ones(tmp_path: Path) -> None:
         assert replicas[0].n_refused == 21 - answered
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [[("x-long", "a" * (MAX_METADATA_BYTES - 2048))], [(f"x-{number}", "a") for number in range(900)]],
+    ids=["long", "many"],
+)
+def test_long_headers_pass_and_disturb_no_other_call(replica: Replica, stub: TinyLMStub, headers: list) -> None:
+    held = ask(stub)
+    wait_until(lambda: replica.n_held == 1)
+    for _ in range(5):
+        stub.Tokenize(pb.TokenizeRequest(), metadata=headers, timeout=GIVE_UP_S)
+    replica.may_go.set()
+    assert held.result().text == "done"
+
+
+def test_headers_that_are_too_long_end_only_their_call(replica: Replica, stub: TinyLMStub) -> None:
+    held = ask(stub)
+    wait_until(lambda: replica.n_held == 1)
+    for _ in range(5):
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Tokenize(pb.TokenizeRequest(), metadata=[("x-long", "a" * 90_000)], timeout=GIVE_UP_S)
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "metadata size" in caught.value.details()
+    replica.may_go.set()
+    assert held.result().text == "done"
+
+
+def test_short_calls_do_not_wait_behind_many_long_ones(tmp_path: Path) -> None:
+    """One connection has room for 150 calls; HAProxy's usual limit is 100."""
+    replica = Replica(n_held=ROOM - 150)  # room for 150
+    with behind_haproxy([replica], tmp_path, threads=160) as (stub, _):
+        held = [ask(stub) for _ in range(150)]
+        wait_until(lambda: replica.n_held == ROOM)
+        stub.Tokenize(pb.TokenizeRequest(), timeout=GIVE_UP_S)
+        replica.may_go.set()
+        assert [call.result().text for call in held] == ["done"] * 150
+
+
+@pytest.mark.parametrize("files", [500, 1024, 4096])
+def test_haproxy_starts_with_few_open_files(replica: Replica, tmp_path: Path, files: int) -> None:
+    replica.may_go.set()
+    with behind_haproxy([replica], tmp_path, files=files) as (stub, _):
+        assert ask(stub).result().text == "done"
+    assert f"maxconn {haproxy.allowed_connections(files)}" in (tmp_path / "haproxy.cfg").read_text()
+
+
+def test_only_its_own_account_may_use_the_admin_socket(stub: TinyLMStub, tmp_path: Path) -> None:
+    assert (tmp_path / "admin.sock").stat().st_mode & 0o777 == 0o600
+
+
 def test_enough_cores_or_several_machines_use_all_replicas_alike() -> None:
     def config(*machines: str) -> str:
         servers = "\n".join(f"    server {number} {machine}:1" for number, machine in enumerate(machines))
-        return CONFIG.format(port=1, servers=servers)
+        return CONFIG.format(port=1, servers=servers, directory="")
 
     assert "use-server" in haproxy.with_rules(config("a", "a", "a"), slots=1, cores=2)
     assert "use-server" not in haproxy.with_rules(config("a", "a", "a"), slots=1, cores=3)
@@ -261,7 +325,9 @@ def test_only_grpc_passes_the_grpc_port(replica: Replica, stub: TinyLMStub, cont
 
 def test_only_backends_of_applications_get_rules() -> None:
     before, after = CONFIG, haproxy.with_rules(CONFIG)
-    assert after.split("backend grpc-tinylm\n")[0] == before.split("backend grpc-tinylm\n")[0]
+    limits = f"    tune.http.maxhdr {haproxy.MAX_HEADERS}\n"
+    before = before.replace("mode 666", "mode 600")
+    assert after.split("backend grpc-tinylm\n")[0].replace(limits, "") == before.split("backend grpc-tinylm\n")[0]
     assert set(before.splitlines()) < set(after.splitlines())
     http = haproxy.with_rules("backend http-tinylm\n    server a b:1\n    server c b:2\n", slots=1, cores=1)
     assert "use-server a" in http

@@ -1,0 +1,129 @@
+"""The environment of one service: variables for Ray, Serve and HAProxy, and a private directory for HAProxy's files.
+
+Two services on one machine need different ports for the clients. Everything else that they would share, this module
+keeps apart: HAProxy's files, the ports of its metrics and statistics, and the ports of the replicas.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tinylm.serving.ray.haproxy import (
+    BINARY_VARIABLE,
+    MAX_CONNECTIONS,
+    MIN_CONNECTIONS,
+    SLOTS_VARIABLE,
+    allowed_connections,
+)
+
+# For Ray, unless the user's environment sets them: normal priority for workers (Ray's default is nice 15), a dashboard
+# that needs no token (it listens on loopback), no usage reports.
+RAY = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+HAPROXY_FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+}
+HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
+REPLICA_PORTS = {"HTTP": 30_000, "GRPC": 40_000}  # the first of each kind
+PORTS_OF_A_SERVICE, MAX_SERVICES = 100, 100
+MAX_SOCKET_PATH = 107  # bytes, of Linux
+# What Ray and HAProxy add to a temporary directory.
+RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
+HAPROXY_SOCKET = f"/tinylm-12345678/{'0' * 56}/metrics.sock.1234567.tmp"  # a directory of the node, and a socket in it
+
+
+@contextmanager
+def service_environment(grpc_port: int, slots: int, has_haproxy: bool) -> Iterator[dict[str, str]]:
+    """Yield the environment of a service on `grpc_port`. The variables that the user has set override ours.
+
+    Raise ValueError if this machine does not allow enough open files, or if the temporary directory has a long name.
+    """
+    check_temporary_directory()
+    if has_haproxy:
+        check_open_files()
+    with tempfile.TemporaryDirectory(prefix="tinylm-", dir=_short_directory(), ignore_cleanup_errors=True) as directory:
+        own = {**RAY, SLOTS_VARIABLE: str(slots), **_haproxy_ports(), **_replica_ports(grpc_port)}
+        own |= {variable: str(Path(directory, name)) for variable, name in HAPROXY_FILES.items()}
+        own_haproxy = Path(sys.executable).with_name("tinylm-haproxy")
+        if own_haproxy.is_file():
+            own[BINARY_VARIABLE] = str(own_haproxy)
+        yield {**own, **os.environ}
+
+
+def ray_directory() -> str:
+    """Return the directory in which Ray makes its own, as Ray chooses it."""
+    return os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
+
+
+def check_temporary_directory() -> None:
+    """Raise ValueError when the paths of Ray's sockets would be too long for the system."""
+    if "RAY_ADDRESS" in os.environ:  # that Ray has begun
+        return
+    too_many = len(os.fsencode(ray_directory() + RAY_SOCKET)) - MAX_SOCKET_PATH
+    if too_many > 0:
+        raise ValueError(
+            f"the temporary directory {ray_directory()} has {too_many} bytes too many for the paths of Ray's sockets: "
+            "set RAY_TMPDIR to a shorter path"
+        )
+
+
+def check_open_files() -> None:
+    """Raise ValueError when HAProxy may not open enough files. Report on standard error when it gets fewer."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if files == resource.RLIM_INFINITY:
+        return
+    connections = allowed_connections(files)
+    if connections < MIN_CONNECTIONS:
+        raise ValueError(
+            f"the limit of open files is {files}, which gives HAProxy {max(0, connections)} connections of the "
+            f"{MIN_CONNECTIONS} that it needs: raise the hard limit (`ulimit -Hn`)"
+        )
+    if connections < MAX_CONNECTIONS:
+        print(
+            f"HAProxy accepts {connections} connections at once, because the limit of open files is {files}",
+            file=sys.stderr,
+        )
+
+
+def _short_directory() -> str | None:
+    """Return where to make HAProxy's directory: None for the usual place, /tmp if the sockets' paths get too long."""
+    is_short = len(os.fsencode(tempfile.gettempdir() + HAPROXY_SOCKET)) <= MAX_SOCKET_PATH
+    return None if is_short else "/tmp"
+
+
+def _haproxy_ports() -> dict[str, str]:
+    """Return ports for HAProxy's metrics and statistics: the usual ones, or free ones if another program has them."""
+    return {variable: str(_free_port(usual)) for variable, usual in HAPROXY_PORTS.items()}
+
+
+def _free_port(usual: int) -> int:
+    for port in (usual, 0):
+        with suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as HAProxy does
+            probe.bind(("", port))
+            return int(probe.getsockname()[1])
+    return usual
+
+
+def _replica_ports(grpc_port: int) -> dict[str, str]:
+    """Return the range of the replicas' ports, another one for each of 100 neighbouring gRPC ports.
+
+    In a common range, a replica could get the port of another service's replica that has just ended. That service's
+    HAProxy would then send it calls.
+    """
+    offset = grpc_port % MAX_SERVICES * PORTS_OF_A_SERVICE
+    ports = {}
+    for kind, first in REPLICA_PORTS.items():
+        ports[f"RAY_SERVE_DIRECT_INGRESS_MIN_{kind}_PORT"] = str(first + offset)
+        ports[f"RAY_SERVE_DIRECT_INGRESS_MAX_{kind}_PORT"] = str(first + offset + PORTS_OF_A_SERVICE - 1)
+    return ports
