@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from tinylm.completions.requests import CompletionRequest, check_request
+from tinylm.system.json_text import parse_json
 from tinylm.system.text_files import decode_text
 
 URL = "/v1/completions"
@@ -45,12 +46,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _custom_id(text: str, where: str) -> str:
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number with too many digits, or too many brackets
-        raise ValueError(f"{where} is not JSON: {error}") from None
+    line = parse_json(text, where)
     if not isinstance(line, dict):
         raise ValueError(f"{where} is not a JSON object")
     if "custom_id" not in line:

@@ -5,12 +5,12 @@ Unknown fields are refused. Fields that this model does not support are refused 
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from tinylm.sampling import MAX_SEED, SamplingParams
+from tinylm.system.json_text import parse_json
 
 MAX_ANSWERS = 128  # of one request: its prompts times n, or times best_of
 MAX_PROMPT_ITEMS = 65_536  # texts or token ids in total; a context holds far fewer
@@ -136,19 +136,15 @@ def is_field(name: str) -> bool:
 
 def read_request(body: bytes) -> CompletionRequest:
     """Return the checked request. Raise ValueError; if one field is wrong, the message begins with its name."""
-    try:
-        values = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the request is not JSON: {error}") from None
-    return check_request(values)
+    return check_request(parse_json(body, "the request"))
 
 
 def check_request(values: Any) -> CompletionRequest:
     """Return the checked request for parsed JSON. Raise ValueError as `read_request` does."""
     try:
         values = _without_nulls(values)
-    except RecursionError as error:
-        raise ValueError(f"the request is not JSON: {error}") from None
+    except RecursionError:  # Python's parser, which is in C, reads deeper brackets
+        raise ValueError("the request is not JSON that can be read: its brackets are nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError("the request is not a JSON object")
     for name, neutral in UNSUPPORTED.items():

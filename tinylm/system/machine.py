@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000" is two cores, "max 100000" is no limit
 PACKAGES = ("tinylm", "ray", "numpy", "grpcio")
 
 
@@ -29,8 +31,21 @@ def describe() -> dict[str, Any]:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use. macOS has no affinity: there it may use all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: its affinity, and the quota of its container if that is less.
+
+    macOS has no affinity: there it may use all.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota()
+    return allowed if math.isinf(quota) else max(1, min(allowed, math.ceil(quota)))
+
+
+def _quota() -> float:
+    """Return how many cores' time the control group of this process may use, infinity without a limit (cgroup v2)."""
+    with suppress(OSError, ValueError):
+        quota_us, period_us = CPU_QUOTA.read_text(encoding="utf-8").split()
+        return float(quota_us) / float(period_us)  # "max" is no number
+    return math.inf
 
 
 def processor() -> str:

@@ -16,7 +16,7 @@ GOOD = line_of("a").encode()
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (GOOD + b"\nnot json\n", r"line 2 is not JSON: Expecting value at column 1"),
+        (GOOD + b"\nnot json\n", r"line 2 is not JSON: Expecting value at character 1"),
         (b"\n" + GOOD + b"\n[1]\n", r"line 3 is not a JSON object"),
         (b"[" * 100_000, r"line 1 is not JSON"),
         (b"9" * 5000, r"line 1 is not JSON"),

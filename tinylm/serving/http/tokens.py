@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TypeVar
 
 from fastapi import APIRouter, Request
@@ -16,6 +15,7 @@ from tinylm.serving.http.completions import check_access, check_model
 from tinylm.serving.http.errors import refused
 from tinylm.serving.http.requests import read_body
 from tinylm.serving.service import Service
+from tinylm.system.json_text import parse_json
 
 
 class TokenizeBody(BaseModel):
@@ -44,11 +44,9 @@ def routes(service: Service) -> APIRouter:
     async def read(request: Request, kind: type[B]) -> B:
         """Return the checked body. Raise ValueError that names the wrong field."""
         try:
-            body = kind.model_validate(json.loads(await read_body(request)))
+            body = kind.model_validate(parse_json(await read_body(request), "the request"))
         except ValidationError as error:
             raise ValueError(message_of(error)) from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the request is not JSON: {error}") from None
         check_model(body.model, service)
         return body
 

