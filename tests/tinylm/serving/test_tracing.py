@@ -197,7 +197,7 @@ def test_stages_cover_the_time_of_an_answer_without_gaps(times: list[float], n_r
     submitted, admitted, first, finished, now = times
     listener = Listener()
     listener.progress = Progress(
-        3, 0, (), (), None, submitted, admitted if n_reached > 1 else None, first if n_reached > 2 else None,
+        3, 0, (), (), (), None, submitted, admitted if n_reached > 1 else None, first if n_reached > 2 else None,
         finished if ended else None,
     )  # fmt: skip
     made = list(stages(Answer(listener), now))
