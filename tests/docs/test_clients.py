@@ -158,7 +158,7 @@ def test_a_program_does_what_its_section_shows(program: Program, service: Servic
     try:
         program.prepare()
         row["version"] = program.version
-        row["output"] = program.follow(service)[-SHOWN:]
+        row["output"] = program.follow(service).replace(f"{ROOT}/", "")[-SHOWN:]
     except (AssertionError, subprocess.SubprocessError) as error:
         record(row | {"reason": str(error)})
         raise
