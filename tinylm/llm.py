@@ -31,7 +31,14 @@ from tinylm.weights import TOKENIZER, ModelError, load_model
 T = TypeVar("T")
 
 _living: weakref.WeakSet[LLM] = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [llm._after_fork() for llm in _living])
+
+
+def _after_fork() -> None:
+    for llm in _living:
+        llm._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def load(directory: Path | str, kernels: str = "auto", precision: str = "auto") -> tuple[Tokenizer, Model]:
