@@ -24,18 +24,20 @@ _TYPES = {
     "stop": str,
 }
 NAMES = tuple(_TYPES)
+NONE = "none"  # shown for a setting without a value, and read as that
 _SEVERAL = ("stop", "bad_words")  # these take any number of words
 
 
 def changed(params: SamplingParams, name: str, words: Sequence[str]) -> SamplingParams:
-    """Return the settings with a new value for one of them, or with its default when there are no words.
+    """Return the settings with a new value for one of them. No words mean its default; so does `none` if that is none.
 
     Raise ValueError, which names the setting, the value and the limit.
     """
     if name not in _TYPES:
         raise ValueError(f"there is no setting {name!r}: the settings are {', '.join(NAMES)}")
-    if not words:
-        value = getattr(SamplingParams(), name)
+    default = getattr(SamplingParams(), name)
+    if not words or (list(words) == [NONE] and default in (None, ())):
+        value = default
     elif name in _SEVERAL:
         value = tuple(words)
     else:
@@ -52,4 +54,4 @@ def described(params: SamplingParams) -> str:
     """Return one line per setting: its name and its value."""
     shown = {name: getattr(params, name) for name in NAMES}
     shown |= {name: shlex.join(getattr(params, name)) or None for name in _SEVERAL}
-    return "\n".join(f"{name:<20}{'none' if value is None else value}" for name, value in shown.items())
+    return "\n".join(f"{name:<20}{NONE if value is None else value}" for name, value in shown.items())

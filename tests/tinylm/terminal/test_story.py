@@ -65,8 +65,8 @@ def test_a_line_gets_a_space_before_it_unless_punctuation():
 
 
 def test_settings_are_read_as_they_are_shown():
-    params = SamplingParams(temperature=0.5, top_k=3, seed=9, stop=("The end", "x y"))
-    read = SamplingParams()
+    params = SamplingParams(temperature=0.5, top_k=3, stop=("The end", "x y"))  # without a seed and bad words
+    read = SamplingParams(seed=9, bad_words=("dog",))
     for line in described(params).splitlines():
         name, *words = shlex.split(line)
         read = changed(read, name, words)
