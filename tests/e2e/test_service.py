@@ -223,7 +223,7 @@ def test_haproxy_listens_only_on_loopback(service: Service) -> None:
     """With gRPC, HTTP, its metrics and its statistics."""
     (pid, *_) = service.mark.processes("haproxy")
     found = [of.laddr for of in psutil.Process(pid).net_connections("tcp") if of.status == psutil.CONN_LISTEN]
-    assert {address.ip for address in found} == {"127.0.0.1"}
+    assert "127.0.0.1" in {address.ip for address in found} <= {"127.0.0.1", "::1"}
     assert len({address.port for address in found}) == 4
 
 
@@ -235,7 +235,7 @@ def test_no_request_breaks_the_service(service: Service) -> None:
 
 
 def test_a_full_queue_refuses_and_loses_no_call(service: Service) -> None:
-    statuses = fault_actions.fill_queue(service.address, 400, max_tokens=100)
+    statuses = fault_actions.fill_queue(service.address, 800, max_tokens=200)
     assert set(statuses) == {"OK", "RESOURCE_EXHAUSTED"}, statuses
     assert statuses["OK"] >= 4 * 16
 

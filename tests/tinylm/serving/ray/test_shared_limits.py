@@ -212,7 +212,9 @@ class Replica:
         return await self.limits.counter() is None
 
 
-def test_replicas_share_a_real_actor_until_its_owner_ends():
+def test_replicas_share_a_real_actor_until_its_owner_ends(monkeypatch: pytest.MonkeyPatch):
+    # Otherwise Ray sets it to "token" here, and later tests start services that inherit it.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import this file
     ray.init(num_cpus=4, include_dashboard=False, namespace="limits", logging_level="error")
     try:
