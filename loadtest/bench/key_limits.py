@@ -115,7 +115,7 @@ def main(
 ) -> None:
     """Measure the latency of one key while another key is refused, and without it."""
     with one_line_errors(RuntimeError), tempfile.TemporaryDirectory() as directory:
-        require_at_least("--rounds", rounds, 1)
+        require_at_least(1, rounds=rounds, seconds=seconds)
         if out:
             check_file(out)
         limited, free = make_key("limited", requests_per_minute=PER_MINUTE), make_key("free")
