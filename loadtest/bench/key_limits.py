@@ -125,7 +125,6 @@ def main(
         values = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
         values["applications"][0]["args"]["api_keys"] = str(keys)
         config.write_text(yaml.safe_dump(values), encoding="utf-8")
-        Path(directory, "service").mkdir()
         with services.ray_serve(config, REPLICAS) as address:
             told = wait_as_told(address, limited[0])
             result = compare(address, limited[0], free[0], rounds, seconds)

