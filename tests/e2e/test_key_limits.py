@@ -70,7 +70,7 @@ def refusal_of(error: grpc.RpcError) -> tuple[str, float]:
     status, info = status_pb2.Status.FromString(metadata[STATUS_DETAILS]), error_details_pb2.RetryInfo()
     assert (status.code, status.message) == (8, error.details())
     assert status.details[0].Unpack(info)
-    return error.details(), info.retry_delay.ToMilliseconds() / 1000
+    return error.details(), info.retry_delay.ToNanoseconds() / 1e9
 
 
 def is_admitted(client: Client) -> bool:

@@ -98,8 +98,10 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
         self._parallel = nn.parallel.DistributedDataParallel(self.model) if self.ranks.world > 1 else None
+        self._cross_entropy = cross_entropy
         if run.compile:
             self.model.compile_blocks()
+            self._cross_entropy = torch.compile(cross_entropy)
         self._lr_factor = 0.0  # of the last step
         self._peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
         self._micro_batches = run.batch_rows // (self.ranks.world * run.micro_rows)
@@ -162,7 +164,7 @@ class Trainer:
             dropout = torch.tensor([run.dropout_of(name) for name in names], device=self.device)
         with self._autocast:
             logits = (self._parallel or self.model)(rows[:, :-1], dropout)
-            return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+            return self._cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
     def loss_line(self) -> Line:
         """Return the log line of the steps since the last one; every rank must call this."""
@@ -222,6 +224,10 @@ class Trainer:
             text_sha256=self.data.text_sha256,
             config=self.config,
         )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets)
 
 
 def machine_name(device: torch.device, world: int) -> str:
