@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm import ModelConfig, SamplingParams
+from tinylm import LLM, ModelConfig, SamplingParams
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.weights import QuantizedMatrix, Tensor, load_model, quantize_rows, tensor_shapes
 
@@ -46,6 +46,13 @@ def logits_of(model: Model, ids: list[int]) -> np.ndarray:
     """Return the logits after each of the ids, (T, vocab), computed in one step with an empty cache."""
     runner = ModelRunner(model, 1, len(ids), len(ids))
     return runner.forward(np.array(ids), [Chunk(0, 0, len(ids))], np.arange(len(ids))).copy()
+
+
+def sampled_stories(llm: LLM, n: int) -> list[str]:
+    """Return n sampled stories of up to 64 tokens, with prompts of 2 to 100 tokens."""
+    beginnings = ["Once", "The old fox said: ", "Lily and Ben " + "played in the garden and " * 14]
+    prompts = [beginnings[i % 3] + " and then" * (i % 7) for i in range(n)]
+    return [story.text for story in llm.generate(prompts, SamplingParams(max_tokens=64, temperature=0.9, seed=5))]
 
 
 def scale_of(logits: np.ndarray) -> float:
@@ -88,14 +95,85 @@ def computed_here() -> dict[str, np.ndarray]:
     """Compute logits of 256 random tokens with the int8 step that this process compiles.
 
     "layer": the logits of one random layer of the real shape. "stories": the logits of the committed model. "chosen":
-    the greedy tokens of the committed model.
+    the greedy tokens of the committed model. "products": extreme bytes times the matrices of one layer.
     """
     from tinylm.kernels import numba
 
     layer = ModelConfig(n_layers=1)
     of_layer, _ = _one_step(layer, random_tensors(layer, seed=1))
     of_stories, chosen = _one_step(*load_model(ROOT / "models" / "stories-8m"))
-    return {"arithmetic": np.array(numba.describe()), "layer": of_layer, "stories": of_stories, "chosen": chosen}
+    extreme = Products(layer, extreme_tensors(layer, seed=1))
+    of_extremes = extreme.compute(*extreme.inputs(23, seed=1))
+    return {
+        "arithmetic": np.array(numba.describe()),
+        "layer": of_layer,
+        "stories": of_stories,
+        "chosen": chosen,
+        "products": np.concatenate(of_extremes, axis=1),
+    }
+
+
+def extreme_tensors(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """Return matrices of extreme bytes with rows of many scales. Half of the rows have the same byte everywhere."""
+    rng, tensors = np.random.default_rng(seed), random_tensors(config, seed)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, QuantizedMatrix):
+            values = rng.choice(np.array([-128, -127, -1, 0, 127], np.int8), tensor.values.shape)
+            values[::2] = values[::2, :1]
+            tensors[name] = QuantizedMatrix(values, tensor.scale)
+    return tensors
+
+
+class Products:
+    """Products of rounded inputs and each matrix of a model with one layer, without the rest of a step."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+        from tinylm.kernels.numba import prepare
+
+        self.config, self.weights = config, prepare(config, tensors, "int8")
+        names = [*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.up_proj", "mlp.down_proj"]
+        q, k, v, *others = (tensors[f"model.layers.0.{name}.weight"] for name in names)
+        self.matrices = [[q, k, v], *([other] for other in [*others, tensors["model.embed_tokens.weight"]])]
+
+    def inputs(self, n_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return rounded inputs (T, columns) uint8 and their scales (T,). Half of the tokens are extreme."""
+        rng = np.random.default_rng(seed)
+        x = rng.integers(0, 256, (n_tokens, max(self.config.hidden_size, self.config.mlp_size)), np.uint8)
+        x[::2] = rng.choice(np.array([0, 1, 128, 255], np.uint8), x[::2].shape)
+        x[::4] = x[::4, :1]
+        return x, rng.uniform(0.01, 2, n_tokens).astype(np.float32)
+
+    def compute(
+        self, x: np.ndarray, scales: np.ndarray, tile_tokens: int | None = None, before: float | None = None
+    ) -> list[np.ndarray]:
+        """Return the product with each matrix, (T, rows) float32.
+
+        tile_tokens: the fewest tokens for AMX tiles, by default as in a step. before: a number to add the product to.
+        """
+        from tinylm.kernels.numba import make_scratch, ops
+
+        n, outs, at, row = len(x), [], 0, 0
+        scratch = make_scratch(self.config, n, 1)
+        if tile_tokens is not None:
+            scratch = scratch._replace(tile_tokens=tile_tokens)
+        scratch.bytes[:n, : x.shape[1]], scratch.scales[:n] = x, scales
+        for parts in self.matrices:
+            n_rows, n_in = sum(len(part.values) for part in parts), parts[0].values.shape[1]
+            out = np.full((n, -(-n_rows // 64) * 64), np.float32(before or 0))
+            at, row = ops.multiply(n, n_in, self.weights, at, row, n_rows, out, before is not None, scratch)
+            outs.append(out[:, :n_rows])
+        return outs
+
+    def expected(self, x: np.ndarray, scales: np.ndarray) -> list[np.ndarray]:
+        """Return what `compute` must return. The sums are exact in float64 and in float32."""
+        outs = []
+        for parts in self.matrices:
+            values, row_scales = (
+                np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "scale")
+            )
+            sums = (x[:, : values.shape[1]].astype(float) - 128) @ values.T.astype(float)
+            outs.append((sums * (row_scales * scales[:, None]).astype(float)).astype(np.float32))
+        return outs
 
 
 def _one_step(config: ModelConfig, tensors: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:

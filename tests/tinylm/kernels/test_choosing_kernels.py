@@ -9,7 +9,7 @@ from helpers.kernels import SETTINGS, outcome, start_python
 
 from tinylm import LLM
 from tinylm.kernels import choose, numba, numpy
-from tinylm.kernels.numba.emitter import dot_product
+from tinylm.kernels.numba import amx, emitter
 from tinylm.model import Model
 
 
@@ -50,7 +50,8 @@ def test_a_model_names_its_kernels_instructions_and_precision(tiny_config, tiny_
     """`tinylm info` and the service show this, so that a user notices slow instructions."""
     for kernels, precision in SETTINGS:
         words = Model(tiny_config, tiny_quantized, kernels, precision).arithmetic.split(", ")
-        assert words == ([kernels, dot_product(), precision] if kernels == "numba" else [kernels, precision])
+        instructions = emitter.dot_product() + ("+amx" if amx.permitted() else "")
+        assert words == ([kernels, instructions, precision] if kernels == "numba" else [kernels, precision])
 
 
 WITHOUT_NUMBA = """

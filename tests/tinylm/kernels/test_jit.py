@@ -11,6 +11,7 @@ from pathlib import Path
 from helpers.kernels import ROOT, outcome, start_python
 
 from tinylm import LLM
+from tinylm.kernels.numba.emitter import cpu_features
 
 MODULE = """
 import logging, resource, sys
@@ -52,6 +53,16 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(run, [tmp_path / "cache"] * 4))
     assert sorted(result.stdout for result in results) == ["8 10 0\n", *["8 10 1\n"] * 3]
+
+
+def test_each_set_of_instructions_has_its_own_code(tmp_path: Path) -> None:
+    """Code that was compiled for another processor can contain instructions that this one lacks, such as AMX."""
+    ours = cpu_features()
+    sets = {",".join(f"+{name}" for name in sorted(features)) for features in (ours, ours - {"amx-int8"}, {"sse2"})}
+    for hits in (0, 1):
+        for features in sets:
+            result = run(tmp_path / "cache", NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=features)
+            assert result.stdout == f"8 10 {hits}\n"
 
 
 def test_full_disk_is_reported_once_and_costs_only_the_cache(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_every_instruction_set_computes_the_same(tmp_path):
     ours, others = computed_here(), {form: dict(np.load(file)) for form, file in files.items()}
     for form, other in others.items():
         assert other["arithmetic"] == f"numba, {form}"
+        np.testing.assert_array_equal(other["products"], ours["products"])
         for name in ("layer", "stories"):
             np.testing.assert_array_equal(other[name], next(iter(others.values()))[name])
     errors = row_errors(other["layer"], ours["layer"])

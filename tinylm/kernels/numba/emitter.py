@@ -238,8 +238,17 @@ class Emitter:
 
     def row(self, array, i, columns: int | ir.Value = 0):
         """Return the offset of element (i, columns) of a 2-D array that is an argument of the intrinsic."""
-        width = self._shapes[array][1]
-        return self.index(I64(columns) if isinstance(columns, int) else columns, width, i)
+        return self.index(I64(columns) if isinstance(columns, int) else columns, self.width(array), i)
+
+    def width(self, array):
+        """Return the number of columns of a 2-D array that is an argument of the intrinsic."""
+        return self._shapes[array][1]
+
+    def room(self, kind, n: int):
+        """Return a pointer to room for n numbers on the stack, on a cache line."""
+        array = cgutils.alloca_once(self.b, ir.ArrayType(kind, n))
+        array.align = 64
+        return self.b.bitcast(array, kind.as_pointer())
 
 
 def intrinsic(returns=types.void):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinylm.config import ModelConfig
+from tinylm.kernels.numba import amx
 from tinylm.kernels.numba.emitter import LANES
 from tinylm.kernels.numba.simd import TILE
 from tinylm.kernels.numpy import rope_tables
@@ -91,7 +92,7 @@ class Scratch(NamedTuple):
     hidden: np.ndarray  # (T, hidden) float32: the residual stream
     normed: np.ndarray  # (T, hidden) float32
     wide: np.ndarray  # (T, 3 * hidden or mlp, whichever is larger) float32
-    bytes: np.ndarray  # (T, hidden or mlp, whichever is larger) uint8: the rounded input of a matmul
+    bytes: np.ndarray  # (T padded to a tile, hidden or mlp, whichever is larger) uint8: the rounded input of a matmul
     scales: np.ndarray  # (T,) float32: the scales of `bytes`
     order: np.ndarray  # (T,) int64: 0, 1, 2, ...
     query: np.ndarray  # (heads * D,) int8: the rounded queries of one token; D is head_dim padded to LANES
@@ -105,6 +106,7 @@ class Scratch(NamedTuple):
     weights: np.ndarray  # (vocab,) float32: unnormalized probabilities of one row
     candidates: np.ndarray  # (vocab,) int32: the token ids that the settings keep
     masses: np.ndarray  # (vocab,) float32: the candidates' weights
+    tile_tokens: int  # the fewest tokens of a matmul with AMX tiles
 
 
 def padded(n: int, multiple: int) -> int:
@@ -241,7 +243,7 @@ def make_scratch(config: ModelConfig, n_tokens: int, n_rows: int) -> Scratch:
         hidden=floats(n_tokens, hidden),
         normed=floats(n_tokens, hidden),
         wide=floats(n_tokens, wide),
-        bytes=aligned_zeros((n_tokens, max(hidden, mlp)), np.uint8),
+        bytes=aligned_zeros((padded(n_tokens, amx.ROWS), max(hidden, mlp)), np.uint8),
         scales=floats(n_tokens),
         order=np.arange(n_tokens),
         query=np.zeros(config.n_heads * width, np.int8),
@@ -255,6 +257,7 @@ def make_scratch(config: ModelConfig, n_tokens: int, n_rows: int) -> Scratch:
         weights=floats(vocab),
         candidates=np.zeros(vocab, np.int32),
         masses=floats(vocab),
+        tile_tokens=amx.fewest_tokens(),
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinylm.kernels.numba import simd
+from tinylm.kernels.numba import amx, simd
+from tinylm.kernels.numba.amx import HAS_TILES
 from tinylm.kernels.numba.emitter import LANES
 from tinylm.kernels.numba.jit import compiled
 from tinylm.kernels.numba.layout import Float32Cache, Int8Cache, Scratch, Shape, Weights
@@ -65,6 +66,8 @@ def multiply(
 ) -> tuple[int, int]:
     """Multiply scratch.bytes (T, n_in) by a matrix, like `linear`. Each tile of weights is read once for all tokens."""
     n_steps = (n_in + 3) // 4
+    if HAS_TILES and n_tokens >= scratch.tile_tokens and n_in % amx.INPUTS == 0:
+        return multiply_tiles(n_tokens, n_steps, weights, at, row, n_out, out, add, scratch)
     for column in range(0, n_out, TILE):
         t = 0
         while t + 4 <= n_tokens:
@@ -77,6 +80,30 @@ def multiply(
             simd.matmul_1(weights, at, row, n_steps, scratch.bytes, scratch, t, out, column, add)
         at += TILE * 4 * n_steps
         row += TILE
+    return at, row
+
+
+@compiled
+def multiply_tiles(
+    n_tokens: int,
+    n_steps: int,
+    weights: Weights,
+    at: int,
+    row: int,
+    n_out: int,
+    out: np.ndarray,
+    add: bool,
+    scratch: Scratch,
+) -> tuple[int, int]:
+    """Multiply like `multiply`, with AMX tiles."""
+    amx.configure()
+    for column in range(0, n_out, TILE):
+        for t in range(0, n_tokens, amx.ROWS):
+            n = min(amx.ROWS, n_tokens - t)
+            amx.matmul(weights, at, row, n_steps, scratch, t, n, out, column, add)
+        at += TILE * 4 * n_steps
+        row += TILE
+    amx.release()
     return at, row
 
 

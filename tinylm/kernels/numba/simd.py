@@ -47,17 +47,27 @@ def _matmul(n_tokens: int, exact: bool):
                     scale_of_x = None if exact else e.splat(e.load(scratch.scales, token, F32))
                     for block, total in zip(blocks, sums, strict=True):
                         rows = e.index(row, LANES, block)
-                        total = e.b.load(total)
-                        scale = e.load(weights.scales, rows, FLOATS)
-                        if not exact:
-                            product = e.b.sub(e.folded(total), e.load(weights.corrections, rows, INTS))
-                            total = e.b.sitofp(product, FLOATS)
-                            scale = e.b.fmul(scale, scale_of_x)
                         target = e.row(out, token, e.index(column, LANES, block))
-                        before = e.b.select(add, e.load(out, target, FLOATS), e.floats(0.0))
-                        e.store(e.fma(total, scale, before), out, target)
+                        scale = e.load(weights.scales, rows, FLOATS)
+                        total = e.b.load(total)
+                        if exact:
+                            _put(e, total, scale, out, target, add)
+                        else:
+                            correction = e.load(weights.corrections, rows, INTS)
+                            put_products(e, e.folded(total), correction, scale, scale_of_x, out, target, add)
 
     return matmul
+
+
+def put_products(e, total, correction, scale, scale_of_x, out, target, add):
+    """Correct and scale LANES sums of products of bytes, and write them to out[target :], or add them."""
+    _put(e, e.b.sitofp(e.b.sub(total, correction), FLOATS), e.b.fmul(scale, scale_of_x), out, target, add)
+
+
+def _put(e, total, scale, out, target, add):
+    """Write total * scale to out[target :], or add it."""
+    before = e.b.select(add, e.load(out, target, FLOATS), e.floats(0.0))
+    e.store(e.fma(total, scale, before), out, target)
 
 
 def _in_parts(items, n: int) -> list[Any]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from tinylm.kernels.batch import Batch
-from tinylm.kernels.numba import emitter, ops, simd
+from tinylm.kernels.numba import amx, emitter, ops, simd
+from tinylm.kernels.numba.amx import HAS_TILES
 from tinylm.kernels.numba.emitter import LANES
 from tinylm.kernels.numba.jit import SOURCES, compile_or_load, compiled, kept_on_disk
 from tinylm.kernels.numba.layout import Cache, Int8Cache, Scratch, Weights
@@ -110,23 +111,29 @@ def warm_up(weights: Weights, cache: Cache, scratch: Scratch, batch: Batch) -> C
 
 
 def describe() -> str:
-    """Return "numba" and the instructions that compute dot products of bytes."""
-    return f"numba, {emitter.dot_product()}"
+    """Return "numba" and the instructions that compute dot products of bytes, such as "avx512-vnni+amx"."""
+    return f"numba, {emitter.dot_product()}{'+amx' if amx.permitted() else ''}"
 
 
 def measure_peak() -> float:
     """Return the most multiply-adds of bytes that one core does per CPU second."""
     sums = np.arange(LANES, dtype=np.int32)
-    _multiply_adds(1, sums)  # compiles
+    tiles = amx.permitted()
+    _multiply_adds(1, sums, tiles)  # compiles
     n_rounds = 1_000_000
     best = 0.0
     for _ in range(5):
         begin = time.thread_time()
-        n = n_rounds * _multiply_adds(n_rounds, sums)
+        n = n_rounds * _multiply_adds(n_rounds, sums, tiles)
         best = max(best, n / (time.thread_time() - begin))
     return best
 
 
 @compiled
-def _multiply_adds(n: int, sums: np.ndarray) -> int:
+def _multiply_adds(n: int, sums: np.ndarray, tiles: bool) -> int:
+    if HAS_TILES and tiles:
+        amx.configure()
+        per_round = amx.multiply_adds(n)
+        amx.release()
+        return per_round
     return simd.multiply_adds(n, sums)
