@@ -63,7 +63,7 @@ def clients_blocks(results: Path) -> dict[str, str]:
 
 
 def engine_blocks(results: Path) -> dict[str, str]:
-    """Return the blocks of docs/engine.md: the parts of a step, `tinylm bench`, and other engines."""
+    """Return the blocks of docs/engine.md: the parts of a step, `tinylm bench`, AMX tiles, and other engines."""
     bench = _read(results / "bench.json")
     decode = [
         [
@@ -80,6 +80,7 @@ def engine_blocks(results: Path) -> dict[str, str]:
     return {
         "parts": _parts(_read(results / "parts.json")["microseconds"]),
         "decode": table(head, decode),
+        "tiles": _tiles(_read(results / "tiles.json")),
         "peers": _peers(_read(results / "peers.json")),
     }
 
@@ -96,6 +97,14 @@ def _parts(microseconds: dict[str, dict[str, float]]) -> str:
             row += [f"{times[part]:.0f} us", f"{times[part] / times['whole step']:.0%}"]
         rows.append(row)
     return table(head, rows)
+
+
+def _tiles(result: dict[str, Any]) -> str:
+    rows = [
+        [case, f"{row['vectors_ms']:.3f}", f"{row['tiles_ms']:.3f}", f"{row['ratio']:.2f}"]
+        for case, row in result["cases"].items()
+    ]
+    return table(["step", "vectors, ms", "tiles, ms", "ratio"], rows)
 
 
 def _peers(result: dict[str, Any]) -> str:

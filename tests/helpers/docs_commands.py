@@ -160,6 +160,7 @@ TABLE: dict[str, str | Walk] = {
     # Measuring and making pages.
     r"python -m loadtest selftest": Walk(Until.END, "highest rate, stream"),
     r"tinylm bench": Walk(Until.END, r'"decode":'),
+    r"python -m loadtest.bench.tiles": "tests/loadtest/bench/test_tiles.py::test_the_command_compares_both_forms",
     r"make parts": Walk(Until.END, "whole step", rewrites=(RESULTS, "docs/engine.md")),
     r"make pictures": Walk(Until.END, "how-it-works.md", rewrites=(RESULTS, IMAGES, "docs/how-it-works.md")),
     r"make proto": Walk(Until.END),
