@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 
 from loadtest.bench import tiles
 from tinylm import bench
@@ -21,7 +20,7 @@ def test_the_command_compares_both_forms(
     monkeypatch.setattr(bench, "ROUNDS", 1)
     out = tmp_path / "tiles.json"
     if not amx.permitted():
-        with pytest.raises(typer.Exit):
+        with pytest.raises(SystemExit):
             tiles.main(out, "1,6", "8", 2)
         assert "this CPU has no AMX tiles" in capsys.readouterr().err
         return
