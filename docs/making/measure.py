@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from scipy.special import softmax
 from threadpoolctl import ThreadpoolController
 
 from tinylm.engine import Engine, Request
+from tinylm.explain.explainer import Explainer
 from tinylm.kernels import numpy as kernels
 from tinylm.llm import load
 from tinylm.model import Chunk, Model, ModelRunner
@@ -94,48 +93,19 @@ def tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
     return [{"text": t, "bytes": len(t.encode()), "ids": i, "pieces": pieces(tokenizer, i)} for t, i in encoded.items()]
 
 
-@contextmanager
-def watched() -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
-    """Record each layer's attention weights, (n, heads, L), and each norm's input in the reference kernels.
-
-    With the identity matrix as values, attention returns its own weights.
-    """
-    attention, rms_norm = kernels.attention, kernels.rms_norm
-    attended: list[np.ndarray] = []
-    normed: list[np.ndarray] = []
-
-    def watched_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-        heads, length, _ = keys.shape
-        attended.append(attention(q, keys, np.broadcast_to(np.eye(length, dtype=np.float32), (heads, length, length))))
-        return attention(q, keys, values)
-
-    def watched_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-        normed.append(x.copy())
-        return rms_norm(x, weight, eps)
-
-    with patch.object(kernels, "attention", watched_attention), patch.object(kernels, "rms_norm", watched_norm):
-        yield attended, normed
-
-
-def inside(tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
+def inside(explainer: Explainer) -> dict[str, Any]:
     """Return attention maps of three heads, and the rank of the answer after every layer, for one story."""
-    ids = tokenizer.encode_document(STORY)
-    n = len(ids)
-    runner = ModelRunner(model, 1, n, n)
-    with watched() as (attended, normed):
-        logits = runner.forward(np.asarray(ids), [Chunk(0, 0, n)], np.arange(n)).copy()
-    maps = np.stack([weights.transpose(1, 0, 2) for weights in attended])  # (layers, heads, to, from)
-    chosen, w = logits.argmax(-1), model.weights
-    ranks = []
-    for x in normed[2::2]:  # the output of each layer, which is the input of the first norm after it
-        scores = kernels.linear(kernels.rms_norm(x, w.norm, w.config.norm_eps), w.embedding, False)
-        ranks.append(((scores > scores[np.arange(n), chosen][:, None]).sum(-1) + 1).tolist())
+    ids = [token.id for token in explainer.tokens(STORY)]
+    layers = range(1, explainer.config.n_layers + 1)
+    maps = np.stack([explainer.attention(STORY, layer) for layer in layers])  # (layers, heads, to, from)
+    lens = explainer.lens(STORY)
+    answer = pieces(explainer.tokenizer, [lens.answers[-1].id])[0]
     return {
         "text": STORY,
-        "pieces": pieces(tokenizer, ids),
+        "pieces": pieces(explainer.tokenizer, ids),
         "heads": heads(maps, ids),
-        "lens": {"ranks": ranks, "answer": pieces(tokenizer, [int(chosen[-1])])[0]},
-        "activation": rounded_activation(normed[2 * LAYER + 1][-1], w.layers[LAYER].mlp_norm, w.config.norm_eps),
+        "lens": {"ranks": lens.ranks.tolist(), "answer": answer},
+        "activation": rounded_activation(next(islice(explainer.layers(STORY), LAYER, None)).up[-1:]),
     }
 
 
@@ -166,9 +136,8 @@ def heads(maps: np.ndarray, ids: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def rounded_activation(x: np.ndarray, norm: np.ndarray, eps: float) -> dict[str, Any]:
-    """Return a matmul's input for the last token, before and after rounding to 8 bits."""
-    before = kernels.rms_norm(x[None], norm, eps)
+def rounded_activation(before: np.ndarray) -> dict[str, Any]:
+    """Return a matmul's input for one token, (1, hidden), before and after rounding to 8 bits."""
     values, scale = kernels.round_to_int8(before)
     return {
         "before": before[0].round(6).tolist(),
@@ -193,13 +162,13 @@ def weights() -> dict[str, Any]:
     }
 
 
-def next_token(tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
+def next_token(explainer: Explainer) -> dict[str, Any]:
     """Return the most likely next tokens at several temperatures, and the number that top_p keeps."""
-    logits = _last_logits(tokenizer, model, PROMPT)
+    logits = explainer.logits(PROMPT)
     likeliest = np.argsort(-logits, kind="stable")[:12]
     settings = []
     for temperature in TEMPERATURES:
-        unnormalized = np.exp((logits.astype(np.float64) - logits.max()) / max(temperature, kernels.LEAST_TEMPERATURE))
+        unnormalized = kernels.soften(logits, temperature)
         kept = kernels.keep(unnormalized, 0, TOP_P, 0.0)
         probabilities = unnormalized / unnormalized.sum()
         settings.append(
@@ -212,33 +181,27 @@ def next_token(tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
         )
     return {
         "prompt": PROMPT,
-        "pieces": pieces(tokenizer, likeliest.tolist()),
+        "pieces": pieces(explainer.tokenizer, likeliest.tolist()),
         "top_p": TOP_P,
         "settings": settings,
-        "penalty": penalty(tokenizer, model),
+        "penalty": penalty(explainer),
     }
 
 
-def penalty(tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
+def penalty(explainer: Explainer) -> dict[str, Any]:
     """Return the probability of a repeated token with and without a repetition penalty."""
-    before = _last_logits(tokenizer, model, PENALIZED)
+    before = explainer.logits(PENALIZED)
     seen = np.zeros(len(before), bool)
-    seen[tokenizer.encode_document(PENALIZED)] = True
+    seen[[token.id for token in explainer.tokens(PENALIZED)]] = True
     after = kernels.penalize(before, seen, 1.3)
-    (dog,) = tokenizer.encode(" dog")
+    (dog,) = explainer.tokenizer.encode(" dog")
     return {
         "prompt": PENALIZED,
         "penalty": 1.3,
-        "piece": pieces(tokenizer, [dog])[0],
+        "piece": pieces(explainer.tokenizer, [dog])[0],
         "before": float(softmax(before.astype(np.float64))[dog]),
         "after": float(softmax(after.astype(np.float64))[dog]),
     }
-
-
-def _last_logits(tokenizer: Tokenizer, model: Model, text: str) -> np.ndarray:
-    ids = tokenizer.encode_document(text)
-    runner = ModelRunner(model, 1, len(ids), 1)
-    return runner.forward(np.asarray(ids), [Chunk(0, 0, len(ids))], np.array([-1]))[0].copy()
 
 
 def cache_times(model: Model) -> dict[str, Any]:
@@ -294,12 +257,13 @@ def timeline(tokenizer: Tokenizer, model: Model) -> dict[str, Any]:
 def computed() -> dict[str, Any]:
     """Return everything that does not depend on the machine."""
     tokenizer, reference = load(MODEL, "numpy", "float32")
+    explainer = Explainer(tokenizer, reference)
     return {
         "shape": shape(reference),
         "tokens": tokens(tokenizer),
-        "inside": inside(tokenizer, reference),
+        "inside": inside(explainer),
         "weights": weights(),
-        "next_token": next_token(tokenizer, reference),
+        "next_token": next_token(explainer),
         "timeline": timeline(tokenizer, reference),
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from tinylm.engine.logit_changes import logit_changes
 from tinylm.engine.logprobs import token_logprobs
-from tinylm.engine.request import Request, check_ids, check_length, whole_ids
+from tinylm.engine.request import Request, check_ids, check_length, mark_seen, whole_ids
 from tinylm.engine.scheduler import choose_slot, share_tokens
 from tinylm.engine.stats import EngineStats
 from tinylm.engine.word_tokens import WordTokens
@@ -270,9 +270,7 @@ class Engine:
         request.slot, request.n_cached = slot, n_cached
         batch = self._runner.batch
         batch.set_params(slot, request.params)
-        batch.seen[slot] = False
-        batch.seen[slot, ids] = True
-        batch.seen[slot, self.config.boundary_id] = False  # every prompt has it: a penalty would delay the end
+        mark_seen(batch.seen[slot], ids, self.config.boundary_id)
         batch.biased[slot] = request.changes is not None
         if request.changes is not None:
             request.changes.begin(request.prompt)

@@ -102,6 +102,16 @@ class Request:
         )
 
 
+def mark_seen(seen: np.ndarray, ids: list[int], boundary_id: int) -> None:
+    """Mark in `seen` (vocab,) bool the tokens that the repetition penalty applies to: `ids` without the boundary.
+
+    Every prompt has the boundary, so a penalty on it would delay the end.
+    """
+    seen[:] = False
+    seen[ids] = True
+    seen[boundary_id] = False
+
+
 def whole_ids(ids: Iterable[SupportsIndex]) -> list[int]:
     """Return token ids, also NumPy's, as Python integers. Raise ValueError for an id that is not a whole number."""
     whole = []

@@ -9,7 +9,7 @@ Shapes: T tokens and R rows of a batch, L tokens of one sequence.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -52,6 +52,17 @@ class Weights(NamedTuple):
     norm: np.ndarray  # (hidden,)
     cos: np.ndarray  # (context, head_dim)
     sin: np.ndarray  # (context, head_dim)
+
+
+class LayerRun(NamedTuple):
+    """What one layer computes for T tokens: the inputs of its four matmuls, its queries and its output."""
+
+    qkv: np.ndarray  # (T, hidden): the input of the matmul with `Layer.qkv`; the same for `out`, `up` and `down`
+    queries: np.ndarray  # (T, heads, head_dim): rotated; with precision "int8" also rounded
+    out: np.ndarray  # (T, hidden): the next layer overwrites it
+    up: np.ndarray  # (T, hidden)
+    down: np.ndarray  # (T, mlp)
+    output: np.ndarray  # (T, hidden): the residual stream after the layer
 
 
 class KVCache(NamedTuple):
@@ -156,15 +167,31 @@ def warm_up(weights: Weights, cache: KVCache, scratch: None, batch: Batch) -> Ca
 
 def forward(weights: Weights, cache: KVCache, scratch: None, batch: Batch, n_tokens: int, n_rows: int) -> None:
     """Run the batch's tokens through the model, and write the logits of its rows to batch.logits."""
+    x = embed(weights, batch.ids[:n_tokens])  # (T, hidden)
+    for layer in run_layers(weights, cache, batch, n_tokens, x):
+        x = layer.output
+    batch.logits[:n_rows, : weights.config.vocab_size] = unembed(weights, x[batch.rows[:n_rows]])
+
+
+def embed(weights: Weights, ids: np.ndarray) -> np.ndarray:
+    """Return the embedding (T, hidden) of token ids (T,)."""
+    return weights.embedding.values[ids] * weights.embedding.scale[ids, None]
+
+
+def run_layers(weights: Weights, cache: KVCache, batch: Batch, n_tokens: int, x: np.ndarray) -> Iterator[LayerRun]:
+    """Run the batch's tokens through the layers, and yield what each layer computes. `tinylm.explain` shows it.
+
+    x: (T, hidden), the embedding of the tokens. The next layer overwrites what `LayerRun` says.
+    """
     config, rounds = weights.config, weights.rounds
-    ids, slots, positions = batch.ids[:n_tokens], batch.slots[:n_tokens], batch.positions[:n_tokens]  # (T,) each
+    slots, positions = batch.slots[:n_tokens], batch.positions[:n_tokens]  # (T,) each
     starts = [t for t in range(n_tokens) if t == 0 or slots[t] != slots[t - 1]]  # the first token of each sequence
     chunks = list(zip(starts, [*starts[1:], n_tokens], strict=True))
     cos, sin = weights.cos[positions], weights.sin[positions]  # (T, head_dim)
-    x = weights.embedding.values[ids] * weights.embedding.scale[ids, None]  # (T, hidden)
     attended = np.empty((n_tokens, config.n_heads, config.head_dim), np.float32)
     for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
-        qkv = linear(rms_norm(x, layer.attention_norm, config.norm_eps), layer.qkv, rounds)  # (T, 3 * hidden)
+        qkv_input = rms_norm(x, layer.attention_norm, config.norm_eps)  # (T, hidden)
+        qkv = linear(qkv_input, layer.qkv, rounds)  # (T, 3 * hidden)
         qkv = qkv.reshape(n_tokens, 3 * config.n_heads, config.head_dim)
         rotated = rotate(qkv[:, : 2 * config.n_heads], cos, sin)  # (T, 2 * heads, head_dim)
         q, k, v = rotated[:, : config.n_heads], rotated[:, config.n_heads :], qkv[:, 2 * config.n_heads :]
@@ -175,11 +202,17 @@ def forward(weights: Weights, cache: KVCache, scratch: None, batch: Batch, n_tok
             keys[slot, :, start:end] = k[first:last].transpose(1, 0, 2)  # (heads, n, head_dim)
             values[slot, :, start:end] = v[first:last].transpose(1, 0, 2)
             attended[first:last] = attention(q[first:last], keys[slot, :, :end], values[slot, :, :end])
-        x = x + linear(attended.reshape(n_tokens, -1), layer.out, rounds)
-        hidden = gelu(linear(rms_norm(x, layer.mlp_norm, config.norm_eps), layer.up, rounds))  # (T, mlp)
-        x = x + linear(hidden, layer.down, rounds)
-    final = rms_norm(x[batch.rows[:n_rows]], weights.norm, config.norm_eps)  # (R, hidden)
-    batch.logits[:n_rows, : config.vocab_size] = linear(final, weights.embedding, rounds)  # (R, vocab)
+        out_input = attended.reshape(n_tokens, -1)  # (T, hidden)
+        x = x + linear(out_input, layer.out, rounds)
+        up_input = rms_norm(x, layer.mlp_norm, config.norm_eps)  # (T, hidden)
+        down_input = gelu(linear(up_input, layer.up, rounds))  # (T, mlp)
+        x = x + linear(down_input, layer.down, rounds)
+        yield LayerRun(qkv_input, q, out_input, up_input, down_input, x)
+
+
+def unembed(weights: Weights, x: np.ndarray) -> np.ndarray:
+    """Return the logits (R, vocab) of the token after each row of the residual stream x (R, hidden)."""
+    return linear(rms_norm(x, weights.norm, weights.config.norm_eps), weights.embedding, weights.rounds)
 
 
 def round_to_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -262,11 +295,9 @@ def sample(scratch: None, batch: Batch, n_rows: int) -> None:
         if batch.temperature[slot] == 0:
             batch.chosen[row] = scores.argmax()
             continue
-        shifted = scores.astype(np.float64) - scores.max()
-        weights = np.exp(shifted / max(batch.temperature[slot], LEAST_TEMPERATURE))  # the most likely token has 1
+        weights = soften(scores, batch.temperature[slot])
         weights = keep(weights, batch.top_k[slot], batch.top_p[slot], batch.min_p[slot])
-        cumulative = np.cumsum(weights)
-        batch.chosen[row] = np.searchsorted(cumulative, batch.uniforms[row] * cumulative[-1], side="right")
+        batch.chosen[row] = draw(weights, batch.uniforms[row])
 
 
 def penalize(scores: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
@@ -276,6 +307,15 @@ def penalize(scores: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray
     """
     factor = np.float32(penalty)
     return np.where(seen, np.where(scores > 0, scores / factor, scores * factor), scores)
+
+
+def soften(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """Return e^(score / temperature), divided by the largest of these. scores (vocab,); the result is float64.
+
+    temperature: above 0. These weights are proportional to probabilities.
+    """
+    shifted = scores.astype(np.float64) - scores.max()
+    return np.exp(shifted / max(temperature, LEAST_TEMPERATURE))
 
 
 def keep(weights: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
@@ -298,6 +338,15 @@ def keep(weights: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndar
     kept = np.empty_like(weights)
     kept[order] = ranked
     return kept
+
+
+def draw(weights: np.ndarray, uniform: float) -> int:
+    """Return the first token at which the sum of the weights (vocab,) exceeds `uniform`, in [0, 1), times their total.
+
+    The sum goes in the order of the ids.
+    """
+    cumulative = np.cumsum(weights)
+    return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
 
 
 def step(weights: Weights, cache: KVCache, scratch: None, batch: Batch, n_tokens: int, n_rows: int) -> None:

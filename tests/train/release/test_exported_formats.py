@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinylm import LLM, SamplingParams
+from tinylm.explain.explainer import Explainer
 from tinylm.llm import load
 from tinylm.system.files import check_directory
 from tinylm.weights import as_float32, load_model
@@ -69,6 +70,30 @@ def test_transformers_gives_the_engines_logits(exported, ids, logits):
         theirs = model(torch.from_numpy(ids)).logits.numpy()
     assert np.abs(logits).max() > 1
     np.testing.assert_allclose(theirs, logits, atol=1e-3)
+
+
+def test_an_explanation_shows_what_transformers_computes(exported, tiny_model_dir):
+    """Attention, residual stream and logit lens, layer by layer."""
+    explainer = Explainer(*load(tiny_model_dir, "numpy", "float32"))
+    prompt = "Once upon a time there was a fox, and the fox saw a dog."
+    ids = torch.tensor([[token.id for token in explainer.tokens(prompt)]])
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported["huggingface"], attn_implementation="eager")
+    with torch.inference_mode():
+        theirs = model(ids, output_attentions=True, output_hidden_states=True)
+        *streams, normed = theirs.hidden_states  # the last one is after the last norm
+        logits = [model.lm_head(model.model.norm(stream))[0] for stream in streams[1:]] + [model.lm_head(normed)[0]]
+    norms, lens = explainer.norms(prompt), explainer.lens(prompt, top=5)
+    for layer, stream in enumerate(streams):
+        np.testing.assert_allclose(norms[layer], stream[0].norm(dim=-1).numpy(), atol=1e-4)
+    for layer, (weights, scores) in enumerate(zip(theirs.attentions, logits, strict=True), 1):
+        np.testing.assert_allclose(explainer.attention(prompt, layer), weights[0].numpy(), atol=1e-4)
+        best = lens.top[layer - 1]
+        expected = scores[-1].softmax(-1)[[one.token.id for one in best]].numpy()
+        np.testing.assert_allclose([one.probability for one in best], expected, atol=1e-4)
+        answers = logits[-1].argmax(-1)
+        ranks = 1 + (scores > scores.gather(1, answers[:, None])).sum(-1)
+        assert lens.ranks[layer - 1].tolist() == pytest.approx(ranks.tolist(), abs=1)  # a tie may fall either way
+    np.testing.assert_allclose(explainer.logits(prompt), logits[-1][-1].numpy(), atol=1e-4)
 
 
 PIECES = ["the", " ", "  ", "\n", "ing", ".", '"', "<|endoftext|>", "<unk>", "▁", "é"]

@@ -1,0 +1,101 @@
+"""What an explanation consists of, and its form as JSON. Shapes: T tokens of the prompt with the boundary."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinylm.explain.engine_answer import Difference
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token for people and programs."""
+
+    id: int
+    text: str  # bytes that are no text become \\xNN; the boundary has its name
+    bytes: list[int]  # of the token in UTF-8; none for the boundary
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that can come next."""
+
+    token: Token
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lens:
+    """What the model would answer after each layer (nostalgebraist 2020, "logit lens")."""
+
+    answers: list[Token]  # (T,): the most likely next token after each token, by the whole model
+    ranks: np.ndarray  # (layers, T) int: the rank of that answer after each layer; 1 is the most likely token
+    position: int  # the token that `top` is about
+    top: list[list[Candidate]]  # (layers, top): the most likely next tokens after each layer
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """One setting of a request, and what it removed."""
+
+    name: str
+    value: float | None
+    n_kept: int  # tokens that can still be chosen
+    n_removed: int
+    removed_probability: float  # of all removed tokens together, before this stage
+    removed: list[int]  # the ids of the most likely of them
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of the next token, and its probabilities after each setting."""
+
+    stages: list[StageReport]
+    tokens: list[Token]  # (N,): the most likely by the model, those that `removed` lists, and the chosen ones
+    logits: np.ndarray  # (N,) float32
+    probabilities: np.ndarray  # (N, stages) float64
+    greedy: Token  # what temperature 0 takes with these penalties and biases
+    chosen: Token  # what the seed takes; the greedy token if there is no seed
+    difference: Difference | None  # between the reference and an engine's answer, if there is one
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedInput:
+    """The input of a matmul as 8-bit integers: values * scales[:, None]."""
+
+    values: np.ndarray  # (T, in) int8
+    scales: np.ndarray  # (T,) float32
+    input_error: np.ndarray  # (T,): the length of the rounding error as a share of the float32 input's length
+    output_error: np.ndarray  # (T,): the same for the result of the matmul
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUse:
+    """What the keys and values of a prompt take in an engine's cache."""
+
+    arithmetic: str  # the kernels and the precision, which determine the format
+    slots: int
+    slot_positions: int  # tokens that a slot can hold
+    slot_bytes: int
+    used_positions: int  # the prompt with its boundary
+    used_bytes: int
+
+
+def as_shades(weights: np.ndarray) -> np.ndarray:
+    """Return attention weights from 0 to 1 as uint8 from 0 to 255, for pictures."""
+    return np.rint(weights * 255).astype(np.uint8)
+
+
+def as_json(result: Any) -> Any:
+    """Return a result as what `json.dumps` accepts. Floats have 7 digits, which is what float32 holds."""
+    if dataclasses.is_dataclass(result):
+        return {field.name: as_json(getattr(result, field.name)) for field in dataclasses.fields(result)}
+    if isinstance(result, np.ndarray):
+        return as_json(result.tolist())
+    if isinstance(result, list):
+        return [as_json(item) for item in result]
+    return float(f"{result:.7g}") if isinstance(result, float) else result
