@@ -1,4 +1,4 @@
-"""The command line: `tinylm generate`, `write`, `batch`, `info`, `tokenize`, `bench`, `serve`, `key`.
+"""The command line: `tinylm generate`, `write`, `batch`, `info`, `tokenize`, `explain`, `bench`, `serve`, `key`.
 
 Commands import what they need when they run, so that `tinylm --help` and shell completion stay quick.
 """
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tinylm.batch.job import Answers
     from tinylm.bench import Report
     from tinylm.client import Client
+    from tinylm.engine import Engine
+    from tinylm.explain.explainer import Explainer
     from tinylm.llm import LLM
     from tinylm.stream import Stream
 
@@ -68,6 +70,12 @@ BadWords = Annotated[Optional[list[str]], typer.Option(help="Never write this wo
 DryMultiplier = Annotated[
     float, typer.Option(help="Above 0, tokens that extend a repetition become less likely (DRY); try 0.8.")
 ]
+LogitBias = Annotated[
+    Optional[list[str]],
+    typer.Option(help="Add a number to the logit of a token; may be repeated.", metavar="TOKEN=BIAS"),
+]
+MinTokens = Annotated[int, typer.Option(help="Do not stop before this many tokens.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="The model does not end the text itself.")]
 Stop = Annotated[Optional[list[str]], typer.Option(help="Stop before this text; may be repeated.")]
 Seed = Annotated[Optional[int], typer.Option(help="The same seed gives the same text.")]
 Server = Annotated[Optional[str], typer.Option("--server", "-s", help="Use a running service.", metavar="HOST:PORT")]
@@ -143,14 +151,11 @@ def generate(
     frequency_penalty: FrequencyPenalty = 0.0,
     dry_multiplier: DryMultiplier = 0.0,
     bad_words: BadWords = None,
-    logit_bias: Annotated[
-        Optional[list[str]],
-        typer.Option(help="Add a number to the logit of a token; may be repeated.", metavar="TOKEN=BIAS"),
-    ] = None,
+    logit_bias: LogitBias = None,
     stop: Stop = None,
     stop_token_ids: Annotated[Optional[list[int]], typer.Option(help="Stop at this token; may be repeated.")] = None,
-    min_tokens: Annotated[int, typer.Option(help="Do not stop before this many tokens.")] = 0,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="The model does not end the text itself.")] = False,
+    min_tokens: MinTokens = 0,
+    ignore_eos: IgnoreEos = False,
     seed: Seed = None,
     logprobs: Annotated[
         Optional[int], typer.Option(help="With --json: log-probabilities, with this many alternatives.")
@@ -400,6 +405,73 @@ def tokenize(
         for (token, _), piece in zip(tokens, shown, strict=True):
             typer.echo(f"{token:6d}  {piece!r}")
         typer.echo(f"{len(tokens)} tokens", err=True)
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="The text, at most 64 tokens; - reads it from standard input.")],
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    dry_multiplier: DryMultiplier = 0.0,
+    bad_words: BadWords = None,
+    logit_bias: LogitBias = None,
+    min_tokens: MinTokens = 0,
+    ignore_eos: IgnoreEos = False,
+    seed: Seed = None,
+    top: Annotated[int, typer.Option(help="The most tokens to show of a distribution.")] = 10,
+    model: Model = DEFAULT_MODEL,
+    kernels: Kernels = "auto",
+    precision: Precision = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show what the model computes for a text, and how the settings choose the next token."""
+    from tinylm.sampling import SamplingParams
+    from tinylm.terminal import explanation
+
+    with _one_line_errors():
+        text = read_standard_input() if prompt == "-" else prompt
+        params = SamplingParams(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            ignore_eos=ignore_eos,
+            min_tokens=min_tokens,
+            logit_bias=dict(map(_bias, logit_bias or ())),
+            bad_words=tuple(bad_words or ()),
+            dry_multiplier=dry_multiplier,
+        )
+        explainer, engine = _load_explainer(model, kernels, precision)
+        scores = explainer.scores(text, params, explainer.ask(engine, text, params), top)
+        tokens, norms, lens = explainer.tokens(text), explainer.norms(text), explainer.lens(text, top=min(top, 3))
+        cache = explainer.cache_use(engine, text)
+        if as_json:
+            from tinylm.explain.results import as_json as form
+
+            parts = {"tokens": tokens, "norms": norms, "lens": lens, "scores": scores, "cache": cache}
+            typer.echo(json.dumps({"prompt": text, **{name: form(part) for name, part in parts.items()}}))
+            return
+        console = PlainConsole()
+        explanation.show_tokens(tokens, console)
+        explanation.show_lens(lens, norms, console)
+        explanation.show_scores(scores, top, console)
+        explanation.show_summary(scores, cache, seed, console)
+
+
+def _load_explainer(model: Path, kernels: str, precision: str) -> tuple[Explainer, Engine]:
+    """Return the explainer of a model directory, and an engine with these kernels for the same model."""
+    from tinylm.engine import Engine
+    from tinylm.explain.explainer import Explainer
+    from tinylm.llm import load
+
+    with _loading():
+        tokenizer, served = load(model, kernels, precision)
+        return Explainer(tokenizer, load(model, "numpy", served.precision)[1]), Engine(served, n_slots=1)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,9 @@ from helpers.client import Act, scripted_server
 from helpers.terminal import TINYLM, shown_on_terminal
 
 import tinylm
+from tinylm.explain.explainer import Explainer
+from tinylm.explain.results import as_json
+from tinylm.llm import load
 
 PROMPT = "Once upon a time"
 
@@ -106,6 +110,42 @@ def test_tokenize_shows_each_token_and_its_text(tokenizer):
     assert table.stderr.decode().strip() == f"{len(ids)} tokens"
 
 
+EXPLAINED = {
+    "temperature": 1.3,
+    "top_p": 0.9,
+    "top_k": 40,
+    "min_p": 0.01,
+    "repetition_penalty": 1.2,
+    "dry_multiplier": 0.8,
+    "seed": 3,
+    "min_tokens": 1,
+}
+
+
+def test_explain_shows_what_the_explainer_finds(small, tiny_model_dir, llm):
+    explainer = Explainer(*load(tiny_model_dir, "numpy", "float32"))
+    params = tinylm.SamplingParams(**EXPLAINED, ignore_eos=True, bad_words=("the",), logit_bias={300: 2.5})
+    options = [part for name, value in EXPLAINED.items() for part in (f"--{name.replace('_', '-')}", value)]
+    options += ["--ignore-eos", "--bad-words", "the", "--logit-bias", "300=2.5", "--top", 7, *small]
+    shown = json.loads(succeed("explain", PROMPT, *options, "--json"))
+    scores = as_json(explainer.scores(PROMPT, params, top=7))
+    difference = shown["scores"].pop("difference")
+    assert shown["scores"] == {name: value for name, value in scores.items() if name != "difference"}
+    assert (difference["same_token"], difference["largest"] < 1e-4) == (True, True)
+    assert [difference["token"]] == llm.generate(PROMPT, dataclasses.replace(params, max_tokens=1))[0].token_ids
+    assert shown["prompt"] == PROMPT
+    for name, part in (
+        ("tokens", explainer.tokens(PROMPT)),
+        ("norms", explainer.norms(PROMPT)),
+        ("lens", explainer.lens(PROMPT, top=3)),
+    ):
+        assert shown[name] == as_json(part)
+    assert shown["cache"]["used_positions"] == len(shown["tokens"])
+    tables = succeed("explain", "-", *options, stdin=PROMPT.encode())
+    words = {"top_k", "min_p", "next token (seed 3)", "KV cache", "the same token", repr(scores["chosen"]["text"])}
+    assert [word for word in words if word not in tables] == []
+
+
 def test_info_shows_shape_and_size(stories_dir):
     facts = json.loads(succeed("info", "--json", "--kernels", "numpy", "--precision", "int8"))
     config = json.loads((stories_dir / "config.json").read_text())
@@ -135,6 +175,10 @@ def test_info_shows_any_directory_name(tiny_model_dir, tmp_path):
         (("generate", PROMPT, "--model", "nowhere"), b"", "nowhere"),
         (("info", "--model", "nowhere"), b"", "nowhere"),
         (("tokenize", PROMPT, "--model", "nowhere"), b"", "nowhere"),
+        (("explain", PROMPT, "--model", "nowhere"), b"", "nowhere"),
+        (("explain", "", "--kernels", "numpy"), b"", "prompt has 0 tokens: it must have 1 to 64"),
+        (("explain", "-", "--kernels", "numpy"), b"a dog " * 33, "it must have 1 to 64"),
+        (("explain", PROMPT, "--top", "0", "--kernels", "numpy"), b"", "top is 0: it must be a whole number, 1 to 100"),
         (("tokenize", "-"), b"\xff\xfe", "standard input is UTF-16"),
         (("info", "--server", "localhost:1"), b"", "UNAVAILABLE"),
         (("bench", "--batches", "1;2"), b"", "--batches must be whole numbers"),

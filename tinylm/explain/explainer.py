@@ -17,7 +17,7 @@ from tinylm.engine.prompt import check_size
 from tinylm.engine.request import mark_seen
 from tinylm.engine.word_tokens import word_tokens
 from tinylm.explain import filters
-from tinylm.explain.engine_answer import EngineAnswer, difference
+from tinylm.explain.engine_answer import EngineAnswer, ask, difference
 from tinylm.explain.results import CacheUse, Candidate, Lens, RoundedInput, Scores, StageReport, Token
 from tinylm.kernels import numpy as kernels
 from tinylm.kernels.batch import Batch
@@ -47,13 +47,6 @@ def as_tokens(ids: list[int], tokenizer: Tokenizer) -> list[Token]:
         return tokenizer.piece_bytes[token].decode(errors="backslashreplace") or tokenizer.piece(token)
 
     return [Token(token, text(token), list(tokenizer.piece_bytes[token])) for token in ids]
-
-
-def cache_use(engine: Engine, ids: list[int]) -> CacheUse:
-    """Return what a prompt takes in the engine's cache."""
-    slot_bytes, context = engine.cache_bytes // engine.n_slots, engine.config.context
-    used = slot_bytes * len(ids) // context
-    return CacheUse(engine.model.arithmetic, engine.n_slots, context, slot_bytes, len(ids), used)
 
 
 class Explainer:
@@ -142,6 +135,15 @@ class Explainer:
         """Return the scores of the next token after the prompt, (vocab,) float32."""
         *_, last = self.layers(prompt)
         return kernels.unembed(self._weights, last.output[-1:])[0]
+
+    def ask(self, engine: Engine, prompt: str, params: SamplingParams) -> EngineAnswer:
+        """Return the next token by an engine, for `scores` to compare. The caller alone steps the engine."""
+        return ask(engine, self._ids(prompt), params, word_tokens(params, self.tokenizer))
+
+    def cache_use(self, engine: Engine, prompt: str) -> CacheUse:
+        """Return what the keys and values of the prompt take in the cache of an engine."""
+        slot_bytes, context, n = engine.cache_bytes // engine.n_slots, self.config.context, len(self._ids(prompt))
+        return CacheUse(engine.model.arithmetic, engine.n_slots, context, slot_bytes, n, slot_bytes * n // context)
 
     def matmul(self, prompt: str, layer: int, name: str) -> RoundedInput:
         """Return the input of a layer's matmul in 8 bits, and what the rounding changes.

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from tinylm import ModelConfig, SamplingParams
 from tinylm.engine import Engine
-from tinylm.engine.word_tokens import word_tokens
-from tinylm.explain.engine_answer import EngineAnswer, ask, difference
-from tinylm.explain.explainer import MATMULS, MAX_TOKENS, Explainer, cache_use
+from tinylm.explain.engine_answer import EngineAnswer, difference
+from tinylm.explain.explainer import MATMULS, MAX_TOKENS, Explainer
 from tinylm.explain.results import Scores, as_json, as_shades
 from tinylm.kernels import numpy as kernels
 from tinylm.model import Chunk, Model, ModelRunner
@@ -168,16 +167,13 @@ SETTINGS = st.builds(
 @settings(max_examples=40)
 @given(SETTINGS, st.sampled_from([PROMPT, "The", " dog" * 40, "Once upon a time"]))
 def test_the_chosen_token_is_the_engine_s(
-    model: Model, explainer: Explainer, tokenizer: Tokenizer, params: SamplingParams, prompt: str
+    model: Model, explainer: Explainer, params: SamplingParams, prompt: str
 ) -> None:
     engine = Engine(model, n_slots=1)
-    answer = ask(engine, tokenizer.encode_document(prompt), params, word_tokens(params, tokenizer))
+    answer = explainer.ask(engine, prompt, params)
     scores = explainer.scores(prompt, params, answer)
     assert scores.chosen.id == answer.token
-    greedy = dataclasses.replace(params, temperature=0)
-    assert (
-        scores.greedy.id == ask(engine, tokenizer.encode_document(prompt), greedy, word_tokens(params, tokenizer)).token
-    )
+    assert scores.greedy.id == explainer.ask(engine, prompt, dataclasses.replace(params, temperature=0)).token
     assert scores.difference is not None
     assert (scores.difference.token, scores.difference.same_token) == (answer.token, True)
     assert scores.difference.n_compared >= 20
@@ -215,9 +211,8 @@ def test_a_difference_is_noticed(explainer: Explainer) -> None:
     assert not difference(answer, logits, 5).same_token
 
 
-def test_cache_use_is_a_share_of_the_slot(model: Model, tokenizer: Tokenizer) -> None:
-    engine = Engine(model, n_slots=3)
-    use = cache_use(engine, tokenizer.encode_document(PROMPT))
+def test_cache_use_is_a_share_of_the_slot(model: Model, explainer: Explainer, tokenizer: Tokenizer) -> None:
+    use = explainer.cache_use(Engine(model, n_slots=3), PROMPT)
     of_a_token = 2 * CONFIG.n_layers * CONFIG.hidden_size * 4  # the numpy kernels keep float32
     assert (use.slots, use.slot_positions, use.slot_bytes) == (3, CONFIG.context, CONFIG.context * of_a_token)
     assert use.used_bytes == use.used_positions * of_a_token == len(tokenizer.encode(PROMPT)) * of_a_token + of_a_token
