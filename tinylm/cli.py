@@ -428,12 +428,14 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Show what the model computes for a text, and how the settings choose the next token."""
+    from tinylm.explain.explainer import cache_use
     from tinylm.sampling import SamplingParams
     from tinylm.terminal import explanation
 
     with _one_line_errors():
         text = read_standard_input() if prompt == "-" else prompt
         params = SamplingParams(
+            max_tokens=max(1, min_tokens),
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -449,7 +451,7 @@ def explain(
         explainer, engine = _load_explainer(model, kernels, precision)
         scores = explainer.scores(text, params, explainer.ask(engine, text, params), top)
         tokens, norms, lens = explainer.tokens(text), explainer.norms(text), explainer.lens(text, top=min(top, 3))
-        cache = explainer.cache_use(engine, text)
+        cache = cache_use(engine, len(tokens))
         if as_json:
             from tinylm.explain.results import as_json as form
 

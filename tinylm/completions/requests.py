@@ -29,25 +29,14 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = False  # pad the events, so that their sizes do not reveal the text
 
 
-class CompletionRequest(BaseModel):
-    """The body of `/v1/completions`, with OpenAI's defaults. A null field counts as absent, also inside an object."""
+class SamplingFields(BaseModel):
+    """The fields that choose tokens, with OpenAI's defaults."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str | None = None  # None means the served model
-    prompt: str | list[str] | list[int] | list[list[int]] = ""  # one or several texts, or token ids
-    max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
-    n: int = Field(default=1, ge=1, le=MAX_ANSWERS)  # answers to each prompt
-    best_of: int | None = Field(default=None, ge=1, le=MAX_ANSWERS)  # generate so many, and return the n most likely
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    stop: str | list[str] = []  # "" means none
     seed: int | None = None  # -1 means a random seed
-    logprobs: int | None = None  # alternatives to report for each token
-    echo: bool = False  # put the prompt before the answer
-    user: str | None = None  # accepted and ignored
     logit_bias: dict[str, float] = {}  # the keys are token ids
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -57,7 +46,6 @@ class CompletionRequest(BaseModel):
     repetition_penalty: float = Field(
         default=1.0, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
     )
-    timeout_ms: int = Field(default=0, ge=0, le=2**32 - 1)
     ignore_eos: bool = False
     min_tokens: int = 0
     stop_token_ids: list[int] = []
@@ -67,6 +55,31 @@ class CompletionRequest(BaseModel):
     dry_allowed_length: int = DEFAULTS.dry_allowed_length
     dry_penalty_last_n: int = DEFAULTS.dry_penalty_last_n
     dry_sequence_breakers: list[str] = list(DEFAULTS.dry_sequence_breakers)
+
+    def settings(self, index: int = 0) -> dict[str, Any]:
+        """Return the fields as arguments of `SamplingParams`, for answer `index` to a prompt.
+
+        Its seed is the request's seed plus `index`. Raise ValueError for a wrong `logit_bias`.
+        """
+        same = {name: getattr(self, name) for name in SamplingFields.model_fields if name not in ("seed", "logit_bias")}
+        return {**same, "seed": _seed(self.seed, index), "logit_bias": _biases(self.logit_bias)}
+
+
+class CompletionRequest(SamplingFields):
+    """The body of `/v1/completions`. A null field counts as absent, also inside an object."""
+
+    model: str | None = None  # None means the served model
+    prompt: str | list[str] | list[int] | list[list[int]] = ""  # one or several texts, or token ids
+    max_tokens: int = 16
+    n: int = Field(default=1, ge=1, le=MAX_ANSWERS)  # answers to each prompt
+    best_of: int | None = Field(default=None, ge=1, le=MAX_ANSWERS)  # generate so many, and return the n most likely
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] = []  # "" means none
+    logprobs: int | None = None  # alternatives to report for each token
+    echo: bool = False  # put the prompt before the answer
+    user: str | None = None  # accepted and ignored
+    timeout_ms: int = Field(default=0, ge=0, le=2**32 - 1)  # not in OpenAI's API
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -87,14 +100,12 @@ class CompletionRequest(BaseModel):
 
     def params(self, index: int) -> SamplingParams:
         """Return the settings of answer `index` to a prompt. Its seed is the request's seed plus `index`."""
-        same = {name: getattr(self, name) for name in SamplingParams.__dataclass_fields__ if name not in CONVERTED}
         return SamplingParams(
+            max_tokens=self.max_tokens,
             stop=() if self.stop == "" else tuple([self.stop] if isinstance(self.stop, str) else self.stop),
-            seed=_seed(self.seed, index),
             logprobs=0 if self.logprobs is None and self.n_generated > self.n else self.logprobs,
             prompt_logprobs=self._prompt_logprobs,
-            logit_bias=_biases(self.logit_bias),
-            **same,
+            **self.settings(index),
         )
 
     @property
@@ -103,15 +114,6 @@ class CompletionRequest(BaseModel):
         if not self.echo:
             return None
         return 0 if self.logprobs is None and self.max_tokens == 0 else self.logprobs
-
-
-CONVERTED = {
-    "stop",
-    "seed",
-    "logprobs",
-    "prompt_logprobs",
-    "logit_bias",
-}  # the other fields have the form of SamplingParams
 
 
 def _seed(seed: int | None, index: int) -> int | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,14 @@ class EngineAnswer:
         else:
             raise ValueError(f"the engine's answer has no token: it ended with {progress.finish_reason!r}")
         return cls(token, {**dict(entry.top), token: entry.logprob})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `json.dumps` accepts and `from_json` reads."""
+        return {"token": self.token, "logprobs": list(self.logprobs.items())}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> EngineAnswer:
+        return cls(value["token"], dict(value["logprobs"]))
 
 
 @dataclass(frozen=True, slots=True)

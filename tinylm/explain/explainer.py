@@ -49,6 +49,13 @@ def as_tokens(ids: list[int], tokenizer: Tokenizer) -> list[Token]:
     return [Token(token, text(token), list(tokenizer.piece_bytes[token])) for token in ids]
 
 
+def cache_use(engine: Engine, n_tokens: int) -> CacheUse:
+    """Return what the keys and values of a prompt of `n_tokens`, with its boundary, take in the engine's cache."""
+    slot_bytes, context = engine.cache_bytes // engine.n_slots, engine.config.context
+    used = slot_bytes * n_tokens // context
+    return CacheUse(engine.model.arithmetic, engine.n_slots, context, slot_bytes, n_tokens, used)
+
+
 class Explainer:
     """Runs the reference kernels for one question at a time. Only one thread may use it."""
 
@@ -139,11 +146,6 @@ class Explainer:
     def ask(self, engine: Engine, prompt: str, params: SamplingParams) -> EngineAnswer:
         """Return the next token by an engine, for `scores` to compare. The caller alone steps the engine."""
         return ask(engine, self._ids(prompt), params, word_tokens(params, self.tokenizer))
-
-    def cache_use(self, engine: Engine, prompt: str) -> CacheUse:
-        """Return what the keys and values of the prompt take in the cache of an engine."""
-        slot_bytes, context, n = engine.cache_bytes // engine.n_slots, self.config.context, len(self._ids(prompt))
-        return CacheUse(engine.model.arithmetic, engine.n_slots, context, slot_bytes, n, slot_bytes * n // context)
 
     def matmul(self, prompt: str, layer: int, name: str) -> RoundedInput:
         """Return the input of a layer's matmul in 8 bits, and what the rounding changes.

@@ -58,6 +58,13 @@ class RateLimited(Refused):
         )
 
 
+class Busy(Refused):
+    """Refuse an explanation, which must not slow down the requests that are served."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(grpc.StatusCode.UNAVAILABLE, f"no explanation now, since {why}: try again in 1 s")
+
+
 @dataclass(slots=True)
 class Answer:
     """One text of a call. It exists once the engine has accepted its request."""

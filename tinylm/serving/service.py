@@ -25,6 +25,7 @@ from tinylm.llm import load
 from tinylm.sampling import SamplingParams
 from tinylm.serving.access import Access
 from tinylm.serving.calls import Answer, Call, answering
+from tinylm.serving.explanations import Explanations
 from tinylm.serving.keys import Key
 from tinylm.serving.metrics import ServiceMetrics
 from tinylm.serving.ray.exporter import Exporter
@@ -71,6 +72,7 @@ class Service:
         self.limits = SharedLimits(partial(open_counter, context.app_name))
         engine = Engine(model, args.slots, args.max_waiting, args.prefill_tokens)
         self.engine = AsyncEngine(engine, args.blas_threads, args.engine_niceness)
+        self.explanations = Explanations(args.model, model.precision, engine)
         self.metrics = ServiceMetrics(engine)
         self._exporter = Exporter(self.metrics)
         self._tracing = tracing_from(os.environ, self.replica, self.name)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tinylm import ModelConfig, SamplingParams
 from tinylm.engine import Engine
 from tinylm.explain.engine_answer import EngineAnswer, difference
-from tinylm.explain.explainer import MATMULS, MAX_TOKENS, Explainer
+from tinylm.explain.explainer import MATMULS, MAX_TOKENS, Explainer, cache_use
 from tinylm.explain.results import Scores, as_json, as_shades
 from tinylm.kernels import numpy as kernels
 from tinylm.model import Chunk, Model, ModelRunner
@@ -212,7 +212,7 @@ def test_a_difference_is_noticed(explainer: Explainer) -> None:
 
 
 def test_cache_use_is_a_share_of_the_slot(model: Model, explainer: Explainer, tokenizer: Tokenizer) -> None:
-    use = explainer.cache_use(Engine(model, n_slots=3), PROMPT)
+    use = cache_use(Engine(model, n_slots=3), len(explainer.tokens(PROMPT)))
     of_a_token = 2 * CONFIG.n_layers * CONFIG.hidden_size * 4  # the numpy kernels keep float32
     assert (use.slots, use.slot_positions, use.slot_bytes) == (3, CONFIG.context, CONFIG.context * of_a_token)
     assert use.used_bytes == use.used_positions * of_a_token == len(tokenizer.encode(PROMPT)) * of_a_token + of_a_token

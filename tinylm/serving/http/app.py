@@ -1,4 +1,4 @@
-"""Build the HTTP application from the routes of `completions`, `tokens`, `live` and `web`."""
+"""Build the HTTP application from the routes of `completions`, `tokens`, `explain`, `live` and `web`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tinylm.serving.http import completions, live, tokens, web
+from tinylm.serving.http import completions, explain, live, tokens, web
 from tinylm.serving.http.errors import error_response
 from tinylm.serving.service import Service
 
 
 def build_http_app(service: Service) -> FastAPI:
     app = FastAPI(title="TinyLM", docs_url=None, redoc_url=None, openapi_url=None)  # those pages load foreign scripts
-    for module in (completions, tokens, live, web):
+    for module in (completions, tokens, explain, live, web):
         router = module.routes(service)
         for route in router.routes:
             if isinstance(route, Route) and route.methods and "GET" in route.methods:

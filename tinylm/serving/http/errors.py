@@ -10,7 +10,7 @@ import grpc
 from starlette.responses import JSONResponse
 
 from tinylm.completions.errors import error_body
-from tinylm.serving.calls import Call, RateLimited
+from tinylm.serving.calls import Busy, Call, RateLimited
 from tinylm.serving.http.requests import TooLarge
 
 Code = grpc.StatusCode
@@ -34,6 +34,8 @@ def error_of(call: Call) -> tuple[int, dict[str, Any]]:
     body = error_body(status, call.details)
     if isinstance(call.error, RateLimited):  # OpenAI's type is the kind of limit
         body["error"] |= {"type": call.error.kind, "code": "rate_limit_exceeded"}
+    elif isinstance(call.error, Busy):
+        body["error"]["code"] = "busy"
     return status, body
 
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from tinylm.completions.requests import message_of
+from tinylm.system.json_text import parse_json
+
+Body = TypeVar("Body", bound=BaseModel)
 
 MAX_BODY_BYTES = 4 * 1024 * 1024  # the same limit as for a gRPC message
 
@@ -30,3 +38,11 @@ async def read_body(request: Request) -> bytes:
             raise TooLarge(f"the request has too many bytes: it must have at most {MAX_BODY_BYTES}")
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+async def read_fields(request: Request, kind: type[Body]) -> Body:
+    """Return the checked body of a request. Raise ValueError that names the wrong field, or as `read_body`."""
+    try:
+        return kind.model_validate(parse_json(await read_body(request), "the request"))
+    except ValidationError as error:
+        raise ValueError(message_of(error)) from None

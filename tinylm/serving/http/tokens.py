@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from tinylm.completions.requests import MAX_PROMPT_ITEMS, message_of
+from tinylm.completions.requests import MAX_PROMPT_ITEMS
 from tinylm.engine import check_ids
 from tinylm.engine.prompt import check_size
 from tinylm.serving.http.completions import check_access, check_model
 from tinylm.serving.http.errors import refused
-from tinylm.serving.http.requests import read_body
+from tinylm.serving.http.requests import read_fields
 from tinylm.serving.service import Service
-from tinylm.system.json_text import parse_json
 
 
 class TokenizeBody(BaseModel):
@@ -34,27 +31,16 @@ class DetokenizeBody(BaseModel):
     tokens: list[int] = Field(max_length=MAX_PROMPT_ITEMS)
 
 
-B = TypeVar("B", TokenizeBody, DetokenizeBody)
-
-
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
     tokenizer = service.tokenizer
-
-    async def read(request: Request, kind: type[B]) -> B:
-        """Return the checked body. Raise ValueError that names the wrong field."""
-        try:
-            body = kind.model_validate(parse_json(await read_body(request), "the request"))
-        except ValidationError as error:
-            raise ValueError(message_of(error)) from None
-        check_model(body.model, service)
-        return body
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         with service.answering("POST /tokenize") as call:
             check_access(call, request, service)
-            body = await read(request, TokenizeBody)
+            body = await read_fields(request, TokenizeBody)
+            check_model(body.model, service)
             check_size("prompt", body.prompt)
             ids = (tokenizer.encode_document if body.add_special_tokens else tokenizer.encode)(body.prompt)
             strings = [tokenizer.piece(token) for token in ids] if body.return_token_strs else None
@@ -66,7 +52,8 @@ def routes(service: Service) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         with service.answering("POST /detokenize") as call:
             check_access(call, request, service)
-            body = await read(request, DetokenizeBody)
+            body = await read_fields(request, DetokenizeBody)
+            check_model(body.model, service)
             check_ids(body.tokens, service.config.vocab_size)
             return JSONResponse({"prompt": tokenizer.decode(body.tokens)})
         return refused(call)

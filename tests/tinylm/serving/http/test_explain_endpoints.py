@@ -1,0 +1,187 @@
+"""Explanations over HTTP: a replica's application with its engine and its explaining process, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import serve
+
+from tinylm import LLM, SamplingParams
+from tinylm.explain.explainer import Explainer
+from tinylm.explain.results import as_json, as_shades
+from tinylm.llm import load
+from tinylm.serving.http.app import build_http_app
+from tinylm.serving.keys import make_key
+from tinylm.serving.service import AppArgs, Service
+
+PROMPT = "Once upon a time there was a \U0001f98a"
+SETTINGS = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2, "seed": 5}
+Post = Callable[..., Awaitable[tuple[int, dict[str, str], Any]]]
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"), app_name="tinylm")
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+
+
+@pytest.fixture
+def args(stories_dir: Path) -> dict[str, Any]:
+    return {"model": stories_dir, "kernels": "numpy", "precision": "int8", "slots": 2}
+
+
+@asynccontextmanager
+async def replica(args: dict[str, Any]) -> AsyncIterator[tuple[Service, Post]]:
+    """Yield a service, and a function that sends a request to its HTTP application."""
+    service = Service(AppArgs(**args))
+    app = build_http_app(service)
+
+    async def post(path: str, *, key: str | None = None, **fields: object) -> tuple[int, dict[str, str], Any]:
+        headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+        if key is not None:
+            headers.append((b"authorization", f"Bearer {key}".encode()))
+        scope = {
+            **{"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "query_string": b""},
+            **{"path": path, "raw_path": path.encode(), "headers": headers, "client": ("127.0.0.1", 1)},
+        }
+        sent: list[dict] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        await app(scope, receive, send)
+        content = b"".join(message.get("body", b"") for message in sent)
+        return sent[0]["status"], {k.decode(): v.decode() for k, v in sent[0]["headers"]}, json.loads(content)
+
+    try:
+        yield service, post
+    finally:
+        service.explanations.stop()
+        service.engine.stop()
+
+
+def test_pieces_are_those_of_the_library(args: dict[str, Any], stories_dir: Path) -> None:
+    tokenizer, model = load(stories_dir, "numpy", "int8")
+    explainer, llm = Explainer(tokenizer, model), LLM.from_parts(tokenizer, model)
+    params = SamplingParams(**SETTINGS, logit_bias={300: 2})
+
+    async def check() -> None:
+        async with replica(args) as (service, post):
+
+            async def ask(piece: str, **fields: object) -> Any:
+                status, headers, body = await post(f"/explain/{piece}", prompt=PROMPT, **fields)
+                assert (status, headers["content-type"]) == (200, "application/json"), body
+                return body
+
+            assert await ask("tokens") == {"tokens": as_json(explainer.tokens(PROMPT))}
+            assert await ask("norms") == {"norms": as_json(explainer.norms(PROMPT))}
+            shades = as_json(as_shades(explainer.attention(PROMPT, 4)))
+            assert await ask("attention", layer=4) == {"layer": 4, "head": None, "weights": shades}
+            assert await ask("attention", layer=4, head=5) == {"layer": 4, "head": 5, "weights": shades[4:5]}
+            assert await ask("lens") == as_json(explainer.lens(PROMPT))
+            assert await ask("lens", position=2, top=3) == as_json(explainer.lens(PROMPT, 2, 3))
+            rounded = as_json(explainer.matmul(PROMPT, 9, "up"))
+            assert await ask("matmul", layer=9, name="up") == {"layer": 9, "name": "up", **rounded}
+            cache = await ask("cache")
+            assert (cache["slots"], cache["used_positions"]) == (2, len(explainer.tokens(PROMPT)))
+
+            found = await ask("scores", **SETTINGS, logit_bias={"300": 2}, top=7)
+            difference = found.pop("difference")
+            expected = as_json(explainer.scores(PROMPT, params, top=7))
+            assert found == {name: value for name, value in expected.items() if name != "difference"}
+            assert (difference["same_token"], difference["largest"] < 1e-4) == (True, True)
+            assert [difference["token"]] == llm.generate(PROMPT, params)[0].token_ids[:1]
+            greedy = await ask("scores", temperature=0, min_tokens=100)
+            assert greedy["difference"]["token"] == greedy["chosen"]["id"] == greedy["greedy"]["id"]
+            if hasattr(os, "getpriority"):
+                assert os.getpriority(os.PRIO_PROCESS, service.explanations._process.pid) == 19
+
+    asyncio.run(check())
+
+
+def test_an_explanation_is_refused_when_the_replica_is_busy(args: dict[str, Any]) -> None:
+    async def check() -> None:
+        async with replica(args) as (service, post):
+            answers = await asyncio.gather(*(post("/explain/norms", prompt=PROMPT) for _ in range(2)))
+            assert sorted(status for status, _, _ in answers) == [200, 503]
+            status, headers, body = max(answers, key=lambda answer: answer[0])
+            assert (headers["retry-after"], body["error"]["code"]) == ("1", "busy")
+            assert "another explanation: try again in 1 s" in body["error"]["message"]
+
+            service.explanations._process.send_signal(signal.SIGKILL)  # the next question starts another process
+            service.explanations._process.wait()
+            assert (await post("/explain/norms", prompt=PROMPT))[0] == 200
+
+            params = SamplingParams(max_tokens=200, ignore_eos=True)
+            running = [service.engine.generate([1, 5], params) for _ in range(2)]
+            for request in running:
+                await anext(request)
+            while service.engine.engine.n_running < 2:
+                await asyncio.sleep(0.01)
+            status, _, body = await post("/explain/scores", prompt=PROMPT)
+            assert (status, body["error"]["code"]) == (503, "busy")
+            assert "requests use all 2 slots" in body["error"]["message"]
+            assert (await post("/explain/tokens", prompt=PROMPT))[0] == 200  # it takes no time
+            for request in running:
+                await request.aclose()
+            while service.engine.engine.n_running > 0:
+                await asyncio.sleep(0.01)
+            assert (await post("/explain/scores", prompt=PROMPT))[0] == 200
+
+    asyncio.run(check())
+
+
+def test_explanations_need_a_key_where_text_does(args: dict[str, Any], tmp_path: Path) -> None:
+    secret, line = make_key("alice")
+    (tmp_path / "keys.txt").write_text(line)
+
+    async def check() -> None:
+        async with replica({**args, "api_keys": tmp_path / "keys.txt"}) as (_, post):
+            for piece in ("tokens", "norms", "attention", "lens", "scores", "matmul", "cache"):
+                for key in (None, "nonsense"):
+                    status, _, body = await post(f"/explain/{piece}", key=key, prompt=PROMPT)
+                    assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+            assert (await post("/explain/cache", key=secret, prompt=PROMPT))[0] == 200
+
+    asyncio.run(check())
+
+
+def test_an_error_names_field_value_and_limit(args: dict[str, Any]) -> None:
+    cases = [
+        ("tokens", {"prompt": ""}, "prompt has 0 tokens: it must have 1 to 64"),
+        ("lens", {"prompt": " dog" * 65}, "prompt has 65 tokens: it must have 1 to 64"),
+        ("attention", {"prompt": "a", "layer": 17}, "layer is 17: it must be a whole number, 1 to 16"),
+        ("attention", {"prompt": "a", "layer": 1, "head": 7}, "head is 7: it must be a whole number, 1 to 6"),
+        ("attention", {"prompt": "a"}, "layer is "),
+        ("attention", {"prompt": "a", "layer": "1"}, "layer is '1': input should be a valid integer"),
+        ("matmul", {"prompt": "a", "layer": 1, "name": "gate"}, "name is 'gate': it must be one of qkv, out, up, down"),
+        ("lens", {"prompt": "a", "position": 2}, "position is 2: it must be a whole number, 0 to 1"),
+        ("lens", {"prompt": "a", "top": 101}, "top is 101: it must be a whole number, 1 to 100"),
+        ("scores", {"prompt": "a", "temperature": 11}, "temperature is 11.0: it must be a number, 0 to 10"),
+        ("scores", {"prompt": "a", "logit_bias": {"4096": 1}}, "logit_bias holds token 4096: tokens are 0 to 4095"),
+        ("scores", {"prompt": "a", "max_tokens": 2}, "max_tokens is not a field of this API"),
+        ("norms", {"prompt": 5}, "prompt is of type int"),
+    ]
+
+    async def check() -> None:
+        async with replica(args) as (_, post):
+            for piece, fields, message in cases:
+                status, _, body = await post(f"/explain/{piece}", **fields)
+                assert (status, body["error"]["type"]) == (400, "invalid_request_error"), fields
+                assert body["error"]["message"].startswith(message)
+            assert (await post("/explain/norms", prompt="a", model="gpt-2"))[0] == 404
+            assert (await post("/explain/everything", prompt="a"))[0] == 404
+
+    asyncio.run(check())
