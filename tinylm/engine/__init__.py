@@ -2,6 +2,7 @@
 
 `scheduler` decides, `engine` steps, `async_engine` runs an engine for an event loop, `completion` makes text of tokens.
 `logit_changes` computes what a request's settings add to its logits, with `dry` and the token ids of `word_tokens`.
+`steps` records which requests shared a step, for people who watch.
 """
 
 from tinylm.engine.engine import Engine, EngineFull

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from tinylm.engine.logprobs import token_logprobs
 from tinylm.engine.request import Request, check_ids, check_length, mark_seen, whole_ids
 from tinylm.engine.scheduler import choose_slot, share_tokens
 from tinylm.engine.stats import EngineStats
+from tinylm.engine.steps import Share, StepLog
 from tinylm.engine.word_tokens import WordTokens
 from tinylm.model import Model, ModelRunner
 from tinylm.sampling import FinishReason, SamplingParams
@@ -48,7 +50,7 @@ class Engine:
     - A step may still give a token to a request that another thread cancels, so a thread that cancels a request must
       not read it afterwards.
     - `n_running`, `n_waiting` and `kv_usage` read one integer per request and are right up to one step.
-    - `stats`: see `EngineStats`. `model`, `config`, `n_slots` and `cache_bytes` never change.
+    - `stats` and `steps`: see `EngineStats` and `StepLog`. `model`, `config`, `n_slots` and `cache_bytes` never change.
     """
 
     def __init__(self, model: Model, n_slots: int = 16, max_waiting: int = 256, prefill_tokens: int = 64) -> None:
@@ -72,6 +74,7 @@ class Engine:
         self._in_step = False  # between steps, True means that an exception ended the last step
         self._next_deadline = float("inf")  # no request has an earlier deadline
         self.stats = EngineStats()
+        self.steps = StepLog()
         self._stepped_at = time.monotonic()  # when the last step ended
 
     @property
@@ -210,10 +213,12 @@ class Engine:
         n_tokens = sum(count for _, count in parts)
         sampled = self._fill_batch(parts)
         scored = self._add_scored_rows(parts, len(sampled))
+        filled_at = time.monotonic()
         if sampled:
             self._runner.step(n_tokens, len(sampled) + sum(n_rows for _, n_rows in scored))
         else:
             self._runner.compute(n_tokens, sum(n_rows for _, n_rows in scored))
+        computed_at = time.monotonic()
         if scored:
             self._append_scores(scored, len(sampled))
         for request, count in parts:
@@ -224,6 +229,9 @@ class Engine:
             for row, (request, token) in enumerate(zip(sampled, batch.chosen[: len(sampled)].tolist(), strict=True))
         )
         self._count_step(began_at, len(sampled), n_later)
+        if self.steps.is_watched(began_at):
+            times = (began_at, filled_at, computed_at, self._stepped_at)
+            self.steps.record(times, self.n_waiting, [_share(request, count) for request, count in parts])
         return sampled + self._finish_without_answer(parts)
 
     def _count_step(self, began_at: float, n_sampled: int, n_later: int) -> None:
@@ -277,6 +285,8 @@ class Engine:
         if request.admitted_at is None:
             request.admitted_at = time.monotonic()
             request.n_reused = n_cached
+            self.stats.n_admitted += 1
+            request.number = self.stats.n_admitted
             self.stats.n_prompt_tokens += len(request.prompt)
             self.stats.n_reused_tokens += n_cached
 
@@ -366,3 +376,10 @@ class Engine:
 
 def _may_overtake(request: Request, other: Request) -> bool:
     return other.slot is None and other.priority < request.priority and other.n_overtaken < MAX_OVERTAKEN
+
+
+def _share(request: Request, count: int) -> Share:
+    """Return the part of a request in a step that has put `count` of its tokens into the cache."""
+    first = request.n_cached - count
+    kind: Literal["prompt", "answer"] = "prompt" if first < len(request.prompt) else "answer"
+    return Share(request.number, request.slot, count, kind)  # type: ignore[arg-type]  # a running request has a slot

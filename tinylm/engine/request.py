@@ -55,6 +55,7 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens except the first
     ending: tuple[int, TokenLogprobs] | None = None  # the token that ended the answer, if it asks for `logprobs`
     finish_reason: FinishReason | None = None
+    number: int = 0  # in the order in which requests got their slots, from 1; 0 before that
     slot: int | None = None  # the slot that the request has; after its end, the slot that it had
     n_cached: int = 0  # how many of its tokens have their keys and values in the slot
     n_reused: int = 0  # how many tokens of the prompt were in the cache when it was admitted

@@ -47,5 +47,6 @@ class EngineStats:
     step_s: Histogram = field(default_factory=lambda: Histogram(STEP_BOUNDS_S))  # of every step
     batch_size: Histogram = field(default_factory=lambda: Histogram(BATCH_BOUNDS))  # requests that a step gave a token
     inter_token_s: Histogram = field(default_factory=lambda: Histogram(STEP_BOUNDS_S))  # from each token to the next
+    n_admitted: int = 0  # requests that got a slot
     n_prompt_tokens: int = 0  # of admitted requests
     n_reused_tokens: int = 0  # the part of these that was in the cache

@@ -1,13 +1,15 @@
-"""The state of the whole service now, for the web page: `GET /live` returns the counters of each replica.
+"""The state of the whole service now, for the web page.
 
-The replica that gets the request asks all replicas through Serve. Nothing runs while nobody asks. The counters are
-totals, and the page computes rates from two answers.
+`GET /live` returns the counters of each replica. They are totals, and the page computes rates from two answers.
+`GET /explain/batch` returns the last steps of each replica's engine. The replica that gets a request asks all replicas
+through Serve. Nothing runs, and no step is recorded, while nobody asks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -26,27 +28,39 @@ KEPT_S = 0.5  # all requests within this time get the same view
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter()
-    view = LiveView(service)
+    counters = AllReplicas("live_counts", lambda: counts(service))
+    batches = AllReplicas("live_steps", lambda: steps(service))
+
+    async def answer(request: Request, replicas: AllReplicas, more: dict[str, Any]) -> Response:
+        """Return the view to callers with access. These requests are not logged."""
+        try:
+            check_access(Call(f"GET {request.url.path}"), request, service)
+        except Refused as error:
+            return error_response(401, error.details, HEADERS[401])
+        return JSONResponse({**more, **await replicas.get()}, headers={"Cache-Control": "no-store"})
 
     @router.get("/live")
     async def live(request: Request) -> Response:
-        """Return the view to callers with access. These requests are not logged."""
-        try:
-            check_access(Call("GET /live"), request, service)
-        except Refused as error:
-            return error_response(401, error.details, HEADERS[401])
-        return JSONResponse(await view.get(), headers={"Cache-Control": "no-store"})
+        bounds = service.metrics.latency_s.bounds  # upper bounds of the buckets
+        return await answer(request, counters, {"model": service.name, "latency_bounds_s": bounds})
+
+    @router.get("/explain/batch")
+    async def batch(request: Request) -> Response:
+        return await answer(request, batches, {"model": service.name})
 
     return router
 
 
 class LiveMethods:
-    """The method that replicas call on each other. A deployment inherits it."""
+    """The methods that replicas call on each other. A deployment inherits them."""
 
     service: Service
 
     async def live_counts(self) -> dict[str, Any]:
         return counts(self.service)
+
+    async def live_steps(self) -> dict[str, Any]:
+        return steps(self.service)
 
 
 def counts(service: Service) -> dict[str, Any]:
@@ -63,11 +77,22 @@ def counts(service: Service) -> dict[str, Any]:
     }
 
 
-class LiveView:
-    """The counters of all replicas, at most KEPT_S old."""
+def steps(service: Service) -> dict[str, Any]:
+    """Return the last steps of this replica, and record its next ones."""
+    recorded = service.engine.engine.steps.watch()
+    return {
+        "id": service.replica,
+        "slots": service.engine.engine.n_slots,
+        "steps": [{**step._asdict(), "shares": [share._asdict() for share in step.shares]} for step in recorded],
+    }
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+
+class AllReplicas:
+    """What all replicas answer to one method, at most KEPT_S old."""
+
+    def __init__(self, method: str, own: Callable[[], dict[str, Any]]) -> None:
+        """method: of `LiveMethods`. own: returns this replica's answer, which is used if no replica answers in time."""
+        self._method, self._own = method, own
         self._handle: DeploymentHandle[Any] | None = None
         self._lock = asyncio.Lock()
         self._view: dict[str, Any] | None = None
@@ -85,15 +110,13 @@ class LiveView:
             context = serve.get_replica_context()
             self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
         try:
-            answers = await self._handle.broadcast("live_counts").results_async(
+            answers = await self._handle.broadcast(self._method).results_async(
                 timeout_s=ANSWER_WITHIN_S, return_exceptions=True
             )
         except TimeoutError:  # one stalled replica delays the answers of all
             answers = [TimeoutError()]
         replicas = [answer for answer in answers if not isinstance(answer, BaseException)]
         return {
-            "model": self._service.name,
-            "latency_bounds_s": self._service.metrics.latency_s.bounds,  # upper bounds of the buckets
-            "replicas": replicas or [counts(self._service)],
+            "replicas": replicas or [self._own()],
             "complete": len(replicas) == len(answers) > 0,  # whether all replicas answered
         }

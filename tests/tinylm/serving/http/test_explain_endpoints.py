@@ -20,6 +20,7 @@ from tinylm.explain.explainer import Explainer
 from tinylm.explain.results import as_json, as_shades
 from tinylm.llm import load
 from tinylm.serving.http.app import build_http_app
+from tinylm.serving.http.live import LiveMethods
 from tinylm.serving.keys import make_key
 from tinylm.serving.service import AppArgs, Service
 
@@ -139,6 +140,36 @@ def test_an_explanation_is_refused_when_the_replica_is_busy(args: dict[str, Any]
             while service.engine.engine.n_running > 0:
                 await asyncio.sleep(0.01)
             assert (await post("/explain/scores", prompt=PROMPT))[0] == 200
+
+    asyncio.run(check())
+
+
+def test_the_live_batch_shows_which_requests_shared_a_step(args: dict[str, Any]) -> None:
+    class Replica(LiveMethods):
+        def __init__(self, service: Service) -> None:
+            self.service = service
+
+    async def check() -> None:
+        async with replica(args) as (service, _):
+            one = Replica(service)
+            assert (await one.live_steps())["steps"] == []  # from now on, steps are recorded
+            params = SamplingParams(max_tokens=4, ignore_eos=True)
+
+            async def run(prompt: str) -> None:
+                async for _ in service.engine.generate(service.tokenizer.encode_document(prompt), params):
+                    pass
+
+            await asyncio.gather(*map(run, (PROMPT, "My secret", "dog")))
+            found = await one.live_steps()
+            assert json.loads(json.dumps(found)) == found
+            assert (found["id"], found["slots"]) == ("one", 2)
+            shares = [share for step in found["steps"] for share in step["shares"]]
+            assert {share["request"] for share in shares} == {1, 2, 3}
+            for request in (1, 2, 3):
+                of_answer = [s["tokens"] for s in shares if (s["request"], s["kind"]) == (request, "answer")]
+                assert of_answer == [1, 1, 1]  # the last token of an answer is never computed
+            assert any(len(step["shares"]) == 2 for step in found["steps"])
+            assert all(set(share) == {"request", "slot", "tokens", "kind"} for share in shares)
 
     asyncio.run(check())
 
