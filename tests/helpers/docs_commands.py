@@ -77,7 +77,7 @@ TABLE: dict[str, str | Walk] = {
     r".* --help|make help|python -m loadtest.bench.standard --list|python -m tinylm.serving.metrics": HERE,
     r"tinylm write --seed 1 -n 40": "tests/tinylm/terminal/test_terminal.py::test_the_docs_transcript_is_what_happens",
     r"tinylm batch .* --ray": "tests/e2e/test_batch_on_ray.py::test_a_job_on_ray_resumes_with_the_same_answers",
-    r"(printf .* \| )?tinylm (generate|batch|info|tokenize|key|write|--version)\b(?!.*--server).*": HERE,
+    r"(printf .* \| )?tinylm (generate|batch|info|tokenize|explain|key|write|--version)\b(?!.*--server).*": HERE,
     r"cat fullchain.pem privkey.pem > server.pem.*": HERE,
     r"make (test|check|docs)": CI,
     r"make walkthrough": ITSELF,
