@@ -61,8 +61,8 @@ class Explainer:
 
     def __init__(self, tokenizer: Tokenizer, reference: Model) -> None:
         """reference: the model with the numpy kernels. Raise ValueError for other kernels."""
-        if reference.kernels is not kernels:
-            raise ValueError(f"kernels is {reference.kernels.describe()!r}: an explanation needs the numpy kernels")
+        if (name := reference.kernels.describe()) != kernels.describe():
+            raise ValueError(f"kernels is {name!r}: an explanation needs {kernels.describe()!r}")
         self.tokenizer, self.config = tokenizer, reference.config
         self._weights: kernels.Weights = reference.weights
         self._engine = Engine(reference, n_slots=1)  # it checks settings and draws random numbers, as for a request

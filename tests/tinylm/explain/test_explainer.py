@@ -258,6 +258,11 @@ def test_a_short_context_has_room_for_the_next_token(tokenizer: Tokenizer, text_
         short.tokens(text_of(9))
 
 
+def test_other_kernels_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"^kernels is 'numba, .*': an explanation needs 'numpy'$"):
+        Explainer(tokenizer, Model(CONFIG, TENSORS, "numba", "int8"))
+
+
 def test_results_are_json(explainer: Explainer) -> None:
     results = [
         explainer.tokens(PROMPT),
