@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.kernels import quantized
+from helpers.proxies import DEAD_PROXIES
 from helpers.service import Service, running_service
 from helpers.train import Demo, trained_demo
 from hypothesis import HealthCheck, settings
@@ -76,6 +77,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 2 if "shared_service" in names else 1 if "monitored" in names else 0
 
     items.sort(key=rank)
+
+
+@pytest.fixture
+def dead_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the environment name proxies that do not answer, also for this machine."""
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in DEAD_PROXIES.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="session")

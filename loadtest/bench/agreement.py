@@ -15,7 +15,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from loadtest.options import command_errors, require_at_least
 from loadtest.results import result_file
 from tinylm.system.files import check_file
 from tinylm.system.machine import describe
+from tinylm.system.proxies import DIRECT, without_proxy_for_loopback
 
 PROGRAMS = Path(".clients").absolute()  # where `make clients` installs
 GUIDELLM, AIPERF = PROGRAMS / "guidellm/venv/bin/guidellm", PROGRAMS / "aiperf/venv/bin/aiperf"
@@ -100,7 +100,7 @@ GENERATORS: dict[str, Callable[[Run], float]] = {"guidellm": guidellm, "aiperf":
 
 def measure(load: Load, prompts: tuple[str, ...], rounds: int) -> list[dict[str, float]]:
     """Return for each round, by program, the median time between tokens in ms."""
-    with urllib.request.urlopen(f"{load.server.rstrip('/')}/v1/models", timeout=10) as response:
+    with DIRECT.open(f"{load.server.rstrip('/')}/v1/models", timeout=10) as response:
         model = json.load(response)["data"][0]["id"]
     found: list[dict[str, float]] = [{} for _ in range(rounds)]
     for number, of_round in enumerate(found, 1):
@@ -125,7 +125,7 @@ def compare(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 def _execute(run: Run, program: Path, *arguments: str) -> None:
     """Run a program. Raise RuntimeError with the end of its output if it fails."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **without_proxy_for_loopback(os.environ), "HF_HUB_OFFLINE": "1"}
     directory = None  # this one, which has the package `loadtest`
     if program != Path(sys.executable):
         environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}

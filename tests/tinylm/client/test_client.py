@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 import tinylm
 from tinylm.client import RETRIED, AsyncClient, Client, ServiceError, attempts, connection
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
 Code = grpc.StatusCode
 TEXT = "".join(ANSWER)
@@ -158,6 +160,14 @@ def test_all_attempts_share_one_timeout(ask, streamed: bool, server: Scripted, a
         ask(address, streamed, [], timeout_s=0.5)
     assert len(server.timeouts_s) == 2
     wait_until(lambda: server.cancelled == 1)
+
+
+@both
+@whole_and_streamed
+def test_proxies_of_the_environment_are_not_used(ask, streamed: bool, server: Scripted, address: str, dead_proxies):
+    with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError):  # gRPC by itself would use them
+        TinyLMStub(channel).GetModelInfo(pb.GetModelInfoRequest(), timeout=20)
+    assert ask(address, streamed, [], retries=0).text == TEXT
 
 
 @both
