@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pexpect
 
+from helpers.places import Place
+
 TINYLM = str(Path(sys.executable).with_name("tinylm"))
 WAIT_S = 60
 PROMPT_READY = r"\x1b\[\?2004h"  # the line editor turns on bracketed paste
@@ -37,12 +39,19 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: str, state: Path, **environment: str) -> Iterator[Terminal]:
-    """Yield a terminal in which `tinylm write` runs with these options. Its history goes below `state`."""
+def terminal(*arguments: str, state: Path, place: Place | None = None, **environment: str) -> Iterator[Terminal]:
+    """Yield a terminal in which `tinylm write` runs with these options. Its history goes below `state`.
+
+    place: runs it there, without XDG_STATE_HOME.
+    """
+    command = [TINYLM, "write", *arguments]
     defaults = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_STATE_HOME": str(state)}
     inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    if place is not None:
+        del defaults["XDG_STATE_HOME"]
+        command = place.command(*command)
     child = pexpect.spawn(
-        TINYLM, ["write", *arguments], env={**inherited, **defaults, **environment}, encoding="utf-8",
+        command[0], command[1:], env={**inherited, **defaults, **environment}, encoding="utf-8",
         timeout=WAIT_S, dimensions=(40, 400),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores SIGINT
     )  # fmt: skip

@@ -42,6 +42,12 @@ def check_file(path: Path) -> None:
         _require_write_permission(path, status, path)
 
 
+def can_create(path: Path) -> bool:
+    """Return whether this user may create `path`, with its missing parent directories, or write into it."""
+    existing = next(found for found in (path.absolute(), *path.absolute().parents) if found.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
 def write_file(path: Path, data: bytes | memoryview | str) -> None:
     """Write `data` as the content of `path`. Create missing parent directories.
 

@@ -60,12 +60,12 @@ class TerminalLines:
 
 def _history() -> History:
     """Return a history in a file that only its owner can read, or in memory when the file cannot be written."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = state / "tinylm" / "history"
     try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+        path = state / "tinylm" / "history"
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
         return InMemoryHistory()
     return _FileHistory(path)
 

@@ -83,7 +83,7 @@ class Writer:
                 self._colors = wanted == "on"
                 self._screen.about(LEGEND if self._colors else "one colour")
             case ["/save", name]:
-                self._save(Path(name).expanduser())
+                self._save(_without_tilde(name))
             case [name, *_] if name in COMMANDS:
                 raise ValueError(f"the form of this command is {name} {COMMANDS[name]}")
             case [name, *_]:
@@ -141,6 +141,13 @@ class Writer:
                 f"From now on it sees only the end, “{visible[:40].strip()}…”"
             )
         return visible
+
+
+def _without_tilde(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ValueError(f"the home directory of {name} is unknown: give a path without ~") from None
 
 
 def status_line(completion: Any, seconds: float) -> str:

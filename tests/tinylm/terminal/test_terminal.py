@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.places import Place
 from helpers.terminal import TINYLM, terminal
 
 from tinylm import LLM, SamplingParams
@@ -105,6 +106,16 @@ def test_the_story_continues_when_its_history_cannot_be_written(tmp_path: Path) 
         (tmp_path / "tinylm").write_text("a file in the place of the directory")
         assert "length · 20 tokens" in t.enter("")
         assert BEGIN in t.enter("/show")
+
+
+def test_a_user_without_a_home_has_no_history(tmp_path: Path) -> None:
+    with terminal(*GREEDY, state=tmp_path, place=Place(tmp_path)) as t:
+        assert "length · 20 tokens" in t.enter(BEGIN)
+        for name in ("~/story", "~no-such-user/story"):
+            assert f"the home directory of {name} is unknown: give a path without ~" in t.enter(f"/save {name}")
+        assert "saved as story" in t.enter("/save story")
+    assert (tmp_path / "story").read_text(encoding="utf-8").startswith(BEGIN)
+    assert not list(tmp_path.rglob("history"))
 
 
 def write_from_pipe(lines: str, *options: str) -> subprocess.CompletedProcess[str]:

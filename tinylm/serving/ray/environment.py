@@ -7,6 +7,7 @@ keeps apart: HAProxy's files, the ports of its metrics and statistics, and the p
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -22,14 +23,17 @@ from tinylm.serving.ray.haproxy import (
     allowed_connections,
     open_files,
 )
+from tinylm.system.files import can_create
+from tinylm.system.proxies import without_proxy_for_loopback
 
-# For Ray, unless the user's environment sets them: normal priority for workers (Ray's default is nice 15), a dashboard
-# that needs no token (it listens on loopback), no usage reports.
-RAY = {"RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+# For Ray, unless the user's environment sets them: normal priority for workers (Ray's default is nice 15), no usage
+# reports, and for a cluster of its own a dashboard that needs no token (it listens on loopback).
+RAY = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+OWN_CLUSTER = {"RAY_AUTH_MODE": "disabled"}
 HAPROXY_FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
-    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
-    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin",  # short, see MAX_SOCKET_PATH
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics",
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
 }
@@ -39,25 +43,35 @@ PORTS_OF_A_SERVICE, MAX_SERVICES = 100, 100
 MAX_SOCKET_PATH = 107  # bytes, of Linux
 # What Ray and HAProxy add to a temporary directory.
 RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
-HAPROXY_SOCKET = f"/tinylm-12345678/{'0' * 56}/metrics.sock.1234567.tmp"  # a directory of the node, and a socket in it
+HAPROXY_SOCKET = f"/tinylm-12345678/{'0' * 56}/admin.1234567.tmp"  # a directory of the node, and a socket in it
+MAX_HAPROXY_DIRECTORY = MAX_SOCKET_PATH - len(HAPROXY_SOCKET)
+_PLAIN_PATH = re.compile(r"[\w/.,:@%+=~-]+")  # in the shell and in HAProxy's config
 
 
 @contextmanager
-def service_environment(grpc_port: int, slots: int, has_haproxy: bool) -> Iterator[dict[str, str]]:
+def service_environment(
+    grpc_port: int, slots: int, has_haproxy: bool, joins_cluster: bool = False
+) -> Iterator[dict[str, str]]:
     """Yield the environment of a service on `grpc_port`. The variables that the user has set override ours.
 
-    Raise ValueError if this machine does not allow enough open files, or if the temporary directory has a long name.
+    joins_cluster: Ray runs already. Raise ValueError for an environment in which the service could not start.
     """
-    check_temporary_directory()
+    if not joins_cluster:
+        check_python()
+        check_ray_directory()
     if has_haproxy:
         check_open_files()
-    with tempfile.TemporaryDirectory(prefix="tinylm-", dir=_short_directory(), ignore_cleanup_errors=True) as directory:
+    with tempfile.TemporaryDirectory(
+        prefix="tinylm-", dir=_haproxy_directory(), ignore_cleanup_errors=True
+    ) as directory:
         own = {**RAY, SLOTS_VARIABLE: str(slots), **_haproxy_ports(), **_replica_ports(grpc_port)}
+        if not joins_cluster:
+            own |= OWN_CLUSTER
         own |= {variable: str(Path(directory, name)) for variable, name in HAPROXY_FILES.items()}
         own_haproxy = Path(sys.executable).with_name("tinylm-haproxy")
         if own_haproxy.is_file():
             own[BINARY_VARIABLE] = str(own_haproxy)
-        yield {**own, **os.environ}
+        yield {**own, **os.environ, **without_proxy_for_loopback(os.environ)}
 
 
 def ray_directory() -> str:
@@ -65,15 +79,28 @@ def ray_directory() -> str:
     return os.environ.get("RAY_TMPDIR") or (sys.platform == "linux" and os.environ.get("TMPDIR")) or "/tmp"
 
 
-def check_temporary_directory() -> None:
-    """Raise ValueError when the paths of Ray's sockets would be too long for the system."""
-    if "RAY_ADDRESS" in os.environ:  # that Ray has begun
-        return
-    too_many = len(os.fsencode(ray_directory() + RAY_SOCKET)) - MAX_SOCKET_PATH
+def check_ray_directory() -> None:
+    """Raise ValueError when Ray cannot create its directory, or when the paths of its sockets would be too long."""
+    directory = ray_directory()
+    if not can_create(Path(directory, "ray", "session")):
+        raise ValueError(
+            f"the temporary directory is {directory}, and this account cannot create {directory}/ray or write into it: "
+            "set RAY_TMPDIR to another directory"
+        )
+    too_many = len(os.fsencode(directory + RAY_SOCKET)) - MAX_SOCKET_PATH
     if too_many > 0:
         raise ValueError(
-            f"the temporary directory {ray_directory()} has {too_many} bytes too many for the paths of Ray's sockets: "
+            f"the temporary directory {directory} has {too_many} bytes too many for the paths of Ray's sockets: "
             "set RAY_TMPDIR to a shorter path"
+        )
+
+
+def check_python() -> None:
+    """Raise ValueError when Ray could not start its workers: it gives this path to a shell without quotes."""
+    if not _PLAIN_PATH.fullmatch(sys.executable):
+        raise ValueError(
+            f"Python is {sys.executable}: Ray cannot start it, because the path has spaces or special characters. "
+            "Move TinyLM and its .venv to a path without them"
         )
 
 
@@ -93,10 +120,24 @@ def check_open_files() -> None:
         )
 
 
-def _short_directory() -> str | None:
-    """Return where to make HAProxy's directory: None for the usual place, /tmp if the sockets' paths get too long."""
-    is_short = len(os.fsencode(tempfile.gettempdir() + HAPROXY_SOCKET)) <= MAX_SOCKET_PATH
-    return None if is_short else "/tmp"
+def _haproxy_directory() -> str:
+    """Return where to make HAProxy's directory. Raise ValueError if there is no place for it."""
+    candidates = dict.fromkeys((_temporary_directory(), ray_directory(), "/tmp"))
+    for directory in candidates:
+        is_short = len(os.fsencode(directory)) <= MAX_HAPROXY_DIRECTORY
+        if is_short and _PLAIN_PATH.fullmatch(directory) and os.access(directory, os.W_OK | os.X_OK):
+            return directory
+    raise ValueError(
+        f"there is no directory for HAProxy's sockets: set TMPDIR to a directory that this account can write, with at "
+        f"most {MAX_HAPROXY_DIRECTORY} bytes in its path and no spaces. Not usable: {', '.join(candidates)}"
+    )
+
+
+def _temporary_directory() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:
+        raise ValueError("this account can write no temporary directory: set TMPDIR to one that it can write") from None
 
 
 def _haproxy_ports() -> dict[str, str]:

@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from tinylm.serving.ray.environment import ray_directory
 from tinylm.system.text_files import read_text
 
 CONFIG = Path("configs/monitoring/prometheus.yml")
@@ -67,11 +68,6 @@ def main(
                 process.wait()
 
 
-def ray_directory() -> Path:
-    """Return the directory of Ray's sessions."""
-    return Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
-
-
 def write_config(config: Path, directory: Path) -> Path:
     """Write Prometheus's configuration to `directory`, with absolute paths and this environment's Ray directory."""
     if not config.is_file():
@@ -80,7 +76,7 @@ def write_config(config: Path, directory: Path) -> Path:
     values["rule_files"] = [str((config.parent / name).resolve()) for name in values["rule_files"]]
     for job in values["scrape_configs"]:
         for discovery in job.get("file_sd_configs", []):
-            discovery["files"] = [str(ray_directory() / DISCOVERY_FILE)]
+            discovery["files"] = [str(Path(ray_directory(), "ray", DISCOVERY_FILE))]
     written = directory / config.name
     written.write_text(yaml.safe_dump(values), encoding="utf-8")
     return written
@@ -133,7 +129,7 @@ def start_grafana(
         "GF_LOG_LEVEL": "warn",
         "TINYLM_PROMETHEUS_URL": f"http://localhost:{prometheus_port}",
         "TINYLM_DASHBOARD": str((configs / "grafana-dashboard.json").resolve()),
-        "TINYLM_RAY_DASHBOARDS": str(ray_directory() / "session_latest/metrics/grafana/dashboards"),
+        "TINYLM_RAY_DASHBOARDS": str(Path(ray_directory(), "ray/session_latest/metrics/grafana/dashboards")),
     }
     return subprocess.Popen(command, env={**os.environ, **settings}, start_new_session=True)
 
