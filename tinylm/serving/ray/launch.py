@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import yaml
 
+from tinylm.serving.ray.dashboard import check_token
 from tinylm.serving.ray.environment import ray_directory, service_environment
 from tinylm.serving.ray.server import Server
 from tinylm.system.paths import CONFIGS
@@ -41,7 +42,8 @@ def launch(config: Path | None, wait_s: float) -> int:
     for port in (read.grpc_port, read.http_port):
         with suppress(OSError), socket.create_connection((read.host.strip("[]"), port), timeout=1):
             raise ValueError(f"port {port} is in use: stop the other program, or change the port in {config}")
-    check_cluster()
+    joins_cluster = check_cluster()
+    check_token(os.environ, joins_cluster)
     address, url = f"{read.host}:{read.grpc_port}", f"http://{read.host}:{read.http_port}"
     serve = shutil.which("serve", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if serve is None:
@@ -49,7 +51,7 @@ def launch(config: Path | None, wait_s: float) -> int:
     # Set handlers even if the shell ignores these signals. The child process then starts with the default handlers.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    with service_environment(read.grpc_port, read.slots, read.has_haproxy) as environment:
+    with service_environment(read.grpc_port, read.slots, read.has_haproxy, joins_cluster) as environment:
         return _serve(config, [serve, "run", str(config)], environment, address, url, wait_s)
 
 
@@ -121,10 +123,11 @@ def read_config(config: Path) -> ReadConfig:
         raise ValueError(f"{config} is not a Serve config: {error}") from None
 
 
-def check_cluster() -> None:
-    """Raise ValueError when Ray's head does not answer. Ray itself would wait for it for minutes.
+def check_cluster() -> bool:
+    """Return whether Ray joins a running cluster. Raise ValueError when the cluster's head does not answer.
 
-    Ray joins the cluster that RAY_ADDRESS names, or that an earlier `ray start` has recorded in a file.
+    Ray joins the cluster that RAY_ADDRESS names, or that an earlier `ray start` has recorded in a file. Ray itself
+    would wait for a missing head for minutes.
     """
     named_by, address = "RAY_ADDRESS", os.environ.get("RAY_ADDRESS", "")
     if address in ("", "auto"):
@@ -132,7 +135,7 @@ def check_cluster() -> None:
         named_by, address = str(record), record.read_text(encoding="utf-8").strip() if record.is_file() else ""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal() or "://" in address:  # no cluster, "local", or Ray Client
-        return
+        return address not in ("", "local")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CLUSTER_LIMIT_S).close()
     except OSError as error:
@@ -140,6 +143,7 @@ def check_cluster() -> None:
         raise ValueError(
             f"Ray's head at {address}, which {named_by} names, does not answer ({error}): {what_to_do}"
         ) from None
+    return True
 
 
 def _own_command() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,13 +18,13 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tinylm.client import CHANNEL_OPTIONS, METADATA
+from tinylm.serving.ray.dashboard import TokenRefused, applications, deploy
 from tinylm.system.text_files import read_text
 
 HEAD_PROCESSES = {"gcs_server", "raylet"}  # Ray cannot run without these
 LOOK_AGAIN_S = 0.3
 DRAIN_LIMIT_S = 20.0  # above graceful_shutdown_timeout_s, Serve's own limit
 STOP_LIMIT_S = 60.0
-_LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores http_proxy
 _ANSI_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -35,6 +33,7 @@ class Server:
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.dashboard: str | None = None  # its URL, once Ray has printed it
+        self._environment = environment
         # A session of its own: Ctrl-C reaches only this process, which then stops the server.
         self.process = subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -54,7 +53,8 @@ class Server:
     def wait_until_ready(self, address: str, wait_s: float) -> bool:
         """Wait until all replicas run and one answers. Return False if the server ends first.
 
-        Raise ValueError when Serve cannot start the application, or after `wait_s`.
+        Raise ValueError when Serve cannot start the application, when Ray's dashboard refuses our token, or after
+        `wait_s`.
         """
         deadline = time.monotonic() + wait_s
         state = "starting"
@@ -88,15 +88,9 @@ class Server:
         if self.process.poll() is not None or self.dashboard is None:
             return
         without = {**yaml.safe_load(read_text(config)), "applications": []}
-        request = urllib.request.Request(
-            f"{self.dashboard}/api/serve/applications/",
-            data=json.dumps(without).encode(),
-            method="PUT",
-            headers={"Content-Type": "application/json"},
-        )
         try:
-            _LOOPBACK.open(request, timeout=5).close()
-        except OSError as error:  # for example, Ray's head has ended
+            deploy(self.dashboard, self._environment, without)
+        except (OSError, ValueError) as error:  # for example, Ray's head has ended
             print(f"could not finish the running requests: {error}", file=sys.stderr, flush=True)
             return
         deadline = time.monotonic() + DRAIN_LIMIT_S
@@ -132,11 +126,12 @@ class Server:
         if self.dashboard is None:
             return None
         try:
-            with _LOOPBACK.open(f"{self.dashboard}/api/serve/applications/", timeout=5) as response:
-                applications = json.load(response)["applications"].values()
-        except (OSError, ValueError, KeyError):
+            found = applications(self.dashboard, self._environment)
+        except TokenRefused:
+            raise
+        except (OSError, ValueError):
             return None
-        return next(((a["status"], a["message"]) for a in applications), None)
+        return next(((application["status"], application["message"]) for application in found), None)
 
 
 def _name(process: psutil.Process) -> str:
