@@ -29,7 +29,7 @@ def shared(array: np.ndarray) -> np.ndarray:
     """
     data = array.data.cast("B")
     try:
-        path = _directory() / hashlib.sha256(data).hexdigest()
+        path = private_directory() / hashlib.sha256(data).hexdigest()
         pages = _mapped(path)
         if pages is None or memoryview(pages) != data:  # there is no file yet, or it is damaged
             write_file(path, data)
@@ -49,8 +49,11 @@ def _mapped(path: Path) -> mmap.mmap | None:
         return None
 
 
-def _directory() -> Path:
-    """Return the user's directory for shared arrays. Raise OSError if other users can read or write it."""
+def private_directory() -> Path:
+    """Return the user's directory below the system's directory for temporary files.
+
+    Raise OSError if other users can read or write it, or if it cannot be created.
+    """
     if not hasattr(os, "getuid"):
         raise OSError("this system has no user ids")
     directory = Path(tempfile.gettempdir()) / f"tinylm-{os.getuid()}"

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from helpers.kernels import ROOT, outcome, start_python
+from helpers.places import NAMELESS, Place
 
 from tinylm import LLM
 from tinylm.kernels.numba.emitter import cpu_features
@@ -80,12 +81,58 @@ def test_full_disk_never_leaves_the_code_of_an_earlier_version(tmp_path: Path) -
     assert run(tmp_path / "cache", factor=300).stdout == "1200 1500 0\n"
 
 
-def test_no_writable_directory_is_reported_once(tmp_path: Path) -> None:
+def without_a_cache_directory(tmp_path: Path) -> dict[str, str]:
+    """Return an environment in which Numba itself finds no directory, and an empty directory for temporary files."""
     (tmp_path / "__pycache__").write_text("a file in the place of the directory")
-    result = run(tmp_path / "__pycache__", HOME="/dev/null", XDG_CACHE_HOME="/dev/null")
+    (tmp_path / "temporary").mkdir()
+    return {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "TMPDIR": str(tmp_path / "temporary")}
+
+
+def test_without_another_directory_code_is_kept_in_the_private_one(tmp_path: Path) -> None:
+    """As in a container whose file system is read-only except for one directory."""
+    environment = without_a_cache_directory(tmp_path)
+    results = [run(tmp_path / "__pycache__", **environment) for _ in range(2)]
+    assert [(result.stdout, result.stderr) for result in results] == [("8 10 0\n", ""), ("8 10 1\n", "")]
+    (private,) = (tmp_path / "temporary").iterdir()
+    assert private.stat().st_mode & 0o777 == 0o700
+
+
+def test_no_writable_directory_is_reported_once(tmp_path: Path) -> None:
+    environment = without_a_cache_directory(tmp_path)
+    private = tmp_path / "temporary" / f"tinylm-{os.getuid()}"
+    private.mkdir()
+    private.chmod(0o755)  # other users could put code into it
+    result = run(tmp_path / "__pycache__", **environment)
     assert result.stdout == "8 10 None\n"
     assert result.stderr.count("cannot keep compiled kernels") == 1
     assert str(tmp_path / "__pycache__") in result.stderr
+    assert list(private.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_not_needed(tmp_path: Path) -> None:
+    """Numba does not read a cache in which it cannot write. The code goes into another directory."""
+    run(tmp_path / "cache")
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.nb?")}
+    assert before
+    own = tmp_path / "own"
+    own.mkdir()
+    in_place = Place(writable=own)
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(own)}
+    command = in_place.command(sys.executable, str(module_beside(tmp_path / "cache")), "0")
+    results = [
+        subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=600)
+        for _ in range(2)
+    ]
+    assert [(result.stdout, result.stderr) for result in results] == [("8 10 0\n", ""), ("8 10 1\n", "")]
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.nb?")} == before
+    assert [path.name for path in own.iterdir()] == [f"tinylm-{NAMELESS}"]  # and no directory with the name "~"
+
+
+def test_each_kind_of_processor_has_its_own_code(tmp_path: Path) -> None:
+    """Machines of different ages can share a file system."""
+    here, other = {}, {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    results = [run(tmp_path / "cache", **variables) for variables in (here, other, here, other)]
+    assert [result.stdout for result in results] == ["8 10 0\n", "8 10 0\n", "8 10 1\n", "8 10 1\n"]
 
 
 def test_damaged_files_are_replaced(tmp_path: Path) -> None:

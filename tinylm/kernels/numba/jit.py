@@ -1,6 +1,7 @@
 """Compile functions, and keep machine code on disk.
 
-Numba keeps the code of a step beside the module that defines it, or in NUMBA_CACHE_DIR, for each kind of processor. It
+Numba keeps the code of a step in NUMBA_CACHE_DIR, beside the module that defines it, or in the user's cache directory,
+for each kind of processor. If it can write to none of these, this module offers the user's temporary directory. Numba
 discards the code when that module changes, but it ignores changes of the other modules that the step calls. So the step
 has `SOURCES`, a hash of all these modules, as a closure variable, which Numba compares too.
 """
@@ -11,19 +12,24 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from filelock import FileLock
 from numba import njit
+from numba.core import config
 from numba.core.caching import NullCache
 
 from tinylm.kernels import batch
+from tinylm.kernels.sharing import private_directory
 
 logger = logging.getLogger(__name__)
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}  # no GIL, and no check for division by zero
+# For a user without a home. In its place, Numba would make a directory with the name "~" in the working directory.
+WITHOUT_HOME = "UserProvidedCacheLocator,InTreeCacheLocator"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -34,11 +40,29 @@ def compiled(function: Function) -> Function:
 
 def kept_on_disk(function: Callable[..., None]) -> Any:
     """Compile a function like `compiled`, and keep its machine code on disk. Return Numba's dispatcher."""
+    has_home = "XDG_CACHE_HOME" in os.environ or Path(os.path.expanduser("~")).is_absolute()  # noqa: PTH111  (no error)
     try:
-        return njit(cache=True, **OPTIONS)(function)
+        if has_home or config.CACHE_LOCATOR_CLASSES:
+            return _kept(function)
+        return _kept(function, CACHE_LOCATOR_CLASSES=WITHOUT_HOME)
     except RuntimeError as error:  # Numba finds no directory that it can write to
+        with suppress(OSError, RuntimeError):
+            return _kept(function, CACHE_DIR=str(private_directory()))
         _report(os.environ.get("NUMBA_CACHE_DIR", "the user's cache directory"), str(error))
         return njit(**OPTIONS)(function)
+
+
+def _kept(function: Callable[..., None], **settings: str) -> Any:
+    """Return a dispatcher that keeps its machine code on disk. Raise RuntimeError if there is no directory for it.
+
+    settings: of Numba, only while it chooses the directory.
+    """
+    before = {name: getattr(config, name) for name in settings}
+    vars(config).update(settings)
+    try:
+        return njit(cache=True, **OPTIONS)(function)
+    finally:
+        vars(config).update(before)
 
 
 def compile_or_load(dispatcher: Any, *arguments: Any) -> Callable[..., None]:
