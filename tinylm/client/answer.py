@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from tinylm.client.attempts import CUT_OFF, ServiceError
 from tinylm.client.wire import FINISH_REASON_NAMES
@@ -17,7 +18,7 @@ class ServedCompletion:
     """An answer of the service. The replica measures the times, so they do not include the network."""
 
     text: str
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["unknown"]  # "unknown": a newer service has a reason that this client lacks
     n_prompt_tokens: int
     n_tokens: int
     logprobs: list[TokenLogprobs] | None
@@ -53,7 +54,7 @@ class ReceivedAnswer:
             return message.text, new, None
         completion = ServedCompletion(
             text="".join(self._pieces),
-            finish_reason=FINISH_REASON_NAMES[message.finish_reason],
+            finish_reason=FINISH_REASON_NAMES.get(message.finish_reason, "unknown"),
             n_prompt_tokens=message.usage.prompt_tokens,
             n_tokens=message.usage.completion_tokens,
             logprobs=None if self._params.logprobs is None else self._logprobs,
