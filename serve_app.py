@@ -8,6 +8,9 @@ implement the two protocols.
 
 # No `from __future__ import annotations` here: Serve reads the builder's annotation to make its argument.
 
+import os
+from pathlib import Path
+
 from fastapi import FastAPI
 from ray import serve
 
@@ -19,9 +22,18 @@ from tinylm.serving.service import AppArgs, Service
 
 
 def build_app(args: AppArgs) -> serve.Application:
-    """Return the application. Relative paths become absolute here, because a replica's working directory differs."""
-    paths = {"model": args.model.resolve(), "api_keys": args.api_keys and args.api_keys.resolve()}
-    return TinyLM.bind(args.model_copy(update=paths))  # type: ignore[attr-defined]
+    """Return the application."""
+    return TinyLM.bind(with_absolute_paths(args))  # type: ignore[attr-defined]
+
+
+def with_absolute_paths(args: AppArgs) -> AppArgs:
+    """Return `args` for a replica, whose working directory differs.
+
+    `model` has no symbolic links: Serve replaces the replicas when the config is deployed again and a link has a new
+    target. `api_keys` keeps its links: Kubernetes changes a secret by giving a new target to a link.
+    """
+    model = Path(os.path.realpath(args.model))  # unlike Path.resolve, it accepts links in a circle
+    return args.model_copy(update={"model": model, "api_keys": args.api_keys and args.api_keys.absolute()})
 
 
 @serve.deployment

@@ -10,8 +10,10 @@ from pydantic import BaseModel, ValidationError
 from ray.serve import schema
 from ray.serve.config import AutoscalingConfig, ControllerOptions
 
-from serve_app import AppArgs
+from serve_app import AppArgs, with_absolute_paths
+from tinylm.serving import keys
 from tinylm.serving.ray import launch
+from tinylm.weights import ModelError, load_model
 
 CONFIGS = [Path("configs/serve.yaml"), Path("configs/serve-python-proxy.yaml")]
 CLUSTER = Path("configs/cluster/serve.yaml")
@@ -76,7 +78,7 @@ def test_the_launcher_reads_addresses_and_slots(tmp_path: Path) -> None:
 def test_a_missing_ray_head_is_an_error_at_once(tmp_path: Path, monkeypatch, named_by: str) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    launch.check_cluster()  # no cluster is named
+    assert not launch.check_cluster()  # no cluster is named
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
         if named_by == "RAY_ADDRESS":
@@ -84,12 +86,47 @@ def test_a_missing_ray_head_is_an_error_at_once(tmp_path: Path, monkeypatch, nam
         else:
             (tmp_path / "ray").mkdir()
             (tmp_path / "ray" / named_by).write_text(f"{address}\n", encoding="utf-8")
-        launch.check_cluster()
+        assert launch.check_cluster()
     with pytest.raises(ValueError, match=rf"Ray's head at {address}, which .*{named_by} names, does not answer"):
         launch.check_cluster()
     for other in ("local", "ray://127.0.0.1:1"):
         monkeypatch.setenv("RAY_ADDRESS", other)
-        launch.check_cluster()
+        assert launch.check_cluster() == (other != "local")
+
+
+def test_a_new_target_of_a_link_is_a_new_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve replaces replicas whose arguments differ."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "current").symlink_to("version-1")
+    first = with_absolute_paths(AppArgs(model=Path("current"), api_keys=Path("keys.txt")))
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to("version-2")
+    second = with_absolute_paths(AppArgs(model=Path("current")))
+    assert (first.model, second.model) == (tmp_path / "version-1", tmp_path / "version-2")
+    assert (first.api_keys, second.api_keys) == (tmp_path / "keys.txt", None)
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(ModelError, match="no model directory at"):
+        load_model(with_absolute_paths(AppArgs(model=Path("a"))).model)
+
+
+def test_a_changed_secret_of_kubernetes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mounted secret is a link through `..data`. An update gives `..data` a new target and removes the old one."""
+    monkeypatch.setattr(keys, "LOOK_AGAIN_S", 0)
+    secrets = []
+    for version in ("..1", "..2"):
+        (tmp_path / version).mkdir()
+        secrets.append(keys.add_key(tmp_path / version / "keys.txt", "alice"))
+    (tmp_path / "..data").symlink_to("..1")
+    (tmp_path / "keys.txt").symlink_to("..data/keys.txt")
+    path = with_absolute_paths(AppArgs(api_keys=tmp_path / "keys.txt")).api_keys
+    assert path is not None
+    known = keys.KeyFile(path)
+    assert [known.find(secret) is not None for secret in secrets] == [True, False]
+    (tmp_path / "..new").symlink_to("..2")
+    (tmp_path / "..new").replace(tmp_path / "..data")
+    (tmp_path / "..1" / "keys.txt").unlink()
+    assert [known.find(secret) is not None for secret in secrets] == [False, True]
 
 
 def test_the_two_configs_differ_only_in_the_proxy() -> None:

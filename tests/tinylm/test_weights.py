@@ -132,6 +132,20 @@ def test_a_broken_manifest_is_named(model_dir, manifest):
     assert_refused(model_dir, model_dir / "manifest.json", "damaged")
 
 
+def test_a_model_is_found_through_links(tiny_model_dir, tmp_path):
+    """A download cache links each file to a name of its own, and a release links to a version."""
+    (tmp_path / "snapshot").mkdir()
+    for path in tiny_model_dir.iterdir():
+        shutil.copy(path, tmp_path / hashlib.sha256(path.name.encode()).hexdigest())
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../{hashlib.sha256(path.name.encode()).hexdigest()}")
+    (tmp_path / "current").symlink_to("snapshot")
+    config, tensors = load_model(tmp_path / "current")
+    expected_config, expected = load_model(tiny_model_dir)
+    assert config == expected_config
+    assert tensors.keys() == expected.keys()
+    assert load(tmp_path / "current")[0].vocab_size == config.vocab_size
+
+
 def test_a_path_without_a_model_is_named(model_dir, tmp_path):
     assert_refused(model_dir / "nowhere", model_dir / "nowhere")
     assert_refused(model_dir / "config.json", model_dir / "config.json")
