@@ -51,3 +51,24 @@ def test_only_so_many_generators_run_at_once_in_their_order() -> None:
 
     assert len(asyncio.run(collect())) == sum(1 + name % 3 for name in range(7))
     assert began == sorted(began)
+
+
+def test_generators_wait_for_a_consumer_that_stops() -> None:
+    """Otherwise a client that does not read would have all its answers generated and kept in memory."""
+    items: list[int] = []
+
+    async def count(name: int) -> AsyncGenerator[int, None]:
+        for item in range(100):
+            items.append(name)
+            yield item
+
+    async def collect() -> list:
+        together = merged([count(name) for name in range(5)], most=2)
+        first = await anext(together)
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        assert set(items) == {0, 1}
+        assert len(items) <= 1 + 2 * 2  # one is consumed, two wait in the queue, and one in each generator
+        return [first] + [item async for item in together]
+
+    assert len(asyncio.run(collect())) == len(items) == 500
