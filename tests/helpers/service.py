@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from helpers.marked import Mark
+from helpers.places import Place
 from loadtest.bench.services import with_own_ports
 from tinylm.client import Client, ServiceError
 
@@ -37,6 +38,7 @@ class Service:
     mark: Mark
     log_file: Path
     ray_tmpdir: Path
+    ray_token: str | None = None
 
     @property
     def address(self) -> str:
@@ -106,8 +108,11 @@ class Service:
         return self._application().get("status", "unknown")
 
     def _application(self) -> dict:
+        request = urllib.request.Request(f"{self.dashboard}/api/serve/applications/")
+        if self.ray_token is not None:
+            request.add_header("authorization", f"Bearer {self.ray_token}")
         try:
-            with _LOOPBACK.open(f"{self.dashboard}/api/serve/applications/", timeout=5) as response:
+            with _LOOPBACK.open(request, timeout=5) as response:
                 return json.load(response)["applications"]["tinylm"]
         except (OSError, ValueError, KeyError):
             return {}
@@ -117,15 +122,21 @@ class Service:
 
 
 @contextmanager
-def running_service(config: Path, directory: Path, **environment: str) -> Iterator[Service]:
-    """Serve the config during the `with` block, and write the log to the directory."""
+def running_service(config: Path, directory: Path, in_place: bool = False, **environment: str) -> Iterator[Service]:
+    """Serve the config during the `with` block, and write the log to the directory.
+
+    in_place: serve it in a `Place`, where only Ray's temporary directory can be written.
+    """
     config, grpc_port, http_port = with_own_ports(config, directory)
     with (
         tempfile.TemporaryDirectory(prefix="tl-", dir="/tmp", ignore_cleanup_errors=True) as ray_directory,
         (directory / "log").open("w") as out,
     ):
-        service = Service(config, grpc_port, http_port, Mark(), directory / "log", Path(ray_directory))
+        token = environment.get("RAY_AUTH_TOKEN")
+        service = Service(config, grpc_port, http_port, Mark(), directory / "log", Path(ray_directory), token)
         command = [sys.executable, "-m", "tinylm.cli", "serve", "--config", str(config), "--wait-s", str(START_LIMIT_S)]
+        if in_place:
+            command = Place(Path(ray_directory)).command(*command)
         own = {"RAY_TMPDIR": ray_directory, "PYTHONUNBUFFERED": "1", "PATH": PLAIN_PATH}
         process = subprocess.Popen(
             command,
