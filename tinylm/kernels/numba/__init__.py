@@ -3,8 +3,8 @@
 Precision "int8" rounds the input of each matmul to 8 bits with one scale per token, and keeps keys and values as 8 bits
 with one scale per head and token. Precision "float32" rounds only the weights.
 
-`layout` defines the arrays. `ops` and `sampling` compute, with the inner loops of `simd`, which `emitter` builds.
-`steps` combines them to a step. `jit` compiles functions and keeps their code on disk.
+`layout` defines the arrays. `ops` and `sampling` compute, with the inner loops of `simd` and `amx`, which `emitter`
+builds. `steps` combines them to a step. `jit` compiles functions and keeps their code on disk.
 """
 
 from tinylm.kernels.numba.layout import (
