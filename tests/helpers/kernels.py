@@ -49,9 +49,9 @@ def logits_of(model: Model, ids: list[int]) -> np.ndarray:
 
 
 def sampled_stories(llm: LLM, n: int) -> list[str]:
-    """Return n sampled stories of up to 64 tokens, with prompts of 2 to 100 tokens."""
+    """Return n sampled stories of up to 64 tokens, with n different prompts of 2 to 110 tokens."""
     beginnings = ["Once", "The old fox said: ", "Lily and Ben " + "played in the garden and " * 14]
-    prompts = [beginnings[i % 3] + " and then" * (i % 7) for i in range(n)]
+    prompts = [f"{i} {beginnings[i % 3]}" + " and then" * (i % 7) for i in range(n)]
     return [story.text for story in llm.generate(prompts, SamplingParams(max_tokens=64, temperature=0.9, seed=5))]
 
 
