@@ -180,6 +180,29 @@ def test_text_becomes_tokens_and_text_again(service: Service, http: DefaultHttpx
         assert word in response.json()["error"]["message"]
 
 
+def test_a_prompt_is_explained_as_the_engine_answers(
+    service: Service, http: DefaultHttpxClient, client: OpenAI, stories: LLM
+) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0.9, top_p=0.9, seed=3)
+    body = {"prompt": PROMPT, "temperature": 0.9, "top_p": 0.9, "seed": 3}
+    scores = http.post(f"{service.url}/explain/scores", json=body).json()
+    assert [scores["chosen"]["id"]] == stories.generate(PROMPT, params)[0].token_ids
+    assert scores["difference"]["same_token"]
+    assert scores["difference"]["largest"] < 0.5  # roundings to 8 bits that fall the other way
+    lens = http.post(f"{service.url}/explain/lens", json={"prompt": PROMPT}).json()
+    assert lens["answers"][-1]["id"] == stories.generate(PROMPT, SamplingParams(1, 0))[0].token_ids[0]
+    refused = http.post(f"{service.url}/explain/attention", json={"prompt": PROMPT, "layer": 17})
+    assert (refused.status_code, "layer is 17" in refused.json()["error"]["message"]) == (400, True)
+
+    assert http.get(f"{service.url}/explain/batch").json()["complete"]  # from now on, steps are recorded
+    client.completions.create(model="stories-8m", prompt=PROMPT, n=2, **SETTINGS)
+    time.sleep(1)  # an older view is kept for half a second
+    response = http.get(f"{service.url}/explain/batch")
+    steps = [step for replica in response.json()["replicas"] for step in replica["steps"]]
+    assert any(len(step["shares"]) == 2 for step in steps)
+    assert PROMPT not in response.text
+
+
 def test_web_pages_of_other_origins_need_permission(service: Service, http: DefaultHttpxClient) -> None:
     headers = {"origin": "https://example.org", "access-control-request-method": "POST"}
     response = http.request("OPTIONS", f"{service.url}/v1/completions", headers=headers)
@@ -293,7 +316,10 @@ def test_an_unknown_path_or_method_gets_openai_s_error(
     assert (status == 405) == ("allow" in response.headers)
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/live")])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/live"), ("GET", "/explain/batch")],
+)
 def test_without_keys_a_foreign_host_name_is_refused(
     service: Service, http: DefaultHttpxClient, method: str, path: str
 ) -> None:
