@@ -113,7 +113,8 @@ def requests() -> Iterator[tuple[str, bytes]]:
         yield f"{field} {name}", pb.GenerateRequest(prompt="Once", max_tokens=2, **{field: value}).SerializeToString()
     for field in ("max_tokens", "top_k", "logprobs", "timeout_ms"):
         for number in (0, 1, 2**31, 2**32 - 1):
-            fields = {"prompt": "Once", "max_tokens": 2, field: number}
+            # An answer of two tokens can be faster than a timeout of 1 ms.
+            fields = {"prompt": "Once", "max_tokens": 200 if field == "timeout_ms" else 2, field: number}
             yield f"{field} {number}", pb.GenerateRequest(**fields).SerializeToString()
     for seed in (0, 2**63, 2**64 - 1):
         yield f"seed {seed}", pb.GenerateRequest(prompt="Once", max_tokens=2, seed=seed).SerializeToString()

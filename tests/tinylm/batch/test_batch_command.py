@@ -16,6 +16,7 @@ from helpers.marked import Mark
 from helpers.terminal import TINYLM, shown_on_terminal
 
 LIMIT_S = 180  # the first processes may compile the kernels
+N_KILLED = 3000  # lines of a job that is killed: seconds of work, so that it cannot end first
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_answers_do_not_depend_on_the_number_of_processes(tmp_path: Path, small:
 
 @pytest.mark.parametrize("victim", ["job", "job with Ctrl-C", "engine"])
 def test_a_killed_job_resumes_without_gaps_or_repeats(tmp_path: Path, small: tuple[str, ...], victim: str) -> None:
-    lines = [line_of(f"line {i}", prompt="The dog", max_tokens=50, ignore_eos=True, seed=i) for i in range(600)]
+    lines = [line_of(f"line {i}", prompt="The dog", max_tokens=50, ignore_eos=True, seed=i) for i in range(N_KILLED)]
     source, output, mark = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", Mark()
     command = [TINYLM, "batch", str(source), str(output), *small, "--workers", "2"]
     with subprocess.Popen(command, env={**os.environ, **mark.environment}, stderr=subprocess.PIPE) as process:
@@ -70,12 +71,12 @@ def test_a_killed_job_resumes_without_gaps_or_repeats(tmp_path: Path, small: tup
     assert (b"ended with status -9: the same command resumes" in messages) == (victim == "engine")
     left = output.read_bytes()
     kept = left[: left.rfind(b"\n") + 1]
-    assert 5 < kept.count(b"\n") < 600
+    assert 5 < kept.count(b"\n") < N_KILLED
     done = summary(source, output, *small)
-    assert (done["n_kept"], done["n_answered"]) == (kept.count(b"\n"), 600 - kept.count(b"\n"))
+    assert (done["n_kept"], done["n_answered"]) == (kept.count(b"\n"), N_KILLED - kept.count(b"\n"))
     found = output.read_bytes()
     assert found.startswith(kept)
-    assert [json.loads(line)["custom_id"] for line in found.splitlines()] == [f"line {i}" for i in range(600)]
+    assert [json.loads(line)["custom_id"] for line in found.splitlines()] == [f"line {i}" for i in range(N_KILLED)]
 
 
 def test_a_terminal_shows_progress(tmp_path: Path, small: tuple[str, ...]) -> None:

@@ -85,30 +85,32 @@ def test_a_negative_priority_is_refused(model):
 
 def test_a_task_with_a_priority_gets_the_next_slot(model, monkeypatch):
     step, permits = Engine.step, threading.Semaphore(0)
+    ended: list[tuple[int, int]] = []  # (tokens, priority) of each request, in the order in which the engine ends them
 
     def paced(self):
         assert permits.acquire(timeout=60)
-        return step(self)
+        changed = step(self)
+        ended.extend((r.params.max_tokens, r.priority) for r in changed if len(r.tokens) == r.params.max_tokens)
+        return changed
 
     async def check() -> None:
-        runner, order, has_begun = AsyncEngine(Engine(model, n_slots=1)), [], asyncio.Event()
+        runner, has_begun = AsyncEngine(Engine(model, n_slots=1)), asyncio.Event()
 
-        async def ask(name: str, n_tokens: int, priority: int) -> None:
+        async def ask(n_tokens: int, priority: int) -> None:
             params = SamplingParams(temperature=0, max_tokens=n_tokens)
             async for progress in runner.generate([1], params, priority=priority):
                 if progress.tokens:
                     has_begun.set()
-            order.append(name)
 
         permits.release()
-        tasks = [asyncio.create_task(ask("running", 3, 0))]
+        tasks = [asyncio.create_task(ask(3, 0))]
         await has_begun.wait()
-        tasks += [asyncio.create_task(ask(name, 1, n)) for n, name in enumerate(["low", "middle", "high"])]
+        tasks += [asyncio.create_task(ask(1, priority)) for priority in range(3)]
         await asyncio.sleep(0)  # all three tasks submit their requests
         permits.release(100)
         await asyncio.wait(tasks)
-        assert order == ["running", "high", "middle", "low"]
         runner.stop()
 
     monkeypatch.setattr(Engine, "step", paced)
     asyncio.run(check())
+    assert ended == [(3, 0), (1, 2), (1, 1), (1, 0)]
