@@ -16,7 +16,7 @@ from helpers.marked import Mark
 from helpers.terminal import TINYLM, shown_on_terminal
 
 LIMIT_S = 180  # the first processes may compile the kernels
-N_KILLED = 3000  # lines of a job that is killed: seconds of work, so that it cannot end first
+N_KILLED = 1500  # lines of a job that is killed: seconds of work, so that it cannot end first
 
 
 @pytest.fixture
