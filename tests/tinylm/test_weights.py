@@ -261,7 +261,8 @@ def test_a_model_with_a_file_of_the_user_is_not_replaced(model_dir, save, name):
 def test_a_model_of_an_older_release_is_replaced(tmp_path, stories_dir, save):
     """Its manifest lists three files, and not the pages of `train.export`."""
     older = shutil.copytree(stories_dir, tmp_path / "model")
-    assert set(json.loads((older / "manifest.json").read_text())) == set(FILES)
+    manifest = json.loads((older / "manifest.json").read_text())
+    (older / "manifest.json").write_text(json.dumps({name: manifest[name] for name in FILES}))
     save(older)
     assert sorted(contents(older)) == sorted([*FILES, "manifest.json"])
 
