@@ -73,7 +73,7 @@ bench: $(VENV)/bench ## Measure the standard set of services (ONLY=haproxy,bare)
 	$(BIN)/python -m loadtest.bench.standard $(if $(ONLY),--only $(ONLY))
 	$(BIN)/python -m loadtest.bench.pages
 
-peers: $(VENV)/peers ## Compare the engine with llama.cpp and ONNX Runtime; writes docs/results/peers.json
+peers: $(VENV)/peers ## Compare the engine with five others, such as llama.cpp; writes docs/results/peers.json
 	$(BIN)/python -m loadtest.bench.peers --out docs/results/peers.json --plot docs/images/peers.png
 	$(BIN)/python -m loadtest.bench.pages
 

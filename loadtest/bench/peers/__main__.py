@@ -1,11 +1,11 @@
-"""Compare TinyLM's engine with llama.cpp and ONNX Runtime: the same model shape on one core.
+"""Compare TinyLM's engine with other engines: the same model shape on one core.
 
     python -m loadtest.bench.peers [--rounds 5] [--only tinylm,llama.cpp] [--out FILE.json] [--plot FILE.png]
 
 Every engine decodes at temperature 0.8 and top_p 0.95, and the CPU time of all its threads counts, sampling included.
 Each case runs with the settings that are fastest for it. Rounds alternate between engines, so that a slow moment of the
-machine affects all of them. Two things differ: llama.cpp computes relu(x)^2 where the others compute GELU, and only
-TinyLM and llama.cpp keep track of sequences that begin and end.
+machine affects all of them. Three things differ: llama.cpp computes relu(x)^2 where the others compute GELU, only
+TinyLM and llama.cpp keep track of sequences that begin and end, and CTranslate2's sequences share a prompt.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(
     plot: Annotated[Optional[Path], typer.Option(metavar="FILE.png", help="Draw it. Default: beside --out.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of a table.")] = False,
 ) -> None:
-    """Compare TinyLM's engine with llama.cpp and ONNX Runtime: the same model shape on one core."""
+    """Compare TinyLM's engine with other engines: the same model shape on one core."""
     with one_line_errors(ValueError, RuntimeError):
         require_at_least(1, rounds=rounds)
         sizes = sorted(set(integers("--batches", batches)))

@@ -41,6 +41,7 @@ class Entry:
 
 _LLAMA = ("llama_cpp", "gguf")
 _ONNX = ("onnx", "onnxruntime")
+_GENAI = (*_ONNX, "onnxruntime_genai")
 _FLOAT32_ERROR = 1e-3
 
 PEERS: dict[str, Entry] = {
@@ -51,6 +52,9 @@ PEERS: dict[str, Entry] = {
     "llama.cpp-q4_0": Entry("llama", "LlamaQ4", _LLAMA, activation="relu2", least_correlation=0.85),
     "onnxruntime-int8": Entry("onnx_runtime", "OnnxRuntimeInt8", _ONNX),
     "onnxruntime-float32": Entry("onnx_runtime", "OnnxRuntime", _ONNX, greatest_error=_FLOAT32_ERROR),
+    "onnxruntime-genai-int8": Entry("onnx_genai", "OnnxGenAI", _GENAI),
+    "openvino-int8": Entry("openvino_engine", "OpenVINO", ("openvino",)),
+    "ctranslate2-int8": Entry("ctranslate2_engine", "CTranslate2", ("ctranslate2",)),
 }
 
 

@@ -134,16 +134,17 @@ class LlamaQ8:
         self._sample(prompts.shape[1])
         self._batch.begin_decode(self._n_sequences, prompts.shape[1])
 
-    def step(self) -> int:
-        self._decode(self._tokens)
-        self._sample(1)
-        return self._n_sequences
+    def decode(self, steps: int) -> int:
+        for _ in range(steps):
+            self._forward(self._tokens)
+            self._sample(1)
+        return steps * self._n_sequences
 
     def logits(self, prompts: np.ndarray, following: np.ndarray) -> np.ndarray:
         self._read(prompts)
         self._batch.begin_decode(self._n_sequences, prompts.shape[1])
         for column in range(following.shape[1]):
-            self._decode(following[:, column])
+            self._forward(following[:, column])
         rows = [llama.llama_get_logits_ith(self._context, i) for i in range(self._n_sequences)]
         return np.array([np.ctypeslib.as_array(row, (self._vocab_size,)) for row in rows])
 
@@ -158,7 +159,7 @@ class LlamaQ8:
         self._batch.fill(prompts)
         self._run()
 
-    def _decode(self, tokens: list[int] | np.ndarray) -> None:
+    def _forward(self, tokens: list[int] | np.ndarray) -> None:
         """Put the next token of each sequence through the model."""
         batch, n = self._batch, self._n_sequences
         batch.ids[:n] = tokens

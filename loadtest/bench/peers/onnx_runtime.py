@@ -20,29 +20,45 @@ from onnx import TensorProto, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from loadtest.bench.peers.model import Tensors, float32_tensors, fused_qkv
-from loadtest.bench.peers.runner import TEMPERATURE, TOP_P, Case, Settings
+from loadtest.bench.peers.nucleus import sample
+from loadtest.bench.peers.runner import Case, Settings
 from tinylm.config import ModelConfig
 from tinylm.kernels.numpy import rope_tables
 
-LIKELIEST = 64  # tokens of a row that the sampler looks at first: a nucleus is rarely larger
 ADD_AND_NORM = "com.microsoft.SkipSimplifiedLayerNormalization"
 INT8_CACHE = 'kv_cache_bit_width = 8, k_quant_type = "PER_TENSOR", v_quant_type = "PER_TENSOR", '
 
 
-def build_graph(config: ModelConfig, tensors: Tensors, kv_scales: np.ndarray | None = None) -> onnx.ModelProto:
-    """Return the graph: ids (B, T), last (B,), total, past keys and values -> logits (B, vocab), keys and values.
+# From a mask of the tokens so far, (B, total), to the last position of each sequence, and the total.
+LENGTHS = """
+    one = Constant<value_ints = [1]>()
+    lengths = ReduceSum<keepdims = 0>(mask, one)
+    last_positions = Sub(lengths, one)
+    last = Cast<to = 6>(last_positions)
+    columns = Shape<start = 1>(mask)
+    greatest = Squeeze(columns)
+    total = Cast<to = 6>(greatest)
+"""
+
+
+def build_graph(
+    config: ModelConfig, tensors: Tensors, kv_scales: np.ndarray | None = None, has_mask: bool = False
+) -> onnx.ModelProto:
+    """Return the graph: ids (B, T), last (B,), total, past keys and values -> logits (B, 1, vocab), keys and values.
 
     last: the last position of each sequence. total: the greatest length. kv_scales: (layers, 2) of keys and values in
-    int8; None keeps them in float32.
+    int8; None keeps them in float32. has_mask: take a mask (B, total) of ones instead of last and total.
     """
     kv_type = "float" if kv_scales is None else "int8"
     kv = f"{kv_type}[B, {config.n_heads}, {config.context}, {config.head_dim}]"
     names = [f"{name}_{i}" for i in range(config.n_layers) for name in ("key", "value")]
-    inputs = ["int64[B, T] ids", "int32[B] last", "int32 total", *(f"{kv} past_{name}" for name in names)]
-    outputs = [f"float[B, {config.vocab_size}] logits", *(f"{kv} {name}" for name in names)]
+    lengths = ["int64[B, S] mask"] if has_mask else ["int32[B] last", "int32 total"]
+    inputs = ["int64[B, T] ids", *lengths, *(f"{kv} past_{name}" for name in names)]
+    outputs = [f"float[B, 1, {config.vocab_size}] logits", *(f"{kv} {name}" for name in names)]
+    nodes = (LENGTHS if has_mask else "") + _nodes(config, kv_scales is not None)
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
-        tinylm ({", ".join(inputs)}) => ({", ".join(outputs)}) {{ {_nodes(config, kv_scales is not None)} }}
+        tinylm ({", ".join(inputs)}) => ({", ".join(outputs)}) {{ {nodes} }}
     """)
     for name, array in _constants(config, tensors, kv_scales):
         model.graph.initializer.append(numpy_helper.from_array(np.array(array, order="C"), name))
@@ -78,7 +94,7 @@ def _constants(config: ModelConfig, tensors: Tensors, kv_scales: np.ndarray | No
     half = config.head_dim // 2
     cos, sin = (table[:, :half] for table in rope_tables(config.context, config.head_dim, config.rope_theta))
     embedding = tensors["model.embed_tokens.weight"]
-    yield from (("cos", cos), ("sin", sin), ("minus_one", np.array(-1)))
+    yield from (("cos", cos), ("sin", sin), ("minus_one", np.array([-1])))
     yield from (("embedding", embedding), ("logits_weight", embedding.T))
     for i in range(config.n_layers):
         layer = f"model.layers.{i}."
@@ -95,9 +111,9 @@ def _constants(config: ModelConfig, tensors: Tensors, kv_scales: np.ndarray | No
 
 @cache
 def _session(directory: Path, weights: str | None, per_channel: bool, kv: str) -> onnxruntime.InferenceSession:
-    model = build_graph(*float32_tensors(directory), None if kv == "float32" else _kv_scales(directory))
+    model = build_graph(*float32_tensors(directory), None if kv == "float32" else measured_kv_scales(directory))
     if weights is not None:
-        model = _quantized(model, QuantType[weights], per_channel)
+        model = quantized(model, QuantType[weights], per_channel)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -105,7 +121,7 @@ def _session(directory: Path, weights: str | None, per_channel: bool, kv: str) -
 
 
 @cache
-def _kv_scales(directory: Path) -> np.ndarray:
+def measured_kv_scales(directory: Path) -> np.ndarray:
     """Return (layers, 2) scales for keys and values in int8, from the float32 cache of random tokens."""
     config, _ = float32_tensors(directory)
     peer = OnnxRuntime(directory, 1)
@@ -114,7 +130,7 @@ def _kv_scales(directory: Path) -> np.ndarray:
     return np.array(greatest, np.float32).reshape(config.n_layers, 2) / 127
 
 
-def _quantized(model: onnx.ModelProto, weight_type: QuantType, per_channel: bool) -> onnx.ModelProto:
+def quantized(model: onnx.ModelProto, weight_type: QuantType, per_channel: bool) -> onnx.ModelProto:
     """Return the model with every MatMul in int8. Its inputs are rounded when it runs."""
     logging.disable(logging.WARNING)  # advice that does not apply to this graph
     with tempfile.TemporaryDirectory() as directory:
@@ -130,25 +146,6 @@ def _quantized(model: onnx.ModelProto, weight_type: QuantType, per_channel: bool
         quantized = onnx.load(path)
     logging.disable(logging.NOTSET)
     return quantized
-
-
-def sample(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return tokens (B, 1) drawn from logits (B, vocab) by temperature and top_p over the whole vocabulary."""
-    weights = np.exp((logits - logits.max(axis=1, keepdims=True)) / TEMPERATURE)
-    wanted = TOP_P * weights.sum(axis=1, keepdims=True)
-    n, n_vocab = LIKELIEST, weights.shape[1]
-    while True:
-        ids = np.argpartition(weights, n_vocab - n, axis=1)[:, n_vocab - n :]  # the n likeliest, in any order
-        likeliest = np.take_along_axis(weights, ids, axis=1)
-        order = np.argsort(-likeliest, axis=1)
-        reached = np.take_along_axis(likeliest, order, axis=1).cumsum(axis=1)
-        if n == n_vocab or (reached[:, -1:] >= wanted).all():
-            break
-        n = min(8 * n, n_vocab)
-    last = np.minimum((reached < wanted).sum(axis=1, keepdims=True), n - 1)  # of the nucleus
-    mass = np.take_along_axis(reached, last, axis=1) * rng.random((len(logits), 1), np.float32)
-    place = np.minimum((reached <= mass).sum(axis=1, keepdims=True), last)
-    return np.take_along_axis(ids, np.take_along_axis(order, place, axis=1), axis=1)
 
 
 class OnnxRuntime:
@@ -169,7 +166,7 @@ class OnnxRuntime:
         self._position = 0
         self._last, self._total = np.zeros(batch, np.int32), np.zeros((), np.int32)
         self._step_ids = np.zeros((batch, 1), np.int64)
-        self._logits = np.zeros((batch, config.vocab_size), np.float32)
+        self._logits = np.zeros((batch, 1, config.vocab_size), np.float32)
         self._binding = self._session.io_binding()
         self._bound: list[onnxruntime.OrtValue] = []  # kept alive
         self._bind("input", "last", self._last)
@@ -198,16 +195,17 @@ class OnnxRuntime:
         self._position = 0
         self._tokens = sample(self.forward(prompts), self._rng)
 
-    def step(self) -> int:
-        self._tokens = sample(self.forward(self._tokens), self._rng)
-        return len(self._tokens)
+    def decode(self, steps: int) -> int:
+        for _ in range(steps):
+            self._tokens = sample(self.forward(self._tokens), self._rng)
+        return steps * len(self._tokens)
 
     def logits(self, prompts: np.ndarray, following: np.ndarray) -> np.ndarray:
         self._position = 0
         self.forward(prompts)
         for column in range(following.shape[1]):
             self.forward(following[:, column : column + 1])
-        return self._logits.copy()
+        return self._logits[:, 0].copy()
 
     def close(self) -> None:
         pass
@@ -224,7 +222,7 @@ class OnnxRuntime:
         self._last[:] = self._position - 1
         self._total[...] = self._position
         self._session.run_with_iobinding(self._binding)
-        return self._logits
+        return self._logits[:, 0]
 
 
 class OnnxRuntimeInt8(OnnxRuntime):

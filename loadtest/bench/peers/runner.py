@@ -76,8 +76,8 @@ class Peer(Protocol):
         """Forget all sequences, read prompts (B, T), and sample a token for each."""
         ...
 
-    def step(self) -> int:
-        """Put the last B tokens through the model, sample B more, and return their number."""
+    def decode(self, steps: int) -> int:
+        """In each step, put the last B tokens through the model and sample B more. Return the number of new tokens."""
         ...
 
     def logits(self, prompts: np.ndarray, following: np.ndarray) -> np.ndarray:
@@ -152,7 +152,7 @@ class Bench:
         """Decode a batch. The prompts are not timed."""
         peer.start(self._prompts(case.batch, PROMPT_TOKENS))
         wall, cpu = time.perf_counter(), time.process_time()
-        made = sum(peer.step() for _ in range(DECODE_STEPS))
+        made = peer.decode(DECODE_STEPS)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         if made != case.batch * DECODE_STEPS:
             raise RuntimeError(f"{made} tokens in {DECODE_STEPS} steps of {case.batch}: a sequence ended early")

@@ -41,8 +41,8 @@ class TinyLM:
         while any(not request.tokens for request in self._requests):
             self._engine.step()
 
-    def step(self) -> int:
-        return len(self._engine.step())
+    def decode(self, steps: int) -> int:
+        return sum(len(self._engine.step()) for _ in range(steps))
 
     def logits(self, prompts: np.ndarray, following: np.ndarray) -> np.ndarray:
         batch, length = prompts.shape
