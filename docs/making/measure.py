@@ -3,7 +3,8 @@
     python -m docs.making.measure
 
 Writes docs/results/pictures.json, which `docs.making.pictures` and `docs.making.page` read. Times are CPU times of one
-thread, so other programs have little influence. Everything else is deterministic.
+thread, so other programs have little influence. Everything else is deterministic. `docs.making.training` measures what
+the page shows of training.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from scipy.special import softmax
 from threadpoolctl import ThreadpoolController
 
+from docs.making.training import training
 from tinylm.engine import Engine, Request
 from tinylm.explain.explainer import Explainer
 from tinylm.kernels import numpy as kernels
@@ -33,9 +35,9 @@ from tinylm.weights import QuantizedMatrix, load_model
 MODEL = Path("models/stories-8m")
 OUT = Path("docs/results/pictures.json")
 STORY = "Lily had a little dog named Max. Max liked to run in the park. One day, Lily lost her red ball. Max found the"
-TEXTS = ("Once upon a time, there was a little girl.", "The astrolabe glittered.", "Ω 🐶")
-PROMPT = "One day, Tom went to the"
-PENALIZED = "The dog saw a big dog. The"
+ANSWER = " ball"
+TEXTS = (STORY, "The astrolabe glittered.", "Ω 🐶")
+PENALTY = 1.3
 TEMPERATURES = (0.0, 0.5, 0.8, 1.5)
 TOP_P = 0.95
 LENGTHS = (16, 32, 64, 96, 128, 160, 192, 224, 255)
@@ -48,7 +50,7 @@ REQUESTS = (  # (prompt, step of arrival, tokens of the answer)
     (STORY, 0, 30),
     ("A fox and a cat sat by the river. " * 2, 3, 14),
     ("It was raining and", 6, 22),
-    (STORY + " ball", 8, 12),
+    (STORY + ANSWER, 8, 12),
     ("One day", 10, 10),
     ("A bird", 18, 16),
     ("Tom", 24, 8),
@@ -94,7 +96,7 @@ def tokens(tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 
 def inside(explainer: Explainer) -> dict[str, Any]:
-    """Return attention maps of three heads, and the rank of the answer after every layer, for one story."""
+    """Return attention maps of three heads, the rank of the answer after every layer, and vectors, for the story."""
     ids = [token.id for token in explainer.tokens(STORY)]
     layers = range(1, explainer.config.n_layers + 1)
     maps = np.stack([explainer.attention(STORY, layer) for layer in layers])  # (layers, heads, to, from)
@@ -105,6 +107,7 @@ def inside(explainer: Explainer) -> dict[str, Any]:
         "pieces": pieces(explainer.tokenizer, ids),
         "heads": heads(maps, ids),
         "lens": {"ranks": lens.ranks.tolist(), "answer": answer},
+        "norms": explainer.norms(STORY)[:, -1].tolist(),
         "activation": rounded_activation(next(islice(explainer.layers(STORY), LAYER, None)).up[-1:]),
     }
 
@@ -164,7 +167,7 @@ def weights() -> dict[str, Any]:
 
 def next_token(explainer: Explainer) -> dict[str, Any]:
     """Return the most likely next tokens at several temperatures, and the number that top_p keeps."""
-    logits = explainer.logits(PROMPT)
+    logits = explainer.logits(STORY)
     likeliest = np.argsort(-logits, kind="stable")[:12]
     settings = []
     for temperature in TEMPERATURES:
@@ -176,31 +179,48 @@ def next_token(explainer: Explainer) -> dict[str, Any]:
                 "temperature": temperature,
                 "probabilities": probabilities[likeliest].round(5).tolist(),
                 "kept_by_top_p": int(np.count_nonzero(kept)),
-                "entropy_bits": float(-(probabilities * np.log2(probabilities + 1e-300)).sum()),
             }
         )
     return {
-        "prompt": PROMPT,
         "pieces": pieces(explainer.tokenizer, likeliest.tolist()),
+        "logits": logits[likeliest].tolist(),
+        "probabilities": softmax(logits.astype(np.float64))[likeliest].tolist(),
         "top_p": TOP_P,
         "settings": settings,
-        "penalty": penalty(explainer),
+        "penalty": {"penalty": PENALTY, "probability": penalized(explainer, logits)},
     }
 
 
-def penalty(explainer: Explainer) -> dict[str, Any]:
-    """Return the probability of a repeated token with and without a repetition penalty."""
-    before = explainer.logits(PENALIZED)
-    seen = np.zeros(len(before), bool)
-    seen[[token.id for token in explainer.tokens(PENALIZED)]] = True
-    after = kernels.penalize(before, seen, 1.3)
-    (dog,) = explainer.tokenizer.encode(" dog")
+def penalized(explainer: Explainer, logits: np.ndarray) -> float:
+    """Return the probability of the answer, which the story holds already, with a repetition penalty."""
+    seen = np.zeros(len(logits), bool)
+    seen[[token.id for token in explainer.tokens(STORY)]] = True
+    return probability(explainer, kernels.penalize(logits, seen, PENALTY))
+
+
+def probability(explainer: Explainer, logits: np.ndarray) -> float:
+    """Return the probability of the answer by logits (vocab,)."""
+    (answer,) = explainer.tokenizer.encode(ANSWER)
+    return float(softmax(logits.astype(np.float64))[answer])
+
+
+def precisions(reference: Explainer) -> dict[str, float]:
+    """Return the probability of the answer with both precisions."""
+    explainers = {"float32": reference, "int8": Explainer(*load(MODEL, "numpy", "int8"))}
+    return {name: probability(explainer, explainer.logits(STORY)) for name, explainer in explainers.items()}
+
+
+def losses(explainer: Explainer, weights: kernels.Weights) -> dict[str, Any]:
+    """Return the probability of each token of the story with its answer, after the tokens before it."""
+    text = STORY + ANSWER
+    ids = [token.id for token in explainer.tokens(text)]
+    *_, last = explainer.layers(text)
+    every = softmax(kernels.unembed(weights, last.output).astype(np.float64), axis=-1)  # (T, vocab)
+    probabilities = every[np.arange(len(ids) - 1), ids[1:]]
     return {
-        "prompt": PENALIZED,
-        "penalty": 1.3,
-        "piece": pieces(explainer.tokenizer, [dog])[0],
-        "before": float(softmax(before.astype(np.float64))[dog]),
-        "after": float(softmax(after.astype(np.float64))[dog]),
+        "pieces": pieces(explainer.tokenizer, ids[1:]),
+        "probabilities": probabilities.round(6).tolist(),
+        "mean": float(-np.log(probabilities).mean()),
     }
 
 
@@ -264,6 +284,8 @@ def computed() -> dict[str, Any]:
         "inside": inside(explainer),
         "weights": weights(),
         "next_token": next_token(explainer),
+        "precisions": precisions(explainer),
+        "losses": losses(explainer, reference.weights),
         "timeline": timeline(tokenizer, reference),
     }
 
@@ -271,7 +293,7 @@ def computed() -> dict[str, Any]:
 def main() -> None:
     result = {"command": "python -m docs.making.measure", "clock": "CPU time of the thread", **describe()}
     with ThreadpoolController().limit(limits=1, user_api="blas"):
-        result |= {**computed(), "cache": cache_times(load(MODEL)[1])}
+        result |= {**computed(), "cache": cache_times(load(MODEL)[1]), "training": training(STORY + ANSWER)}
     write_file(OUT, json.dumps(result) + "\n")
     print(f"wrote {OUT}")
 

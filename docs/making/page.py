@@ -5,6 +5,7 @@ python -m docs.making.page
 
 from __future__ import annotations
 
+import math
 import textwrap
 from pathlib import Path
 
@@ -44,8 +45,10 @@ def render() -> str:
         bench=bench,
         batch={row["batch"]: row for row in bench["decode"]},
         lens_last=[ranks[-1] for ranks in pictures["inside"]["lens"]["ranks"]],
+        loss_rows=(-3, -2, -1),
         cost_of_int8=served["collections"]["tinystories"]["more_than_float32"],
         code=excerpt,
+        log=math.log,
         n=lambda number: f"{number:,.0f}",
         ms=lambda number: f"{number:.2f}",
     )

@@ -16,6 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from tinylm.system.files import write_file
 
@@ -23,6 +24,48 @@ RESULTS = Path("docs/results")
 OUT = Path("docs/images")
 Results = dict[str, Any]  # name of the file -> content
 BLUE, ORANGE, GREY = "#2f6db3", "#d9822b", "#9aa5b1"
+
+
+def overview(results: Results) -> Figure:
+    """Draw the path from the story to its next token, with the shapes of the arrays and the sections of the page."""
+    shape, inside = results["pictures"]["shape"], results["pictures"]["inside"]
+    words, hidden, vocab = inside["text"].split(), shape["hidden_size"], f"{shape['vocab_size']:,}"
+    n = len(inside["pieces"])
+    mlp = f"MLP\n{hidden} → {shape['mlp_size']} → {hidden}"
+    steps = (  # title, content, width, shape of what leaves it
+        ("text", f"{' '.join(words[:3])}\n…\n{' '.join(words[-2:])}", 1.5, ""),
+        ("1 tokens", f"{n} numbers\nbelow {vocab}", 1.5, f"({n})"),
+        ("2 embedding", f"{hidden} numbers\nper token", 1.6, f"({n}, {hidden})"),
+        (
+            f"3, 4 a layer, {shape['layers']} times",
+            f"attention\n{shape['heads']} heads of {shape['head_dim']}\n\n{mlp}",
+            2.4,
+            f"({n}, {hidden})",
+        ),
+        ("5 scores", "one per token\nthat can follow", 1.7, f"({vocab})"),
+        ("6 sampling", f"“{inside['lens']['answer'].strip()}”", 1.4, ""),
+    )
+    figure = Figure((12, 4.3), layout="constrained")
+    axes = figure.subplots()
+    axes.set_axis_off()
+    right, middles = -1.0, []
+    for title, content, width, leaving in steps:
+        left, right = right + 1.0, right + 1.0 + width
+        middles.append((left + right) / 2)
+        _box(axes, (left, 1.5), (width, 2.0), title, content, BLUE)
+        axes.text(right + 0.5, 2.62, leaving, ha="center", fontsize=9)
+        if title != steps[-1][0]:
+            _arrow(axes, (right + 0.1, 2.5), (right + 0.9, 2.5))
+    axes.plot([middles[-1], middles[-1], middles[1]], [3.9, 4.3, 4.3], color=GREY, linewidth=1.5)
+    _arrow(axes, (middles[1], 4.3), (middles[1], 3.9))
+    axes.text((middles[1] + middles[-1]) / 2, 4.37, "append the token and repeat", ha="center", fontsize=10)
+    axes.text(0, 0.2, "serving adds:", fontsize=10, va="center")
+    _box(axes, (1.6, -0.2), (3, 0.8), "7 cache", "keeps keys and values\nof earlier tokens", ORANGE)
+    _box(axes, (4.9, -0.2), (3, 0.8), "8 eight bits", "in weights and inputs\nof all matmuls", ORANGE)
+    _box(axes, (8.2, -0.2), (3, 0.8), "9 batch", "many requests\nin each step", ORANGE)
+    _box(axes, (right - 3, -0.2), (3, 0.8), "11 training", "sets the numbers in the\nembedding and the layers", GREY)
+    axes.set(xlim=(-0.1, right + 0.1), ylim=(-0.3, 4.65))
+    return figure
 
 
 def attention(results: Results) -> Figure:
@@ -114,7 +157,7 @@ def next_token(results: Results) -> Figure:
         colours = [BLUE if rank < setting["kept_by_top_p"] else GREY for rank in range(len(shown["pieces"]))]
         axes.barh([piece.strip() for piece in shown["pieces"]], setting["probabilities"], color=colours)
         axes.set_title(f"temperature {setting['temperature']:g}", fontsize=10)
-        axes.set_xlim(0, 1)
+        axes.set(xscale="log", xlim=(1e-5, 1))
         axes.set_xlabel(f"top_p {shown['top_p']} keeps {setting['kept_by_top_p']:,}", fontsize=8)
         axes.tick_params(labelsize=8)
     figure.axes[0].invert_yaxis()
@@ -164,7 +207,23 @@ def batches(results: Results) -> Figure:
     return figure
 
 
+def training(results: Results) -> Figure:
+    """Draw the loss of the demo model's rows and of the story while it trains."""
+    measured = results["pictures"]["training"]
+    curve = measured["curve"]
+    figure, axes = _axes(f"training of the demo model, {measured['parameters']:,} parameters")
+    axes.axhline(np.log(measured["vocab_size"]), linestyle="--", color=GREY, label="every token equally likely")
+    axes.plot(
+        curve["steps"], curve["sentence"], color=ORANGE, label="our sentence, which the demo's text does not hold"
+    )
+    axes.plot(curve["steps"], curve["rows"], color=BLUE, label="rows of the demo's text")
+    axes.set(ylim=(0, None), xlabel="steps", ylabel="loss per token")
+    axes.legend(fontsize=8, loc="center right")
+    return figure
+
+
 PICTURES = {
+    "how-overview": overview,
     "how-attention": attention,
     "how-lens": lens,
     "how-rotation": rotation,
@@ -173,6 +232,7 @@ PICTURES = {
     "how-next-token": next_token,
     "how-timeline": timeline,
     "how-batches": batches,
+    "how-training": training,
 }
 
 
@@ -199,6 +259,21 @@ def _axes(title: str) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.set_title(title, fontsize=10)
     return figure, axes
+
+
+def _box(
+    axes: Axes, corner: tuple[float, float], size: tuple[float, float], title: str, content: str, colour: str
+) -> None:
+    """Draw a box with its lower left corner here, and its title above."""
+    (x, y), (width, height) = corner, size
+    axes.add_patch(Rectangle(corner, width, height, facecolor=colour, alpha=0.12))
+    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.5))
+    axes.text(x + width / 2, y + height + 0.1, title, ha="center", fontsize=10, fontweight="bold")
+    axes.text(x + width / 2, y + height / 2, content, ha="center", va="center", fontsize=10)
+
+
+def _arrow(axes: Axes, begin: tuple[float, float], end: tuple[float, float]) -> None:
+    axes.annotate("", end, begin, arrowprops={"arrowstyle": "-|>", "color": GREY, "linewidth": 1.5})
 
 
 def main() -> None:

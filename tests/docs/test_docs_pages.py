@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from helpers.docs_commands import PAGES
 from matplotlib.image import imread
 
-from docs.making import measure, page, pictures
+from docs.making import measure, page, pictures, training
 from loadtest.bench import pages
 from loadtest.bench.markdown import fill
 from loadtest.results import result_file
@@ -42,6 +43,20 @@ def test_pictures_show_what_the_released_model_computes() -> None:
     committed = json.loads(measure.OUT.read_text(encoding="utf-8"))
     for name, values in json.loads(json.dumps(measure.computed())).items():
         assert_near(values, committed[name], name)
+
+
+def test_the_section_on_training_shows_the_demo() -> None:
+    """The first steps are computed again. The later ones differ more from one processor to another."""
+    steps = 10
+    ours, theirs = training.training(measure.STORY + measure.ANSWER, steps), load("pictures.json")["training"]
+    curve = theirs.pop("curve")
+    assert_near(ours.pop("curve"), {name: values[:2] for name, values in curve.items()}, "curve")
+    assert_near(ours, theirs, "training")
+    assert curve["steps"] == [*range(0, curve["steps"][-1] + 1, steps)]
+    slope, step = theirs["derivative"], theirs["one_step"]
+    assert slope["difference"] == pytest.approx(slope["autograd"], rel=2e-3)
+    assert step["loss_before"] == pytest.approx(math.log(theirs["vocab_size"]), rel=0.01)
+    assert curve["rows"][-1] < step["loss_after"] < step["loss_before"]
 
 
 def assert_near(ours: Any, theirs: Any, where: str) -> None:
