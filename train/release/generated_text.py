@@ -23,6 +23,7 @@ from train.release.copying import match_lengths, words
 DISTINCT_GRAM = 3  # words
 DISTINCT_WORDS = 10_000  # of each writer, because more words have more repetitions
 COPIED_GRAM = 20  # words
+OPENING = 20  # words of a text: stories for children begin alike
 # 'aThank you!a she said, letaTMs go': quotation marks that were read in a wrong encoding.
 _LETTERS_FOR_QUOTES = re.compile(r"\ba[A-Z]|(?<!\.)[.,!?]a\b|aTM")
 
@@ -105,9 +106,13 @@ def distinct_share(texts: Iterable[Sequence[str]], n: int, most_words: int) -> f
     return round(len(set(grams)) / len(grams), 4) if grams else None
 
 
-def copied_share(lengths: Iterable[np.ndarray], n: int) -> float | None:
-    """Return the share of runs of n words that the training text has too; None without a run."""
-    starts = np.concatenate([np.zeros(0, int), *(of_text[: max(0, len(of_text) - n + 1)] for of_text in lengths)])
+def copied_share(lengths: Iterable[np.ndarray], n: int, skip: int = 0) -> float | None:
+    """Return the share of runs of n words that the training text has too; None without a run.
+
+    skip: leave out the runs that begin in the first words of a text.
+    """
+    whole_runs = [of_text[: max(0, len(of_text) - n + 1)][skip:] for of_text in lengths]
+    starts = np.concatenate([np.zeros(0, int), *whole_runs])
     return round(float((starts >= n).mean()), 6) if len(starts) else None
 
 
@@ -124,6 +129,7 @@ def _figures(texts: Sequence[list[str]], lengths: Sequence[np.ndarray]) -> dict[
         "longest_run_mean": round(sum(longest) / len(longest), 2) if longest else None,
         "longest_run": max(longest, default=0),
         "copied_grams": copied_share(lengths, COPIED_GRAM),
+        "copied_grams_after_opening": copied_share(lengths, COPIED_GRAM, skip=OPENING),
     }
 
 

@@ -30,11 +30,11 @@ def test_distinct_share_counts_the_first_words_only():
     assert distinct_share([text, text], 3, most_words=40) == 0.5
 
 
-@given(st.lists(st.lists(st.integers(0, 6), max_size=8), max_size=5), st.integers(1, 5))
-def test_copied_share_counts_runs_that_fit_into_their_text(lengths: list[list[int]], n: int):
-    every = [length >= n for of_text in lengths for i, length in enumerate(of_text) if i + n <= len(of_text)]
+@given(st.lists(st.lists(st.integers(0, 6), max_size=8), max_size=5), st.integers(1, 5), st.integers(0, 3))
+def test_copied_share_counts_runs_that_fit_into_their_text(lengths: list[list[int]], n: int, skip: int):
+    every = [length >= n for of in lengths for i, length in enumerate(of) if i >= skip and i + n <= len(of)]
     expected = round(sum(every) / len(every), 6) if every else None
-    assert copied_share([np.array(of_text, int) for of_text in lengths], n) == expected
+    assert copied_share([np.array(of_text, int) for of_text in lengths], n, skip) == expected
 
 
 def test_copied_text_scores_higher_than_new_text():
