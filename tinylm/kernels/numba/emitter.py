@@ -15,8 +15,9 @@ from typing import Any
 from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
-from numba.core.registry import cpu_target
 from numba.core.types.containers import BaseNamedTuple
+
+from tinylm.kernels.numba import arm
 
 LANES = 16
 
@@ -36,14 +37,18 @@ FORMS = {
     "avx-vnni": {"avxvnni"},
     "avx2": {"avx2"},
     "sse2": {"sse2"},
+    "neon-i8mm": {"neon", "dotprod", "i8mm"},
+    "neon-dotprod": {"neon", "dotprod"},
+    "neon": {"neon"},
     "portable": set(),
 }
 
 
 def cpu_features() -> frozenset[str]:
     """Return the instruction sets that code is compiled for, in LLVM's names."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2]
-    return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
+    triple, _, features = arm.code_generator().magic_tuple()
+    names = {name[1:] for name in features.split(",") if name.startswith("+")}
+    return frozenset(names | {"neon"} if triple.startswith(arm.ARCHITECTURES) else names)  # each of them has NEON
 
 
 def dot_product() -> str:
@@ -55,9 +60,10 @@ def dot_product() -> str:
 class Emitter:
     """An IR builder with the operations that intrinsics need. Offsets count the elements of an array."""
 
-    def __init__(self, context, builder) -> None:
+    def __init__(self, context, builder, form: str | None = None) -> None:
+        """form: of dot products, a key of FORMS; by default the one of this processor."""
         self.b = builder
-        self.form = dot_product()
+        self.form = form or dot_product()
         self._context = context
         self._shapes: dict[Any, Any] = {}  # of arrays, by the pointer to their first element
 
@@ -66,13 +72,17 @@ class Emitter:
         if isinstance(kind, types.Array):
             array = cgutils.create_struct_proxy(kind)(self._context, self.b, value=value)
             data = array.data  # one LLVM value: each access to the attribute loads it again
-            self._shapes[data] = cgutils.unpack_tuple(self.b, array.shape)
-            return data
+            return self.shaped(data, cgutils.unpack_tuple(self.b, array.shape))
         if isinstance(kind, BaseNamedTuple):
             values = cgutils.unpack_tuple(self.b, value)
             fields = zip(kind.fields, kind, values, strict=True)
             return SimpleNamespace(**{name: self.argument(k, v) for name, k, v in fields})
         return value
+
+    def shaped(self, array, shape):
+        """Return the pointer to an array's first element, and remember its shape for `row` and `width`."""
+        self._shapes[array] = shape
+        return array
 
     def load(self, array, offset, kind):
         """Load a number or vector of type `kind` from array[offset :]."""
@@ -170,7 +180,8 @@ class Emitter:
     @property
     def sums(self):
         """Return the type of the sums of `dot`: LANES sums, or 2 * LANES halves of sums."""
-        return INTS if self.form.endswith("vnni") else ir.VectorType(I32, 2 * LANES)
+        whole = self.form in ("avx512-vnni", "avx-vnni", "neon-i8mm", "neon-dotprod")
+        return INTS if whole else ir.VectorType(I32, 2 * LANES)
 
     def dot(self, total, unsigned, signed):
         """Return `total` plus four products of bytes per lane. unsigned, signed: (4 * LANES,). See `folded`."""
@@ -180,22 +191,83 @@ class Emitter:
             ints = ir.VectorType(I32, 8)
             parts = zip(self._parts(total, 8), self._parts(unsigned, 32), self._parts(signed, 32), strict=True)
             return self._joined([self.call("llvm.x86.avx512.vpdpbusd.256", ints, *part) for part in parts])
+        if self.form == "neon-i8mm":
+            return self._neon_dot("usdot", total, unsigned, signed)
+        if self.form == "neon-dotprod":
+            # With 128 added to the signed bytes, the result has 128 times the sum of the unsigned ones too much.
+            excess = self._neon_dot("udot", ir.Constant(INTS, None), unsigned, ir.Constant(BYTES, [128] * 4 * LANES))
+            return self.b.sub(self._neon_dot("udot", total, unsigned, self._flipped(signed)), excess)
         return self.b.add(total, self._sums_of_pairs(unsigned, signed))
 
-    def _sums_of_pairs(self, unsigned, signed):
-        """Return (2 * LANES,) sums of two products. Bytes become 16-bit words, for which SSE2 has an instruction."""
+    @property
+    def centers(self) -> bool:
+        """Return whether `dot_centered` subtracts 128 from each byte, since the form multiplies signed bytes faster."""
+        return self.form in ("neon-dotprod", "neon")
+
+    def dot_centered(self, total, unsigned, signed):
+        """Return `total` plus four products of (unsigned - 128) and signed per lane, plus what `excess` returns."""
+        if not self.centers:
+            return self.dot(total, unsigned, signed)
+        if self.form == "neon-dotprod":
+            return self._neon_dot("sdot", total, self._flipped(unsigned), signed)
+        return self.b.add(total, self._sums_of_pairs(self._flipped(unsigned), signed, self.b.sext))
+
+    def excess(self, sums):
+        """Return how much too large a result of `dot_centered` is, for `sums`: 128 times the sums of signed."""
+        return self.ints(0) if self.centers else sums
+
+    def _flipped(self, signed):
+        """Return bytes with 128 added or subtracted, which is the same: it flips the highest bit."""
+        return self.b.xor(signed, ir.Constant(BYTES, [128] * 4 * LANES))
+
+    def _neon_dot(self, name: str, total, a, b):
+        parts = zip(self._parts(total, 4), self._parts(a, 16), self._parts(b, 16), strict=True)
+        return self._joined([self._neon(name, *part) for part in parts])
+
+    def _neon(self, name: str, total, a, b):
+        return self.call(f"llvm.aarch64.neon.{name}.v4i32.v16i8", ir.VectorType(I32, 4), total, a, b)
+
+    def dot_pairs(self, total, unsigned, signed):
+        """Add eight products of bytes to each of 2 * LANES sums: those of two tokens and LANES rows. Needs i8mm.
+
+        unsigned: (2, 8), the inputs of two tokens. signed: (LANES, 8). total: (LANES / 2, 2, 2), which are pairs of
+        rows, tokens, and the rows of a pair. See `of_pairs`.
+        """
+        parts = zip(self._parts(total, 4), self._parts(signed, 16), strict=True)
+        return self._joined([self._neon("usmmla", sums, unsigned, rows) for sums, rows in parts])
+
+    def rows_of_eight(self, first, second):
+        """Return (LANES, 8) bytes from the (LANES, 4) bytes of two steps."""
+        lanes = [lane for row in range(LANES) for lane in (row, LANES + row)]
+        joined = self._shuffle(self.b.bitcast(first, INTS), self.b.bitcast(second, INTS), lanes)
+        return self.b.bitcast(joined, ir.VectorType(I8, 8 * LANES))
+
+    def of_pairs(self, total):
+        """Return the LANES sums of the first token, and those of the second one, that `dot_pairs` computed."""
+        return [
+            self._shuffle(total, total, [4 * (i // 2) + 2 * token + i % 2 for i in range(LANES)]) for token in (0, 1)
+        ]
+
+    def _sums_of_pairs(self, first, signed, extend=None):
+        """Return (2 * LANES,) sums of two products. Bytes become 16-bit words, for which all processors have code.
+
+        extend: makes words of the first operand's bytes, which are unsigned by default.
+        """
+        extend = extend or self.b.zext
         pairs = {"avx2": ("llvm.x86.avx2.pmadd.wd", 16), "sse2": ("llvm.x86.sse2.pmadd.wd", 8)}.get(self.form)
         if pairs is None:
-            words = ir.VectorType(I16, 4 * LANES)
-            # A product is below 2^15, so that it fits.
-            products = self.b.mul(self.b.zext(unsigned, words), self.b.sext(signed, words))
+            words, n = ir.VectorType(I16, 4 * LANES), 8
+            products = self.b.mul(extend(first, words), self.b.sext(signed, words))  # below 2^15, so that they fit
+            if self.form == "neon":
+                name, ints = "llvm.aarch64.neon.saddlp.v4i32.v8i16", ir.VectorType(I32, n // 2)
+                return self._joined([self.call(name, ints, part) for part in self._parts(products, n)])
             products = self.b.sext(products, ir.VectorType(I32, 4 * LANES))
             odd, even = (self._shuffle(products, products, list(range(i, 4 * LANES, 2))) for i in (1, 0))
             return self.b.add(even, odd)
         name, n = pairs
         words, ints = ir.VectorType(I16, n), ir.VectorType(I32, n // 2)
-        parts = zip(self._parts(unsigned, n), self._parts(signed, n), strict=True)
-        return self._joined([self.call(name, ints, self.b.zext(a, words), self.b.sext(b, words)) for a, b in parts])
+        parts = zip(self._parts(first, n), self._parts(signed, n), strict=True)
+        return self._joined([self.call(name, ints, extend(a, words), self.b.sext(b, words)) for a, b in parts])
 
     def folded(self, total):
         """Return the LANES sums that `dot` computed."""

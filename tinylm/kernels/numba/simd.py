@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from tinylm.kernels.batch import COLUMNS
-from tinylm.kernels.numba.emitter import BYTES, F32, FLOATS, I32, I64, INTS, LANES, LOG2_E, intrinsic
+from tinylm.kernels.numba.emitter import BYTES, F32, FLOATS, I8, I32, I64, INTS, LANES, LOG2_E, intrinsic
 
 TILE = COLUMNS  # the rows of a tile of weights, and the columns that a matmul writes at a time
 BLOCKS = TILE // LANES  # vectors of a tile
@@ -38,11 +38,10 @@ def _matmul(n_tokens: int, exact: bool):
         floats if `exact`.
         """
         tokens = [e.b.add(t, I64(i)) for i in range(n_tokens)]
-        # The 32 registers of AVX-512 hold all sums at once. Other processors have 16 registers of half the size.
-        wide = e.form == "avx512-vnni"
-        for group in _in_parts(tokens, n_tokens if wide else 2):
-            for blocks in _in_parts(range(BLOCKS), BLOCKS if wide else 2 if e.sums is INTS or exact else 1):
-                totals = _multiply(e, weights.packed, at, n_steps, x, group, blocks, exact)
+        n_at_once, n_blocks = sums_at_once(e, n_tokens, exact)
+        for group in _in_parts(tokens, n_at_once):
+            for blocks in _in_parts(range(BLOCKS), n_blocks):
+                totals = multiply(e, weights.packed, at, n_steps, x, group, blocks, exact)
                 for token, sums in zip(group, totals, strict=True):
                     scale_of_x = None if exact else e.splat(e.load(scratch.scales, token, F32))
                     for block, total in zip(blocks, sums, strict=True):
@@ -53,10 +52,23 @@ def _matmul(n_tokens: int, exact: bool):
                         if exact:
                             _put(e, total, scale, out, target, add)
                         else:
-                            correction = e.load(weights.corrections, rows, INTS)
+                            correction = e.excess(e.load(weights.corrections, rows, INTS))
                             put_products(e, e.folded(total), correction, scale, scale_of_x, out, target, add)
 
     return matmul
+
+
+def sums_at_once(e, n_tokens: int, exact: bool) -> tuple[int, int]:
+    """Return the number of tokens, of `n_tokens`, and of blocks of a tile whose sums the registers hold at once."""
+    if e.form == "avx512-vnni":  # 32 registers of 64 bytes
+        return n_tokens, BLOCKS
+    size = 1 if e.sums is INTS or exact else 2  # of a block's sums, in vectors of LANES numbers
+    if e.form.startswith("neon"):  # 32 registers of 16 bytes: up to 16 for sums, the others for weights and inputs
+        if n_tokens == 1:
+            return 1, 4 // size
+        if e.form == "neon-i8mm" and not exact:  # pairs of tokens need more registers for weights
+            return n_tokens, 1
+    return min(2, n_tokens), 2 // size  # also for 16 registers of 16 or 32 bytes
 
 
 def put_products(e, total, correction, scale, scale_of_x, out, target, add):
@@ -75,12 +87,13 @@ def _in_parts(items, n: int) -> list[Any]:
     return [items[i : i + n] for i in range(0, len(items), n)]
 
 
-def _multiply(e, packed, at, n_steps, x, tokens, blocks, exact: bool):
+def multiply(e, packed, at, n_steps, x, tokens, blocks, exact: bool):
     """Multiply tokens by some blocks of a tile. Return for each token the pointers to the sums of these blocks."""
+    if e.form == "neon-i8mm" and not exact and len(tokens) % 2 == 0:
+        return _multiply_pairs(e, packed, at, n_steps, x, tokens, blocks)
     totals = [e.totals(FLOATS if exact else e.sums, len(blocks)) for _ in tokens]
     with cgutils.for_range(e.b, n_steps) as loop:
-        here = e.index(at, 4 * TILE, loop.index)
-        tiles = [e.load(packed, e.index(here, 4 * LANES, block), BYTES) for block in blocks]
+        tiles = _step_of_tile(e, packed, at, loop.index, blocks)
         for token, sums in zip(tokens, totals, strict=True):
             inputs = e.row(x, token, e.index(I64(0), 4, loop.index))
             for k in range(4 if exact else 1):
@@ -90,9 +103,50 @@ def _multiply(e, packed, at, n_steps, x, tokens, blocks, exact: bool):
                         byte = e.b.ashr(e.b.shl(e.b.bitcast(tile, INTS), e.ints(24 - 8 * k)), e.ints(24))
                         result = e.fma(value, e.b.sitofp(byte, FLOATS), e.b.load(total))
                     else:
-                        result = e.dot(e.b.load(total), e.b.bitcast(value, BYTES), tile)
+                        result = e.dot_centered(e.b.load(total), e.b.bitcast(value, BYTES), tile)
                     e.b.store(result, total)
     return totals
+
+
+def _step_of_tile(e, packed, at, step, blocks):
+    """Return four bytes of each row of some blocks of a tile."""
+    here = e.index(at, 4 * TILE, step)
+    return [e.load(packed, e.index(here, 4 * LANES, block), BYTES) for block in blocks]
+
+
+def _multiply_pairs(e, packed, at, n_steps, x, tokens, blocks):
+    """Multiply like `multiply`, two tokens and two steps at a time."""
+    pairs = _in_parts(tokens, 2)
+    totals = [e.totals(ir.VectorType(I32, 2 * LANES), len(blocks)) for _ in pairs]
+
+    def add(step, kind, second_tiles):
+        """Add the products of a step and the next one. kind: of a token's inputs, four or eight bytes."""
+        tiles = zip(_step_of_tile(e, packed, at, step, blocks), second_tiles, strict=True)
+        rows = [e.rows_of_eight(first, second) for first, second in tiles]
+        for pair, sums in zip(pairs, totals, strict=True):
+            inputs = ir.Constant(ir.VectorType(I64, 2), ir.Undefined)
+            for i, token in enumerate(pair):
+                value = e.load(x, e.row(x, token, e.index(I64(0), 4, step)), kind)
+                inputs = e.b.insert_element(inputs, e.b.zext(value, I64), I32(i))
+            inputs = e.b.bitcast(inputs, ir.VectorType(I8, 16))
+            for row, total in zip(rows, sums, strict=True):
+                e.b.store(e.dot_pairs(e.b.load(total), inputs, row), total)
+
+    with cgutils.for_range(e.b, e.b.lshr(n_steps, I64(1))) as loop:
+        step = e.index(I64(0), 2, loop.index)
+        add(step, I64, _step_of_tile(e, packed, at, e.b.add(step, I64(1)), blocks))
+    with e.b.if_then(e.b.trunc(n_steps, ir.IntType(1))):  # an odd number of steps
+        add(e.b.sub(n_steps, I64(1)), I32, [ir.Constant(BYTES, None)] * len(blocks))
+    return [sums for pair in totals for sums in _split(e, pair)]
+
+
+def _split(e, totals):
+    """Return for each token of a pair the pointers to its sums of some blocks."""
+    sums = [e.totals(INTS, len(totals)) for _ in range(2)]
+    for block, total in enumerate(totals):
+        for token, value in enumerate(e.of_pairs(e.b.load(total))):
+            e.b.store(value, sums[token][block])
+    return sums
 
 
 matmul_1, matmul_2, matmul_4 = (_matmul(n, exact=False) for n in (1, 2, 4))
@@ -340,8 +394,8 @@ def key_scores(e, scratch, head, width, cache, first, n, scores_at):
             step = e.index(I64(i), LANES // 4, group.index)
             part = e.splat(e.load(scratch.query, e.index(query_at, 4, step), I32))
             block = e.load(cache.keys, e.index(at, 4 * LANES, step), BYTES)
-            e.b.store(e.dot(e.b.load(total), block, e.b.bitcast(part, BYTES)), total)
-    product = e.b.sub(e.sum_of(totals), e.splat(e.load(scratch.offsets, head, I32)))
+            e.b.store(e.dot_centered(e.b.load(total), block, e.b.bitcast(part, BYTES)), total)
+    product = e.b.sub(e.sum_of(totals), e.excess(e.splat(e.load(scratch.offsets, head, I32))))
     scale = e.b.fmul(e.load(cache.key_scales, first, FLOATS), e.splat(e.load(scratch.factors, head, F32)))
     score = e.b.fmul(e.b.sitofp(product, FLOATS), scale)
     e.store(e.b.select(e.first_lanes(n), score, e.floats(NEVER)), scratch.scores, scores_at)
