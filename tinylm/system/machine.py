@@ -22,11 +22,12 @@ def describe() -> dict[str, Any]:
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    changed = "+" if _output("git", "status", "--porcelain") else ""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": versions,
-        "revision": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+        "revision": _output("git", "rev-parse", "--short", "HEAD") + changed,
     }
 
 
@@ -35,9 +36,14 @@ def usable_cores() -> int:
 
     macOS has no affinity: there it may use all.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = len(allowed_cores())
     quota = _quota()
     return allowed if math.isinf(quota) else max(1, min(allowed, math.ceil(quota)))
+
+
+def allowed_cores() -> list[int]:
+    """Return the numbers of the cores that the affinity of this process allows, or of all cores without affinity."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _quota() -> float:
@@ -48,17 +54,19 @@ def _quota() -> float:
     return math.inf
 
 
-def processor() -> str:
-    """Return the name of the processor, or its architecture if the system does not tell the name."""
-    cpuinfo = Path("/proc/cpuinfo")
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the name of the processor, or its architecture if the system does not tell the name.
+
+    Linux names processors with x86 in `cpuinfo`. macOS has no such file, and names the processor with `sysctl`.
+    """
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    return next(names, "") or _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
 
 
-def _git(*arguments: str) -> str:
-    """Return the output of a git command, or an empty text without git or a repository."""
+def _output(*command: str) -> str:
+    """Return the output of a command, or an empty text if it fails or is not installed."""
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
         return ""

@@ -29,7 +29,7 @@ from loadtest.options import integers, names_that_begin, require_at_least
 from loadtest.results.plots import check_picture
 from tinylm.config import ModelConfig
 from tinylm.system.files import as_png, check_file, write_file
-from tinylm.system.machine import describe
+from tinylm.system.machine import allowed_cores, describe
 from tinylm.terminal.output import PlainConsole, one_line_errors
 
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -54,7 +54,7 @@ def main(
         sizes = sorted(set(integers("--batches", batches)))
         if not 1 <= sizes[0] <= sizes[-1] <= 64:
             raise ValueError(f"--batches is {batches!r}: each must be between 1 and 64")
-        cores = sorted(os.sched_getaffinity(0))
+        cores = allowed_cores()
         chosen_core = cores[-1] if core is None else core
         if chosen_core not in cores:
             raise ValueError(f"--core is {core}: it must be one of {cores}")

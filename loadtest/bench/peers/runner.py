@@ -177,9 +177,10 @@ _bench: Bench  # of the process of a peer
 
 
 def create(module: str, name: str, directory: Path, core: int) -> str:
-    """Import a peer and prepare its bench, on one core. Return the version of its engine."""
+    """Import a peer and prepare its bench, on one core if the system can do that. Return its engine's version."""
     global _bench
-    os.sched_setaffinity(0, {core})
+    if hasattr(os, "sched_setaffinity"):  # not on macOS
+        os.sched_setaffinity(0, {core})
     peer: type[Peer] = getattr(importlib.import_module(f"loadtest.bench.peers.{module}"), name)
     _bench = Bench(peer, directory)
     return peer.version

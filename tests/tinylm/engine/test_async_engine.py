@@ -357,6 +357,18 @@ def test_only_the_engines_thread_gets_the_niceness(model):
     assert on_engine(model, use, niceness=3) == [before + 3, before]
 
 
+def test_a_system_without_niceness_of_threads_serves_alike(model, monkeypatch):
+    """macOS would lower the whole process, with the event loop that answers clients."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+
+    async def use(engine):
+        await answer(engine, [1], SHORT)
+        return os.getpriority(os.PRIO_PROCESS, engine._thread.native_id)
+
+    assert on_engine(model, use, niceness=3) == before
+
+
 def test_check_reports_a_step_that_hangs(model, permits):
     async def use(engine):
         engine.check(stalled_s=0)  # an engine without work cannot stall

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from helpers.kernels import computed_here, outcome, row_errors, scale_of, start_python
 
 from tinylm.kernels.numba import emitter
-from tinylm.kernels.numba.emitter import BYTES, FORMS, I64, LANES
+from tinylm.kernels.numba.emitter import BYTES, FORMS, I64, INTS, LANES
 from tinylm.kernels.numba.jit import compiled
+from tinylm.kernels.numba.layout import CACHE_LINE, HUGE_PAGE, aligned_zeros
 
 # --- kinds of processors
 
@@ -33,24 +35,29 @@ def test_every_dot_product_is_exact(form, monkeypatch):
     monkeypatch.setattr(emitter, "dot_product", lambda: form)
 
     @emitter.intrinsic()
-    def emit(e, unsigned, signed, out):
-        (total,) = e.totals(e.sums, 1)
+    def emit(e, unsigned, signed, out, centered):
+        plain, less = e.totals(e.sums, 2)
         for i in (0, 4 * LANES):
             operands = [e.load(array, I64(i), BYTES) for array in (unsigned, signed)]
-            e.b.store(e.dot(e.b.load(total), *operands), total)
-        e.store(e.folded(e.b.load(total)), out, I64(0))
+            e.b.store(e.dot(e.b.load(plain), *operands), plain)
+            e.b.store(e.dot_centered(e.b.load(less), *operands), less)
+        e.store(e.folded(e.b.load(plain)), out, I64(0))
+        excess = e.excess(e.load(centered, I64(0), INTS))
+        e.store(e.b.sub(e.folded(e.b.load(less)), excess), centered, I64(0))
 
     @compiled
-    def dot(unsigned, signed, out):
-        emit(unsigned, signed, out)
+    def dot(unsigned, signed, out, centered):
+        emit(unsigned, signed, out, centered)
 
     rng = np.random.default_rng(1)
     unsigned = np.append(rng.integers(0, 256, 96), [255] * 32).astype(np.uint8)
     signed = np.append(rng.integers(-128, 128, 96), [-128, 127] * 16).astype(np.int8)
-    out = np.zeros(LANES, np.int32)
-    dot(unsigned, signed, out)
-    products = unsigned.astype(int) * signed.astype(int)
-    np.testing.assert_array_equal(out, products.reshape(2, LANES, 4).sum(axis=(0, 2)))
+    out, signed_sums = np.zeros(LANES, np.int32), signed.reshape(2, LANES, 4).sum(axis=(0, 2), dtype=np.int32)
+    centered = 128 * signed_sums  # what `dot_centered` may leave to subtract
+    dot(unsigned, signed, out, centered)
+    products = (unsigned.astype(int) * signed.astype(int)).reshape(2, LANES, 4).sum(axis=(0, 2))
+    np.testing.assert_array_equal(out, products)
+    np.testing.assert_array_equal(centered, products - 128 * signed_sums)
 
 
 def test_every_instruction_set_computes_the_same(tmp_path):
@@ -77,6 +84,20 @@ def test_every_instruction_set_computes_the_same(tmp_path):
 
 
 # --- memory
+
+
+@pytest.mark.parametrize("size", [1, 1000, HUGE_PAGE + 1])
+@pytest.mark.parametrize("has_huge_pages", [True, False])
+def test_arrays_begin_on_a_cache_line_with_and_without_huge_pages(size, has_huge_pages, monkeypatch):
+    """macOS has no huge pages to ask for."""
+    if not has_huge_pages:
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    array = aligned_zeros((size,), np.float32)
+    assert array.ctypes.data % CACHE_LINE == 0
+    assert array.shape == (size,)
+    assert not array.any()
+    array[:] = 1
+
 
 GROWTH = """
 import sys

