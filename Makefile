@@ -43,7 +43,7 @@ certificate: ## Make a self-signed certificate for localhost, to try TLS with; c
 	cat "$$made/ca" "$$made/key" > '$(TLS_CERT)' && umask 022 && cat "$$made/ca" > '$(dir $(TLS_CERT))ca.pem'
 	@echo "made $(TLS_CERT) for the server and $(dir $(TLS_CERT))ca.pem for clients"
 
-test: $(VENV)/development ## Run every test but the slow ones of `make chaos`, `make clients` and `make walkthrough`
+test: $(VENV)/development ## Run every test but the slow ones of `make chaos`, `clients`, `walkthrough` and `arm`
 	$(BIN)/python -m pytest
 
 chaos: $(VENV)/development ## Kill parts of the service under load, for minutes (SOAK_S=20)

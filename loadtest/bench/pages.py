@@ -63,7 +63,7 @@ def clients_blocks(results: Path) -> dict[str, str]:
 
 
 def engine_blocks(results: Path) -> dict[str, str]:
-    """Return the blocks of docs/engine.md: the parts of a step, `tinylm bench`, AMX tiles, and other engines."""
+    """Return the blocks of docs/engine.md: the parts of a step, `tinylm bench`, AMX tiles, other engines, and ARM."""
     bench = _read(results / "bench.json")
     decode = [
         [
@@ -82,6 +82,7 @@ def engine_blocks(results: Path) -> dict[str, str]:
         "decode": table(head, decode),
         "tiles": _tiles(_read(results / "tiles.json")),
         "peers": _peers(_read(results / "peers.json")),
+        "arm": _arm(_read(results / "arm-estimate.json")["processors"]),
     }
 
 
@@ -105,6 +106,12 @@ def _tiles(result: dict[str, Any]) -> str:
         for case, row in result["cases"].items()
     ]
     return table(["step", "vectors, ms", "tiles, ms", "ratio"], rows)
+
+
+def _arm(processors: dict[str, dict[str, Any]]) -> str:
+    rows = [[name, row["form"], *map(str, row["products_per_cycle"].values())] for name, row in processors.items()]
+    counts = next(iter(processors.values()))["products_per_cycle"]
+    return table(["processor", "form", *(f"{n} token{'s' * (n != '1')}" for n in counts)], rows)
 
 
 def _peers(result: dict[str, Any]) -> str:

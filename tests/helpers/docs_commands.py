@@ -28,6 +28,7 @@ PROGRAMS = (
 HERE = "executed by test_docs_commands"
 CI = "a line of .ci/run"
 ITSELF = "the command that executes the walks"
+ESTIMATE = "tests/loadtest/bench/test_arm_estimate.py::test_the_command_estimates_every_processor"
 AGREEMENT = "tests/docs/test_clients.py::test_load_generators_measure_the_same_load"
 
 
@@ -161,12 +162,14 @@ TABLE: dict[str, str | Walk] = {
     r"python -m loadtest selftest": Walk(Until.END, "highest rate, stream"),
     r"tinylm bench": Walk(Until.END, r'"decode":'),
     r"python -m loadtest.bench.tiles": "tests/loadtest/bench/test_tiles.py::test_the_command_compares_both_forms",
+    r"python -m loadtest.bench.arm_estimate": ESTIMATE,
     r"make parts": Walk(Until.END, "whole step", rewrites=(RESULTS, "docs/engine.md")),
     r"make pictures": Walk(Until.END, "how-it-works.md", rewrites=(RESULTS, IMAGES, "docs/how-it-works.md")),
     r"make proto": Walk(Until.END),
     r"python -m (loadtest.bench.pages|docs.making.page)": Walk(Until.END),
     r"(SOAK_S=\d+ )?make chaos": Walk(Until.AT_WORK, r"tests/chaos/\w+\.py \.", limit_s=400),
     r"make clients": Walk(Until.AT_WORK, r"tests/docs/test_clients\.py \.", limit_s=600),
+    r"make arm": Walk(Until.AT_WORK, r"collected \d+ items", refused=r"error: \S+ is not installed", limit_s=600),
     r"make bench( ONLY=.*)?|python -m loadtest.bench.standard": Walk(Until.AT_WORK, BUSY, limit_s=400),
     r"make peers": Walk(Until.AT_WORK, r"Building wheel for llama|round 1", limit_s=900),
 }  # fmt: skip

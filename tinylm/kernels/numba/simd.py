@@ -14,6 +14,7 @@ each operand at a time. Weights, keys and values are stored so that these four b
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -475,14 +476,17 @@ def multiply_adds(e, n, out):
     Write the sums to out (LANES,) int32. Otherwise the compiler would remove the computation. Return the number of
     products of bytes in a round.
     """
-    n_chains = 16 if e.form == "avx512-vnni" else 4
-    totals = e.totals(e.sums, n_chains)
+    pairs = e.form == "neon-i8mm"
+    kind = ir.VectorType(I32, 2 * LANES) if pairs else e.sums
+    wide = kind is not INTS and e.form.startswith("neon")
+    totals = e.totals(kind, 16 if e.form == "avx512-vnni" else 2 if wide else 4)
     unsigned = e.b.bitcast(e.load(out, I64(0), INTS), BYTES)  # a value that is unknown when this is compiled
+    inputs, rows = e.load(out, I64(0), ir.VectorType(I8, 16)), e.rows_of_eight(unsigned, unsigned)
     with cgutils.for_range(e.b, n):
         for total in totals:
-            e.b.store(e.dot(e.b.load(total), unsigned, unsigned), total)
-    result = e.folded(e.b.load(totals[0]))
-    for total in totals[1:]:
-        result = e.b.add(result, e.folded(e.b.load(total)))
-    e.store(result, out, I64(0))
-    return I64(n_chains * 4 * LANES)
+            before = e.b.load(total)
+            after = e.dot_pairs(before, inputs, rows) if pairs else e.dot_centered(before, unsigned, unsigned)
+            e.b.store(after, total)
+    results = [part for total in map(e.b.load, totals) for part in (e.of_pairs(total) if pairs else [e.folded(total)])]
+    e.store(reduce(e.b.add, results), out, I64(0))
+    return I64(len(totals) * (16 if pairs else 4) * LANES)
