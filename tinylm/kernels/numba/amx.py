@@ -11,6 +11,7 @@ code: the compiled step reads from its scratch how many tokens a matmul needs fo
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from functools import cache
 
@@ -27,8 +28,11 @@ NEVER = 2**62  # more tokens than a step can have
 
 # The tiles, by number: the sums of 16 tokens and 4 x 16 rows of a matrix, the inputs, and weights in turn.
 SUMS, X, WEIGHTS = range(BLOCKS), BLOCKS, range(BLOCKS + 1, 8)
-# The operand of LDTILECFG: palette 1, then the bytes per row (16 bits each) and the rows of 16 tiles, of which 8 exist.
-SETTINGS = bytes([1, *[0] * 15, *[INPUTS, 0] * 8, *[0] * 16, *[ROWS] * 8, *[0] * 8])
+# The tiles of attention besides SUMS: a head's queries and keys, one byte of the weights of values, and values.
+QUERIES, KEYS, WEIGHT_BYTES, VALUES = range(BLOCKS, 8)
+WIDTH = 2 * LANES  # head_dim padded to LANES, if attention uses tiles
+HEAD_COLUMNS = [*[INPUTS] * BLOCKS, WIDTH, INPUTS, LANES, INPUTS]  # bytes per row of each tile of attention
+HEAD_ROWS = [*[ROWS] * BLOCKS, ROWS, WIDTH // 4, ROWS, LANES // 4]
 
 ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # Linux on x86-64
 
@@ -59,9 +63,7 @@ def fewest_tokens() -> int:
 @intrinsic()
 def configure(e):
     """Set up this thread's tiles. The thread must call `release` before it runs other code."""
-    settings = ir.Constant(ir.ArrayType(I8, len(SETTINGS)), bytearray(SETTINGS))
-    pointer = cgutils.global_constant(e.b.module, "tinylm.tile_settings", settings)
-    _call(e, "ldtilecfg", e.b.bitcast(pointer, I8.as_pointer()))
+    _configure(e, [INPUTS] * 8, [ROWS] * 8)
 
 
 @intrinsic()
@@ -89,8 +91,7 @@ def matmul(e, weights, at, row, n_steps, scratch, t, n, out, column, add):
             _call(e, "tdpbusd", block, X, tile)
     sums = e.room(I32, ROWS * TILE)
     for block in SUMS:
-        pointer = e.b.bitcast(e.b.gep(sums, [I64(LANES * block)]), I8.as_pointer())
-        _call(e, "tilestored64", block, pointer, I64(4 * TILE))
+        _store_tile(e, block, sums, I64(LANES * block), I64(4 * TILE))
     rows = [e.index(row, LANES, block) for block in SUMS]
     scales = [e.load(weights.scales, first, FLOATS) for first in rows]
     corrections = [e.load(weights.corrections, first, INTS) for first in rows]
@@ -101,6 +102,63 @@ def matmul(e, weights, at, row, n_steps, scratch, t, n, out, column, add):
             total = e.load(sums, e.index(I64(LANES * block), TILE, loop.index), INTS)
             target = e.row(out, token, e.index(column, LANES, block))
             put_products(e, total, corrections[block], scales[block], scale_of_x, out, target, add)
+
+
+# --- attention of one head by ROWS tokens
+
+
+@intrinsic()
+def configure_attention(e):
+    """Set up this thread's tiles for `key_sums` and `value_sums`, like `configure`."""
+    _configure(e, HEAD_COLUMNS, HEAD_ROWS)
+
+
+@intrinsic()
+def key_sums(e, scratch, head, cache, first, stride, n_blocks, context):
+    """Write the dot products of ROWS rounded queries with keys to scratch.scores (ROWS, context), as int32.
+
+    The first block's first token is `first`, and each next block is `stride` tokens further on.
+    """
+    queries = e.b.mul(head, I64(ROWS))
+    _load_tile(e, QUERIES, scratch.query, e.b.mul(queries, I64(WIDTH)), I64(WIDTH))
+
+    def multiply_blocks(block, totals):
+        for i, total in enumerate(totals):
+            at = e.b.mul(e.index(first, stride, e.b.add(block, I64(i))), I64(WIDTH))
+            _call(e, "tilezero", total)
+            _load_tile(e, KEYS, cache.keys, at, I64(INPUTS))
+            _call(e, "tdpbsud", total, QUERIES, KEYS)
+        for i, total in enumerate(totals):
+            scores_at = e.index(e.b.mul(queries, context), LANES, e.b.add(block, I64(i)))
+            _store_tile(e, total, scratch.scores, scores_at, e.b.mul(context, I64(4)))
+
+    n_turns = e.b.sdiv(n_blocks, I64(len(SUMS)))
+    with cgutils.for_range(e.b, n_turns) as loop:
+        multiply_blocks(e.b.mul(loop.index, I64(len(SUMS))), SUMS)
+    with cgutils.for_range_slice(e.b, e.b.mul(n_turns, I64(len(SUMS))), n_blocks, I64(1)) as (block, _):
+        multiply_blocks(block, SUMS[:1])
+
+
+@intrinsic()
+def value_sums(e, scratch, head, cache, first, stride, n_blocks, context):
+    """Write to scratch.sums the sums of values times the high and low bytes of ROWS tokens' weights (ROWS, context).
+
+    `simd.weigh_values` adds the same sums for one token and block.
+    """
+    queries = e.b.mul(head, I64(ROWS))
+    for tile in SUMS:
+        _call(e, "tilezero", tile)
+    with cgutils.for_range(e.b, n_blocks) as loop:
+        at = e.b.mul(e.index(first, stride, loop.index), I64(WIDTH))
+        weights_at = e.index(e.b.mul(queries, context), LANES, loop.index)
+        for column in range(2):
+            _load_tile(e, VALUES, cache.values, e.index(at, INPUTS, column), I64(4 * WIDTH))
+            for half, weights in enumerate((scratch.high, scratch.low)):
+                _load_tile(e, WEIGHT_BYTES, weights, weights_at, context)
+                _call(e, "tdpbusd", SUMS[2 * half + column], WEIGHT_BYTES, VALUES)
+    for i, total in enumerate(SUMS):
+        here = e.index(I64(LANES * i), 2 * WIDTH, queries)
+        _store_tile(e, total, scratch.sums, here, I64(8 * WIDTH))
 
 
 @intrinsic(types.int64)
@@ -117,9 +175,23 @@ def multiply_adds(e, n):
     return I64(BLOCKS * ROWS * ROWS * INPUTS)
 
 
+def _configure(e, columns: list[int], rows: list[int]):
+    """Set up this thread's tiles. columns, rows: (8,) the bytes per row and the rows of each tile."""
+    # The operand of LDTILECFG: palette 1, then the bytes per row (16 bits) and the rows of 16 tiles, of which 8 exist.
+    settings = struct.pack("<B15x8H16x8B8x", 1, *columns, *rows)
+    constant = ir.Constant(ir.ArrayType(I8, len(settings)), bytearray(settings))
+    pointer = cgutils.global_constant(e.b.module, "tinylm.tile_settings", constant)
+    _call(e, "ldtilecfg", e.b.bitcast(pointer, I8.as_pointer()))
+
+
 def _load_tile(e, tile: int, array, offset, stride):
     """Load a tile from array[offset :]. Its rows begin `stride` bytes after each other."""
     _call(e, "tileloadd64", tile, e.b.gep(array, [offset]), stride)
+
+
+def _store_tile(e, tile: int, array, offset, stride):
+    """Store a tile of sums to array[offset :]. Its rows begin `stride` bytes after each other."""
+    _call(e, "tilestored64", tile, e.b.bitcast(e.b.gep(array, [offset]), I8.as_pointer()), stride)
 
 
 def _call(e, name: str, *operands):

@@ -92,6 +92,10 @@ class Emitter:
         """Store a number or vector to array[offset :]."""
         self.b.store(value, self._at(array, offset, value.type), align=1)
 
+    def prefetch(self, array, offset):
+        """Ask the processor to load the cache line of array[offset] while it computes. The array may end before it."""
+        self.call("llvm.prefetch.p0", ir.VoidType(), self._at(array, offset, I8), I32(0), I32(3), I32(1))
+
     def _at(self, array, offset, kind):
         return self.b.bitcast(self.b.gep(array, [offset]), kind.as_pointer())
 

@@ -95,13 +95,14 @@ class Scratch(NamedTuple):
     bytes: np.ndarray  # (T padded to a tile, hidden or mlp, whichever is larger) uint8: the rounded input of a matmul
     scales: np.ndarray  # (T,) float32: the scales of `bytes`
     order: np.ndarray  # (T,) int64: 0, 1, 2, ...
-    query: np.ndarray  # (heads * D,) int8: the rounded queries of one token; D is head_dim padded to LANES
-    factors: np.ndarray  # (heads,) float32
-    offsets: np.ndarray  # (heads,) int32
-    sums: np.ndarray  # (heads * 2 * D,) int32: weighted sums of values; zeros between tokens
-    scores: np.ndarray  # (heads * context,) float32: attention scores of one token
-    high: np.ndarray  # (heads * context,) uint8: the upper bytes of the attention weights
-    low: np.ndarray  # (heads * context,) uint8: the lower bytes
+    # Attention works on two heads of one token, or with AMX of 16 tokens: Q is 32 queries.
+    query: np.ndarray  # (Q * D,) int8: the rounded queries; D is head_dim padded to LANES
+    factors: np.ndarray  # (Q,) float32
+    offsets: np.ndarray  # (Q,) int32
+    sums: np.ndarray  # (Q * 2 * D,) int32: weighted sums of values; zeros between tokens
+    scores: np.ndarray  # (Q * context,) float32: attention scores; context is padded by a block
+    high: np.ndarray  # (Q * context,) uint8: the upper bytes of the attention weights
+    low: np.ndarray  # (Q * context,) uint8: the lower bytes
     changed: np.ndarray  # (1, vocab) float32: one row of logits after repetition penalty and bias
     weights: np.ndarray  # (vocab,) float32: unnormalized probabilities of one row
     candidates: np.ndarray  # (vocab,) int32: the token ids that the settings keep
@@ -233,8 +234,9 @@ def make_scratch(config: ModelConfig, n_tokens: int, n_rows: int) -> Scratch:
     overhang = LANES  # a load of the last head of a row can reach up to one vector beyond the row's end
     hidden, mlp = padded(config.hidden_size + overhang, TILE), padded(config.mlp_size, TILE)
     wide = max(padded(3 * config.hidden_size + overhang, TILE), mlp)
-    vocab, context = padded(config.vocab_size, TILE), padded(config.context, LANES)
+    vocab, context = padded(config.vocab_size, TILE), padded(config.context, LANES) + LANES
     width = padded(config.head_dim, LANES)
+    queries = 2 * amx.ROWS
 
     def floats(*shape: int) -> np.ndarray:
         return aligned_zeros(shape, np.float32)
@@ -246,13 +248,13 @@ def make_scratch(config: ModelConfig, n_tokens: int, n_rows: int) -> Scratch:
         bytes=aligned_zeros((padded(n_tokens, amx.ROWS), max(hidden, mlp)), np.uint8),
         scales=floats(n_tokens),
         order=np.arange(n_tokens),
-        query=np.zeros(config.n_heads * width, np.int8),
-        factors=floats(config.n_heads),
-        offsets=np.zeros(config.n_heads, np.int32),
-        sums=np.zeros(config.n_heads * 2 * width, np.int32),
-        scores=floats(config.n_heads * context),
-        high=np.zeros(config.n_heads * context, np.uint8),
-        low=np.zeros(config.n_heads * context, np.uint8),
+        query=np.zeros(queries * width, np.int8),
+        factors=floats(queries),
+        offsets=np.zeros(queries, np.int32),
+        sums=np.zeros(queries * 2 * width, np.int32),
+        scores=floats(queries * context),
+        high=np.zeros(queries * context, np.uint8),
+        low=np.zeros(queries * context, np.uint8),
         changed=floats(1, vocab),
         weights=floats(vocab),
         candidates=np.zeros(vocab, np.int32),

@@ -6,10 +6,12 @@ inner loops are in `tinylm.kernels.numba.simd`. Compiled functions don't check i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from tinylm.kernels.numba import amx, simd
-from tinylm.kernels.numba.amx import HAS_TILES
+from tinylm.kernels.numba.amx import HAS_TILES, WIDTH
 from tinylm.kernels.numba.emitter import LANES
 from tinylm.kernels.numba.jit import compiled
 from tinylm.kernels.numba.layout import Float32Cache, Int8Cache, Scratch, Shape, Weights
@@ -230,30 +232,122 @@ def attend_int8(
     scratch: Scratch,
     out: np.ndarray,
 ) -> None:
-    """Write to out (T, hidden) each token's attention over its sequence up to itself.
+    """Write to out (T, hidden) each token's attention over its sequence up to itself."""
+    width = (shape.head_dim + LANES - 1) // LANES * LANES
+    slot_size = cache.blocks * shape.heads * LANES
+    configured = False
+    t = 0
+    while t < n_tokens:
+        n = 1  # tokens of the same block of the cache
+        while t + n < n_tokens and slots[t + n] == slots[t] and positions[t + n] // LANES == positions[t] // LANES:
+            n += 1
+        first = (slots_at + slots[t]) * slot_size
+        if HAS_TILES and width == WIDTH and n >= scratch.tile_tokens:
+            if not configured:
+                amx.configure_attention()
+                configured = True
+            attend_tiles(qkv, t, n, first, positions[t], shape, cache, scratch, out)
+        else:
+            # The next token to prefetch for: of the batch, or the first one in the next layer.
+            for i in range(t, t + n):
+                next_slot = slots_at + slots[i + 1] if i + 1 < n_tokens else slots_at + cache.slots + slots[0]
+                next_first = next_slot * slot_size
+                if width == WIDTH:
+                    attend_token(qkv, i, first, next_first, positions[i], shape, cache, scratch, out)
+                else:
+                    attend_token_any_width(qkv, i, first, next_first, positions[i], shape, cache, scratch, out)
+        t += n
+    if HAS_TILES and configured:
+        amx.release()
 
-    The loops read keys and values in the order of the cache: all heads of a block, then the next block.
+
+def _make_attend_token(constant_width: int) -> Callable[..., None]:
+    """Make the attention of one token for heads of this width, which the compiler then knows, or 0 for any width."""
+
+    @compiled
+    def attend_token(
+        qkv: np.ndarray,
+        t: int,
+        first: int,
+        next_first: int,
+        position: int,
+        shape: Shape,
+        cache: Int8Cache,
+        scratch: Scratch,
+        out: np.ndarray,
+    ) -> None:
+        """Compute the attention of token t, whose slot begins at token `first` of the cache.
+
+        Each head prefetches the keys and values of the next head. The last one prefetches for the next token, whose
+        slot begins at `next_first`: a batch of sequences has too many keys and values for the processor's caches.
+        """
+        size, heads = shape.head_dim, shape.heads
+        width = constant_width or (size + LANES - 1) // LANES * LANES
+        length, block_size = position + 1, heads * LANES
+        n_blocks, columns = (length + LANES - 1) // LANES, cache.blocks * LANES
+        for pair in range(0, heads, 2):
+            end = min(pair + 2, heads)
+            ahead = 2 * LANES if end < heads else next_first - first - pair * LANES
+            for h in range(pair, end):
+                simd.round_query(qkv, t * qkv.shape[1] + h * size, size, width, scratch, h - pair)
+            for block in range(n_blocks):
+                for h in range(pair, end):
+                    at, scores_at = first + block * block_size + h * LANES, (h - pair) * columns + block * LANES
+                    n = length - block * LANES
+                    simd.key_scores(scratch, h - pair, width, cache, at, at + ahead, n, scores_at)
+            for h in range(pair, end):
+                at = first + h * LANES
+                simd.soften(scratch, h - pair, (h - pair) * columns, length, cache, at, block_size)
+            for block in range(n_blocks):
+                for h in range(pair, end):
+                    at, weights_at = first + block * block_size + h * LANES, (h - pair) * columns + block * LANES
+                    simd.weigh_values(scratch, h - pair, weights_at, cache, at, at + ahead, width)
+            for h in range(pair, end):
+                simd.put_sums(scratch, h - pair, width, out, t * out.shape[1] + h * size)
+
+    return attend_token
+
+
+attend_token, attend_token_any_width = _make_attend_token(WIDTH), _make_attend_token(0)
+
+
+@compiled
+def attend_tiles(
+    qkv: np.ndarray,
+    t: int,
+    n: int,
+    first: int,
+    position: int,
+    shape: Shape,
+    cache: Int8Cache,
+    scratch: Scratch,
+    out: np.ndarray,
+) -> None:
+    """Compute the attention of tokens t to t + n with AMX. They belong to one block of a slot.
+
+    first: where their slot begins in the cache. position: of token t. These tokens share the keys and values that a
+    tile holds. Each loop finishes one part of all heads, since a tile waits for numbers that were just stored.
     """
-    size, heads, context = shape.head_dim, shape.heads, cache.blocks * LANES
-    width = (size + LANES - 1) // LANES * LANES
-    for t in range(n_tokens):
-        row, length = t * qkv.shape[1], positions[t] + 1
-        n_blocks = (length + LANES - 1) // LANES
-        first = (slots_at + slots[t]) * cache.blocks * heads
-        for h in range(heads):
-            simd.round_query(qkv, row + h * size, size, width, scratch, h)
-        for block in range(n_blocks):
-            for h in range(heads):
-                at, token = (first + block * heads + h) * LANES, block * LANES
-                simd.key_scores(scratch, h, width, cache, at, length - token, h * context + token)
-        for h in range(heads):
-            simd.soften(scratch, h, h * context, length, cache, (first + h) * LANES, heads * LANES)
-        for block in range(n_blocks):
-            for h in range(heads):
-                at, token = (first + block * heads + h) * LANES, block * LANES
-                simd.weigh_values(scratch, h, h * context + token, cache, at, width)
-        for h in range(heads):
-            simd.put_sums(scratch, h, width, out, t * out.shape[1] + h * size)
+    size, block_size, n_blocks = shape.head_dim, shape.heads * LANES, position // LANES + 1
+    columns = (cache.blocks + 1) * LANES  # of scratch; rows that are a power of 2 apart evict each other from L1
+    for pair in range(0, shape.heads, 2):
+        end = min(pair + 2, shape.heads)
+        for h in range(pair, end):
+            for i in range(n):
+                x_at, query = (t + i) * qkv.shape[1] + h * size, (h - pair) * amx.ROWS + i
+                simd.round_query(qkv, x_at, size, WIDTH, scratch, query)
+        for h in range(pair, end):
+            amx.key_sums(scratch, h - pair, cache, first + h * LANES, block_size, n_blocks, columns)
+        for h in range(pair, end):
+            for i in range(n):
+                query, length, at = (h - pair) * amx.ROWS + i, position + i + 1, first + h * LANES
+                simd.scores_of_sums(scratch, query, query * columns, length, cache, at, block_size)
+                simd.soften(scratch, query, query * columns, length, cache, at, block_size)
+        for h in range(pair, end):
+            amx.value_sums(scratch, h - pair, cache, first + h * LANES, block_size, n_blocks, columns)
+        for h in range(pair, end):
+            for i in range(n):
+                simd.put_sums(scratch, (h - pair) * amx.ROWS + i, WIDTH, out, (t + i) * out.shape[1] + h * size)
 
 
 @compiled

@@ -311,7 +311,8 @@ def rotate(e, x, at, half, cos, sin, tables_at, n_blocks):
         e.store(e.fma(b, c, e.b.fmul(a, s)), x, second)
 
 
-# --- attention of one head: `size` is head_dim, `width` is head_dim padded to LANES, `first` is a block's first token
+# --- attention of one head: `size` is head_dim, `width` is head_dim padded to LANES, `first` is a block's first token,
+# --- and `query` is the number of a query in scratch
 
 
 @intrinsic()
@@ -365,13 +366,13 @@ def _put_scale(e, x, at, size, width, scales, scale_at):
 
 
 @intrinsic()
-def round_query(e, x, at, size, width, scratch, head):
+def round_query(e, x, at, size, width, scratch, query):
     """Round a query, x[at : at + size], to bytes in scratch.query.
 
     Write to scratch.factors the factor that turns dot products with keys into scores, which are exponents of 2. It
     includes softmax's scaling. Write to scratch.offsets the excess of a dot product, since keys have 128 added.
     """
-    query_at = e.b.mul(head, width)
+    query_at = e.b.mul(query, width)
     largest = _largest_of_head(e, x, at, size, width)
     inverse = e.splat(e.inverse_scale(largest, 127.0))
     (offset,) = e.totals(INTS, 1)
@@ -381,29 +382,59 @@ def round_query(e, x, at, size, width, scratch, head):
         e.store(e.to_bytes(ints), scratch.query, e.index(query_at, LANES, loop.index))
         e.b.store(e.b.add(e.b.load(offset), e.b.shl(ints, e.ints(7))), offset)
     root = e.call("llvm.sqrt.f32", F32, e.b.sitofp(size, F32))
-    e.store(e.b.fdiv(e.b.fmul(largest, F32(LOG2_E / 127)), root), scratch.factors, head)
-    e.store(e.reduce(e.b.load(offset), e.b.add), scratch.offsets, head)
+    e.store(e.b.fdiv(e.b.fmul(largest, F32(LOG2_E / 127)), root), scratch.factors, query)
+    e.store(e.reduce(e.b.load(offset), e.b.add), scratch.offsets, query)
 
 
 @intrinsic()
-def key_scores(e, scratch, head, width, cache, first, n, scores_at):
-    """Write the scores of a rounded query with a block of keys to scratch.scores: NEVER from the block's key n on."""
-    query_at, at = e.b.mul(head, width), e.b.mul(first, width)
+def key_scores(e, scratch, query, width, cache, first, next_first, n, scores_at):
+    """Write the scores of a rounded query with a block of keys to scratch.scores: NEVER from the block's key n on.
+
+    Prefetch the block of keys whose first token is `next_first`.
+    """
+    query_at, at, distance = e.b.mul(query, width), e.b.mul(first, width), e.b.mul(e.b.sub(next_first, first), width)
+    e.prefetch(cache.key_scales, next_first)
+    e.prefetch(cache.value_scales, next_first)
     totals = e.totals(e.sums, LANES // 4)
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
         for i, total in enumerate(totals):
             step = e.index(I64(i), LANES // 4, group.index)
             part = e.splat(e.load(scratch.query, e.index(query_at, 4, step), I32))
-            block = e.load(cache.keys, e.index(at, 4 * LANES, step), BYTES)
+            here = e.index(at, 4 * LANES, step)
+            e.prefetch(cache.keys, e.b.add(here, distance))
+            block = e.load(cache.keys, here, BYTES)
             e.b.store(e.dot_centered(e.b.load(total), block, e.b.bitcast(part, BYTES)), total)
-    product = e.b.sub(e.sum_of(totals), e.excess(e.splat(e.load(scratch.offsets, head, I32))))
-    scale = e.b.fmul(e.load(cache.key_scales, first, FLOATS), e.splat(e.load(scratch.factors, head, F32)))
-    score = e.b.fmul(e.b.sitofp(product, FLOATS), scale)
-    e.store(e.b.select(e.first_lanes(n), score, e.floats(NEVER)), scratch.scores, scores_at)
+    _put_scores(e, e.sum_of(totals), scratch, query, cache, first, e.first_lanes(n), scores_at)
 
 
 @intrinsic()
-def soften(e, scratch, head, at, length, cache, first, stride):
+def scores_of_sums(e, scratch, query, at, length, cache, first, stride):
+    """Turn the dot products of a query with keys in scratch.scores[at :] into scores, like `key_scores`."""
+    for block, lanes in _blocks_of(e, length):
+        here = e.index(at, LANES, block)
+        total = e.load(scratch.scores, here, INTS)
+        _put_scores(e, total, scratch, query, cache, e.index(first, stride, block), lanes, here)
+
+
+def _blocks_of(e, length):
+    """Emit code for each block of LANES elements. Yield its number, and the lanes that it has: None if it has all."""
+    last = e.b.sub(e.blocks(length), I64(1))
+    with cgutils.for_range(e.b, last) as loop:
+        yield loop.index, None
+    yield last, e.first_lanes(e.b.sub(length, e.index(I64(0), LANES, last)))
+
+
+def _put_scores(e, total, scratch, query, cache, first, lanes, scores_at):
+    """Write the scores of a block of keys, whose dot products with a query are `total`: NEVER for other `lanes`."""
+    product = e.b.sub(total, e.excess(e.splat(e.load(scratch.offsets, query, I32))))
+    scale = e.b.fmul(e.load(cache.key_scales, first, FLOATS), e.splat(e.load(scratch.factors, query, F32)))
+    score = e.b.fmul(e.b.sitofp(product, FLOATS), scale)
+    score = score if lanes is None else e.b.select(lanes, score, e.floats(NEVER))
+    e.store(score, scratch.scores, scores_at)
+
+
+@intrinsic()
+def soften(e, scratch, query, at, length, cache, first, stride):
     """Turn `length` scores into the 16-bit weights of values: 2^(score - largest score) times the value's scale.
 
     The value_scales of each next block of values are `stride` elements further on. Write the two bytes of each weight
@@ -418,18 +449,17 @@ def soften(e, scratch, head, at, length, cache, first, stride):
         score = e.load(scores, e.index(at, LANES, loop.index), FLOATS)
         e.b.store(e.larger(score, e.b.load(best)), best)
     shift = e.splat(e.largest_lane(e.b.load(best)))
-    with cgutils.for_range(e.b, n_blocks) as loop:
-        here = e.index(at, LANES, loop.index)
+    for block, lanes in _blocks_of(e, length):
+        here = e.index(at, LANES, block)
         weight = e.exp2(e.b.fsub(e.load(scores, here, FLOATS), shift))
         e.b.store(e.b.fadd(weight, e.b.load(total)), total)
-        weight = e.b.fmul(weight, e.load(cache.value_scales, e.index(first, stride, loop.index), FLOATS))
-        left = e.b.sub(length, e.index(I64(0), LANES, loop.index))
-        weight = e.b.select(e.first_lanes(left), weight, e.floats(0.0))
+        weight = e.b.fmul(weight, e.load(cache.value_scales, e.index(first, stride, block), FLOATS))
+        weight = weight if lanes is None else e.b.select(lanes, weight, e.floats(0.0))
         e.store(weight, scores, here)
         e.b.store(e.larger(weight, e.b.load(heaviest)), heaviest)
     largest = e.largest_lane(e.b.load(heaviest))
     sums = e.sum_of_lanes(e.b.load(total))
-    e.store(e.b.fdiv(e.b.fmul(largest, F32(1 / 65535)), sums), scratch.factors, head)
+    e.store(e.b.fdiv(e.b.fmul(largest, F32(1 / 65535)), sums), scratch.factors, query)
     inverse = e.splat(e.inverse_scale(largest, 65535.0))
     with cgutils.for_range(e.b, n_blocks) as loop:
         here = e.index(at, LANES, loop.index)
@@ -439,13 +469,20 @@ def soften(e, scratch, head, at, length, cache, first, stride):
 
 
 @intrinsic()
-def weigh_values(e, scratch, head, weights_at, cache, first, width):
-    """Add a block of values, times the high and the low bytes of its weights, to the head's two rows of sums."""
-    at, sums_at = e.b.mul(first, width), e.b.mul(e.b.mul(head, I64(2)), width)
+def weigh_values(e, scratch, query, weights_at, cache, first, next_first, width):
+    """Add a block of values, times the high and the low bytes of its weights, to the query's two rows of sums.
+
+    Prefetch the block of values whose first token is `next_first`.
+    """
+    distance = e.b.mul(e.b.sub(next_first, first), width)
+    at, sums_at = e.b.mul(first, width), e.b.mul(e.b.mul(query, I64(2)), width)
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
         column = e.index(I64(0), LANES, group.index)
         quads = [e.index(at, e.b.mul(width, I64(4)), quad) for quad in range(LANES // 4)]
-        blocks = [e.load(cache.values, e.index(quad, 4, column), BYTES) for quad in quads]
+        lines = [e.index(quad, 4, column) for quad in quads]
+        for line in lines:
+            e.prefetch(cache.values, e.b.add(line, distance))
+        blocks = [e.load(cache.values, line, BYTES) for line in lines]
         for half, weights in enumerate((scratch.high, scratch.low)):
             here = e.b.add(e.index(sums_at, width, half), column)
             chains = [ir.Constant(e.sums, None)] * 2
@@ -456,10 +493,10 @@ def weigh_values(e, scratch, head, weights_at, cache, first, width):
 
 
 @intrinsic()
-def put_sums(e, scratch, head, width, out, out_at):
-    """Write (256 * high sums + low sums) * the head's factor to out[out_at : out_at + width]. Set the sums to 0."""
-    sums, sums_at = scratch.sums, e.b.mul(e.b.mul(head, I64(2)), width)
-    factor = e.splat(e.load(scratch.factors, head, F32))
+def put_sums(e, scratch, query, width, out, out_at):
+    """Write (256 * high sums + low sums) * the query's factor to out[out_at : out_at + width]. Set the sums to 0."""
+    sums, sums_at = scratch.sums, e.b.mul(e.b.mul(query, I64(2)), width)
+    factor = e.splat(e.load(scratch.factors, query, F32))
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
         column = e.index(I64(0), LANES, group.index)
         halves = [e.b.add(e.index(sums_at, width, half), column) for half in range(2)]
