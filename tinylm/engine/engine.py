@@ -127,7 +127,7 @@ class Engine:
         check_ids(params.logit_bias, self.config.vocab_size, "logit_bias")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         max_tokens = min(params.max_tokens, self.config.context - len(prompt))
-        uniforms = np.random.default_rng(params.seed).random(max_tokens)
+        uniforms = np.random.default_rng(params.seed).random(max_tokens).tolist()
         ends = frozenset((self.config.boundary_id, *params.stop_token_ids))
         return Request(prompt, params, deadline, uniforms, ends, logit_changes(params, words, self.config))
 
@@ -223,10 +223,9 @@ class Engine:
             self._append_scores(scored, len(sampled))
         for request, count in parts:
             request.n_cached += count
-        batch = self._runner.batch
+        chosen = self._runner.batch.chosen[: len(sampled)].tolist()
         n_later = sum(
-            self._append(request, token, batch.logits[row, : self.config.vocab_size])
-            for row, (request, token) in enumerate(zip(sampled, batch.chosen[: len(sampled)].tolist(), strict=True))
+            self._append(request, token, row) for row, (request, token) in enumerate(zip(sampled, chosen, strict=True))
         )
         self._count_step(began_at, len(sampled), n_later)
         if self.steps.is_watched(began_at):
@@ -315,7 +314,7 @@ class Engine:
         batch.slots[: len(ids)] = slots
         batch.positions[: len(ids)] = positions
         batch.rows[: len(rows)] = rows
-        batch.uniforms[: len(rows)] = [request.uniforms.item(len(request.tokens)) for request in sampled]
+        batch.uniforms[: len(rows)] = [request.uniforms[len(request.tokens)] for request in sampled]
         return sampled
 
     def _add_scored_rows(self, parts: list[tuple[Request, int]], row: int) -> list[tuple[Request, int]]:
@@ -343,24 +342,27 @@ class Engine:
 
     def _finish_without_answer(self, parts: list[tuple[Request, int]]) -> list[Request]:
         """End the requests that want no answer and whose prompt has been computed. Return them."""
-        ended = [request for request, _ in parts if not len(request.uniforms) and request.n_cached == request.n_tokens]
+        ended = [request for request, _ in parts if not request.uniforms and request.n_cached == request.n_tokens]
         for request in ended:
             self._finish(request, "length")
         return ended
 
-    def _append(self, request: Request, token: int, logits: np.ndarray) -> bool:
-        """Give a request its new token. Return whether the answer has another token before it."""
+    def _append(self, request: Request, token: int, row: int) -> bool:
+        """Give a request the token of a row of the batch. Return whether the answer has another token before it."""
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
-        wanted = request.params.logprobs
-        scores = [] if wanted is None else token_logprobs(logits[None], [token], wanted)
+        batch, params, scores = self._runner.batch, request.params, []
+        if params.logprobs is not None:
+            logits = batch.logits[row : row + 1, : self.config.vocab_size]
+            scores = token_logprobs(logits, [token], params.logprobs)
         if token in request.ends:
             request.ending = (token, scores[0]) if scores else None
             self._finish(request, "stop")
             return False
         request.logprobs += scores  # before the token: `_recover` deletes one that has no token
         request.tokens.append(token)
-        self._runner.batch.seen[request.slot, token] = True
+        if params.repetition_penalty != 1:
+            batch.seen[request.slot, token] = True
         if request.is_full:
             self._finish(request, "length")
         return len(request.tokens) > 1

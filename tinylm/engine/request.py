@@ -45,7 +45,7 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     deadline: float | None
-    uniforms: np.ndarray  # one random number for each token that the answer can have
+    uniforms: list[float]  # one random number for each token that the answer can have
     ends: frozenset[int]  # the tokens that end the answer: the boundary and stop_token_ids
     changes: LogitChanges | None = None  # None: the logits stay as they are
     priority: int = 0  # 0 or more; a waiting request with a higher priority gets a slot first

@@ -135,7 +135,7 @@ class Explainer:
             request.changes.begin(ids)
             request.changes.write([], bias)
         choice = filters.choose(logits, seen, bias, params)
-        token = choice.greedy if params.seed is None else choice.draw(request.uniforms.item(0))
+        token = choice.greedy if params.seed is None else choice.draw(request.uniforms[0])
         return self._report(logits, choice, token, top, answer)
 
     def logits(self, prompt: str) -> np.ndarray:

@@ -233,10 +233,12 @@ def gather(e, x, n_blocks, bound, indices, values):
         first = e.index(I64(0), LANES, loop.index)
         value = e.load(x, first, FLOATS)
         chosen = e.b.fcmp_ordered(">=", value, bound)
-        n = e.b.load(count)
-        e.store_chosen(e.b.add(lanes, e.splat(e.b.trunc(first, I32))), indices, n, chosen)
-        e.store_chosen(value, values, n, chosen)
-        e.b.store(e.b.add(n, e.count(chosen)), count)
+        n_chosen = e.count(chosen)
+        with e.b.if_then(e.b.icmp_signed(">", n_chosen, I64(0)), likely=False):
+            n = e.b.load(count)
+            e.store_chosen(e.b.add(lanes, e.splat(e.b.trunc(first, I32))), indices, n, chosen)
+            e.store_chosen(value, values, n, chosen)
+            e.b.store(e.b.add(n, n_chosen), count)
     return e.b.load(count)
 
 
