@@ -17,7 +17,7 @@ from ray import serve
 from tinylm.serving.grpc.health import HealthMethods
 from tinylm.serving.grpc.methods import GrpcMethods
 from tinylm.serving.http.app import build_http_app
-from tinylm.serving.http.live import LiveMethods
+from tinylm.serving.live import LiveMethods
 from tinylm.serving.service import AppArgs, Service
 
 

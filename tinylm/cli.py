@@ -453,7 +453,7 @@ def explain(
         tokens, norms, lens = explainer.tokens(text), explainer.norms(text), explainer.lens(text, top=min(top, 3))
         cache = cache_use(engine, len(tokens))
         if as_json:
-            from tinylm.explain.results import as_json as form
+            from tinylm.explain.forms import as_json as form
 
             parts = {"tokens": tokens, "norms": norms, "lens": lens, "scores": scores, "cache": cache}
             typer.echo(json.dumps({"prompt": text, **{name: form(part) for name, part in parts.items()}}))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -100,6 +101,22 @@ def test_a_prompt_can_be_scored_without_an_answer(client: Client, stories: LLM) 
     assert (answer.text, answer.n_tokens, answer.finish_reason) == ("", 0, "length")
     total = sum(entry.logprob for entry in answer.prompt_logprobs)
     assert total == pytest.approx(stories.score("The little dog")[0].total, abs=1e-3)
+
+
+def test_a_prompt_is_explained_over_grpc(service: Service, stories: LLM) -> None:
+    with Client(service.address, timeout_s=LIMIT_S) as client:
+        params = SamplingParams(temperature=0.9, top_p=0.9, seed=3)
+        answer = client.explain(PROMPT, "scores", params)
+        (expected,) = stories.generate(PROMPT, replace(params, max_tokens=1))
+        assert [answer.scores.chosen.id] == [answer.scores.difference.token] == expected.token_ids
+        with pytest.raises(ValueError, match="layer is 17: it must be a whole number, 1 to 16"):
+            client.explain(PROMPT, "attention", layer=17)
+
+        assert client.explain("", "batch").batch.complete  # from now on, steps are recorded
+        client.generate(PROMPT, GREEDY)
+        time.sleep(1)  # an older view is kept for half a second
+        steps = [step for replica in client.explain("", "batch").batch.replicas for step in replica.steps]
+        assert {share.kind for step in steps for share in step.shares} == {"prompt", "answer"}
 
 
 def test_the_asynchronous_client_gets_the_same_answers(service: Service, client: Client) -> None:

@@ -17,7 +17,7 @@ from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
 LIMIT_S = 60.0
 STREAMS = 90  # a connection allows 100 at the same time
-METHODS = ("Generate", "GenerateStream", "Tokenize", "GetModelInfo")
+METHODS = ("Generate", "GenerateStream", "Tokenize", "GetModelInfo", "Explain")
 OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))  # each channel has its own connection
 
 

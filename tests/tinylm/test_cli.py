@@ -15,7 +15,7 @@ from helpers.terminal import TINYLM, shown_on_terminal
 
 import tinylm
 from tinylm.explain.explainer import Explainer
-from tinylm.explain.results import as_json
+from tinylm.explain.forms import as_json
 from tinylm.llm import load
 
 PROMPT = "Once upon a time"

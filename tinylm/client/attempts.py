@@ -28,7 +28,8 @@ class ServiceError(RuntimeError):
     """The service refused or failed a call, or no service answered. The message says what helps.
 
     code: the gRPC status. attempts: how often the call was sent. retry_after_s: for a call that a limit of its key
-    refused, the seconds until the limit admits it; None for every other error, such as a full queue.
+    refused, the seconds until the limit admits it; for an explanation that a busy replica refused, the seconds after
+    which to try again; None for every other error, such as a full queue.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import grpc
 from tinylm.client.answer import ReceivedAnswer, ServedCompletion, completion_of, tokens
 from tinylm.client.attempts import CUT_OFF, Attempts
 from tinylm.client.connection import Connection
-from tinylm.client.wire import check_text, request_from_params
+from tinylm.client.wire import check_text, explain_request, request_from_params
 from tinylm.sampling import SamplingParams
 from tinylm.stream import Stream, Update
 from tinylm.v1 import tinylm_pb2 as pb
@@ -57,6 +57,17 @@ class Client(Connection):
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids. Bytes that are not UTF-8 become U+FFFD."""
         return self._ask(self._stub.Detokenize, pb.DetokenizeRequest(tokens=tokens))[0].text
+
+    def explain(
+        self, prompt: str, piece: str, params: SamplingParams | None = None, **fields: int | str
+    ) -> pb.ExplainResponse:
+        """Return a piece of an explanation of a prompt of at most 64 tokens, in the field of that name.
+
+        piece: tokens, norms, attention, lens, scores, matmul, cache or batch. params: the settings, only for scores;
+        None means `SamplingParams()`. fields: those of the piece in `ExplainRequest`, such as `layer`.
+        Raise the same errors as `generate`. The client retries after the time that a busy replica names.
+        """
+        return self._ask(self._stub.Explain, explain_request(prompt, piece, params, fields))[0]
 
     def info(self) -> pb.GetModelInfoResponse:
         """Return the service's description of its model, and the name of the replica that answered."""

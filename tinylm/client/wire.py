@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ FINISH_REASONS: dict[FinishReason, pb.FinishReason] = {
     "length": pb.FINISH_REASON_LENGTH,
     "timeout": pb.FINISH_REASON_TIMEOUT,
 }
+PIECES = [field.name for field in pb.ExplainRequest.DESCRIPTOR.oneofs_by_name["piece"].fields]
 FINISH_REASON_NAMES = {number: name for name, number in FINISH_REASONS.items()}
 
 
@@ -60,6 +61,34 @@ def request_from_params(prompt: str, params: SamplingParams) -> pb.GenerateReque
         if (value := getattr(params, name)) != getattr(_DEFAULTS, name):
             given[name] = value
     return pb.GenerateRequest(prompt=prompt, stop=params.stop, **given)
+
+
+def explain_request(
+    prompt: str, piece: str, params: SamplingParams | None, fields: Mapping[str, Any]
+) -> pb.ExplainRequest:
+    """Return the request for a piece of an explanation.
+
+    Raise ValueError, which names the field, for a value that the message cannot hold.
+    """
+    check_text("prompt", prompt)
+    request = pb.ExplainRequest(prompt=prompt)
+    if piece not in PIECES:
+        raise ValueError(f"piece is {piece!r}: it must be one of {', '.join(PIECES)}")
+    asked = getattr(request, piece)
+    asked.SetInParent()
+    if params is not None:
+        if piece != "scores":
+            raise ValueError(f"params is set: the piece {piece!r} has no settings, only 'scores' has")
+        asked.settings.CopyFrom(request_from_params("", params))
+    for name, value in fields.items():
+        if name not in asked.DESCRIPTOR.fields_by_name or name == "settings":
+            raise ValueError(f"{name} is not a field of the piece {piece!r}")
+        try:
+            setattr(asked, name, value)
+        except (TypeError, ValueError):
+            kind = "a string" if isinstance(getattr(asked, name), str) else "a whole number of 32 bits"
+            raise ValueError(f"{name} is {value!r}: it must be {kind}") from None
+    return request
 
 
 def check_text(field: str, text: str) -> None:

@@ -1,10 +1,8 @@
-"""What an explanation consists of, and its form as JSON. Shapes: T tokens of the prompt with the boundary."""
+"""What an explanation consists of. `forms` encodes it. Shapes: T tokens of the prompt with the boundary."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -88,14 +86,3 @@ class CacheUse:
 def as_shades(weights: np.ndarray) -> np.ndarray:
     """Return attention weights from 0 to 1 as uint8 from 0 to 255, for pictures."""
     return np.rint(weights * 255).astype(np.uint8)
-
-
-def as_json(result: Any) -> Any:
-    """Return a result as what `json.dumps` accepts. Floats have 7 digits, which is what float32 holds."""
-    if dataclasses.is_dataclass(result):
-        return {field.name: as_json(getattr(result, field.name)) for field in dataclasses.fields(result)}
-    if isinstance(result, np.ndarray):
-        return as_json(result.tolist())
-    if isinstance(result, list):
-        return [as_json(item) for item in result]
-    return float(f"{result:.7g}") if isinstance(result, float) else result

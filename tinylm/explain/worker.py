@@ -2,13 +2,15 @@
 
     python -m tinylm.explain.worker models/stories-8m int8
 
-The arguments are the model directory and the precision. Each line of standard input is a question, a JSON object. Each
-line of standard output is the answer: "ok" and a JSON object, or "wrong" and the message of a ValueError as JSON. The
-process ends when its input ends, or when it gets no question for IDLE_S.
+The arguments are the model directory and the precision. Each line of standard input is a question, a JSON object. An
+answer on standard output is a line with "ok" or "wrong" and a number of bytes, and then these bytes: the piece in the
+form of the question, or the message of a ValueError. The process ends when its input ends, or when it gets no question
+for IDLE_S.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import select
@@ -20,7 +22,8 @@ from typing import Any
 
 from tinylm.explain.engine_answer import EngineAnswer
 from tinylm.explain.explainer import Explainer
-from tinylm.explain.results import as_json, as_shades
+from tinylm.explain.forms import encoded
+from tinylm.explain.results import as_shades
 from tinylm.kernels.blas import run_limited
 from tinylm.llm import load
 from tinylm.sampling import SamplingParams
@@ -30,28 +33,29 @@ LEAST_PRIORITY = 19  # the largest niceness
 OK, WRONG = b"ok", b"wrong"
 
 
-def answer(explainer: Explainer, question: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the answer to a question, as a JSON object.
+def result(explainer: Explainer, question: Mapping[str, Any]) -> Any:
+    """Return the answer to a question, for `encoded`.
 
-    question: "piece" names what to explain, "prompt" is the text. The other fields are arguments of the method of
-    `Explainer`. Raise ValueError as that method does.
+    question: "piece" names what to explain, "prompt" is the text, "n_tokens" its length with the boundary, "form" that
+    of the answer. "fields" are arguments of the method of `Explainer`; for "scores", there are also "settings" and
+    "by_engine". Raise ValueError as that method does.
     """
-    prompt = question["prompt"]
+    prompt, fields = question["prompt"], question["fields"]
     match question["piece"]:
         case "norms":
-            return {"norms": as_json(explainer.norms(prompt))}
+            return {"norms": explainer.norms(prompt)}
         case "attention":
-            layer, head = question["layer"], question["head"]
+            layer, head = fields["layer"], fields.get("head")
             heads = explainer.attention(prompt, layer) if head is None else explainer.head(prompt, layer, head)[None]
-            return {"layer": layer, "head": head, "weights": as_json(as_shades(heads))}
+            return {"layer": layer, "head": head, "weights": as_shades(heads)}
         case "lens":
-            return as_json(explainer.lens(prompt, question["position"], question["top"]))
+            return explainer.lens(prompt, **fields)
         case "scores":
             by_engine = EngineAnswer.from_json(question["by_engine"])
-            return as_json(explainer.scores(prompt, _params(question["settings"]), by_engine, question["top"]))
+            return explainer.scores(prompt, _params(question["settings"]), by_engine, **fields)
         case "matmul":
-            layer, name = question["layer"], question["name"]
-            return {"layer": layer, "name": name, **as_json(explainer.matmul(prompt, layer, name))}
+            rounded = explainer.matmul(prompt, **fields)
+            return {**fields, **{field.name: getattr(rounded, field.name) for field in dataclasses.fields(rounded)}}
         case piece:
             raise ValueError(f"piece is {piece!r}: there is no such piece of an explanation")
 
@@ -62,14 +66,15 @@ def _params(settings: Mapping[str, Any]) -> SamplingParams:
     return SamplingParams(**{**settings, "logit_bias": biases})
 
 
-def answer_line(explainer: Explainer, line: bytes) -> bytes:
-    """Return the line that answers a line of the input, without its end."""
-    value: dict[str, Any] | str
+def answer(explainer: Explainer, line: bytes) -> bytes:
+    """Return the answer to a line of the input."""
     try:
-        kind, value = OK, answer(explainer, json.loads(line))
+        question = json.loads(line)
+        found = result(explainer, question)
+        kind, content = OK, encoded(question["piece"], found, question["n_tokens"], question["form"])
     except ValueError as error:
-        kind, value = WRONG, str(error)
-    return kind + b" " + json.dumps(value, separators=(",", ":")).encode()
+        kind, content = WRONG, str(error).encode()
+    return b"%s %d\n%s" % (kind, len(content), content)
 
 
 def main() -> None:
@@ -80,7 +85,7 @@ def main() -> None:
     explainer = Explainer(tokenizer, model)
     source, target = sys.stdin.buffer, sys.stdout.buffer
     while select.select([source], [], [], IDLE_S)[0] and (line := source.readline()):
-        target.write(answer_line(explainer, line) + b"\n")
+        target.write(answer(explainer, line))
         target.flush()
 
 

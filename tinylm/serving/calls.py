@@ -35,6 +35,8 @@ _ENDINGS = ("stop", "length", "timeout")  # a call with several answers takes th
 class Refused(Exception):
     """End a call with a status instead of an answer."""
 
+    retry_after_s: float | None = None  # the time after which the caller may try again, if the refusal names one
+
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(details)
         self.code, self.details = code, details
@@ -61,8 +63,11 @@ class RateLimited(Refused):
 class Busy(Refused):
     """Refuse an explanation, which must not slow down the requests that are served."""
 
+    retry_after_s = 1.0
+
     def __init__(self, why: str) -> None:
-        super().__init__(grpc.StatusCode.UNAVAILABLE, f"no explanation now, since {why}: try again in 1 s")
+        again = f"try again in {self.retry_after_s:.0f} s"
+        super().__init__(grpc.StatusCode.UNAVAILABLE, f"no explanation now, since {why}: {again}")
 
 
 @dataclass(slots=True)

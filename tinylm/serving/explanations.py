@@ -2,26 +2,78 @@
 
 It is no thread of the replica: a thread with a low priority can lose its core while it holds Python's lock, which the
 engine and the event loop need. The process starts with the first question, and ends when nobody asks for a while.
+
+`tinylm.serving.grpc` and `tinylm.serving.http` read the questions.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tinylm
 from tinylm.engine import Engine
+from tinylm.explain.engine_answer import EngineAnswer, for_one_token
+from tinylm.explain.explainer import as_tokens, cache_use, read_prompt
+from tinylm.explain.forms import Form, encoded
 from tinylm.explain.worker import OK
-from tinylm.serving.calls import Busy
+from tinylm.sampling import SamplingParams
+from tinylm.serving.calls import Busy, Call
+
+if TYPE_CHECKING:
+    from tinylm.serving.service import Service
 
 ANSWER_WITHIN_S = 60.0  # an answer takes 0.1 s, but much longer when other programs use all cores
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+async def explain(
+    service: Service,
+    call: Call,
+    form: Form,
+    piece: str,
+    prompt: str,
+    params: SamplingParams | None = None,
+    **fields: object,
+) -> bytes:
+    """Return one piece in a form of `tinylm.explain.forms`.
+
+    params: the settings that choose the token, for "scores". fields: arguments of the method of `Explainer`.
+    Raise ValueError for a wrong field, Busy if the replica does not explain now, or as `Service.admit` and `generate`.
+    """
+    ids = read_prompt(prompt, service.tokenizer, service.config)
+    if piece == "tokens":
+        return encoded(piece, {"tokens": as_tokens(ids, service.tokenizer)}, len(ids), form)
+    if piece == "cache":
+        return encoded(piece, cache_use(service.engine.engine, len(ids)), len(ids), form)
+    service.explanations.check_idle()
+    question = {"piece": piece, "prompt": prompt, "n_tokens": len(ids), "form": form, "fields": fields}
+    if params is not None:
+        # The first token is all that is explained.
+        params = dataclasses.replace(
+            params, max_tokens=max(1, params.min_tokens), stop=(), logprobs=None, prompt_logprobs=None
+        )
+        answer = await _ask_engine(service, prompt, params, call)
+        question |= {"settings": dataclasses.asdict(params), "by_engine": answer.to_json()}
+    return await service.explanations.ask(question)
+
+
+async def _ask_engine(service: Service, prompt: str, params: SamplingParams, call: Call) -> EngineAnswer:
+    """Return the next token by the served engine. For the limits of a key, this is a request like any other."""
+    params = for_one_token(params)
+    [ids] = await service.admit(call, [prompt], params)
+    async with aclosing(service.generate(ids, params, None, call, whole=True)) as deltas:
+        async for _ in deltas:
+            pass
+    return EngineAnswer.of(call.answers[-1].progress)
 
 
 class Explanations:
@@ -35,7 +87,7 @@ class Explanations:
         self._command = [sys.executable, "-m", "tinylm.explain.worker", str(model), precision]
         self._engine = engine
         self._process: subprocess.Popen[bytes] | None = None
-        self._under_way: asyncio.Future[bytes] | None = None
+        self._under_way: asyncio.Future[tuple[bytes, bytes]] | None = None
 
     def check_idle(self) -> None:
         """Raise Busy if another explanation runs in this replica, or if no slot of the engine is free."""
@@ -45,7 +97,7 @@ class Explanations:
             raise Busy(f"requests use all {self._engine.n_slots} slots of this replica")
 
     async def ask(self, question: Mapping[str, Any]) -> bytes:
-        """Return the JSON object that `tinylm.explain.worker` answers.
+        """Return the answer of `tinylm.explain.worker` to a question.
 
         A caller that leaves does not stop the process: the next question is refused until the answer is there.
         Raise ValueError for a wrong question, Busy as `check_idle`, or if the process ends or is too slow.
@@ -56,14 +108,13 @@ class Explanations:
         self._under_way.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may wait for it
         try:
             async with asyncio.timeout(ANSWER_WITHIN_S):
-                line = await asyncio.shield(self._under_way)
+                kind, content = await asyncio.shield(self._under_way)
         except TimeoutError:
             self.stop()
             raise Busy(f"it took longer than {ANSWER_WITHIN_S:.0f} s") from None
-        kind, _, answer = line.partition(b" ")
         if kind == OK:
-            return answer
-        raise ValueError(json.loads(answer))
+            return content
+        raise ValueError(content.decode())
 
     def stop(self) -> None:
         """End the process."""
@@ -71,8 +122,8 @@ class Explanations:
             self._process.kill()
             self._process.wait()
 
-    def _exchange(self, question: bytes) -> bytes:
-        """Write a question and read its answer. This blocks, so it runs in a thread."""
+    def _exchange(self, question: bytes) -> tuple[bytes, bytes]:
+        """Write a question, and return the kind of its answer and the answer. This blocks, so it runs in a thread."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
         source, target = self._process.stdout, self._process.stdin
@@ -81,12 +132,16 @@ class Explanations:
         try:
             target.write(question + b"\n")
             target.flush()
-            line = source.readline()
+            head = source.readline().split()
         except BrokenPipeError:  # it ended because nobody had asked for a while
-            line = b""
-        if not line:
+            head = []
+        if not head:
             raise Busy("its process has ended")
-        return line
+        kind, size = head[0], int(head[1])
+        content = source.read(size)
+        if len(content) < size:
+            raise Busy("its process has ended")
+        return kind, content
 
     def _start(self) -> subprocess.Popen[bytes]:
         package = str(Path(tinylm.__file__).parents[1])  # Ray can import it from a directory that is not in PYTHONPATH

@@ -27,6 +27,7 @@ from tinylm.serving.access import Access
 from tinylm.serving.calls import Answer, Call, answering
 from tinylm.serving.explanations import Explanations
 from tinylm.serving.keys import Key
+from tinylm.serving.live import AllReplicas, counts, steps
 from tinylm.serving.metrics import ServiceMetrics
 from tinylm.serving.ray.exporter import Exporter
 from tinylm.serving.ray.shared_limits import SharedLimits, open_counter
@@ -74,6 +75,8 @@ class Service:
         self.engine = AsyncEngine(engine, args.blas_threads, args.engine_niceness)
         self.explanations = Explanations(args.model, model.precision, engine)
         self.metrics = ServiceMetrics(engine)
+        self.counts = AllReplicas("live_counts", partial(counts, self))
+        self.steps = AllReplicas("live_steps", partial(steps, self))
         self._exporter = Exporter(self.metrics)
         self._tracing = tracing_from(os.environ, self.replica, self.name)
 

@@ -26,7 +26,7 @@ from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tinylm/v1/tinylm.proto\x12\ttinylm.v1\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\"\xbe\x07\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x07\x88\x01\x01\x12\x12\n\ntimeout_ms\x18\x0b \x01(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x17\n\nmin_tokens\x18\r \x01(\rH\x08\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12=\n\nlogit_bias\x18\x0f \x03(\x0b\x32).tinylm.v1.GenerateRequest.LogitBiasEntry\x12\x1d\n\x10presence_penalty\x18\x10 \x01(\x01H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x11 \x01(\x01H\n\x88\x01\x01\x12\x11\n\tbad_words\x18\x12 \x03(\t\x12\x1b\n\x0e\x64ry_multiplier\x18\x13 \x01(\x01H\x0b\x88\x01\x01\x12\x15\n\x08\x64ry_base\x18\x14 \x01(\x01H\x0c\x88\x01\x01\x12\x1f\n\x12\x64ry_allowed_length\x18\x15 \x01(\rH\r\x88\x01\x01\x12\x1f\n\x12\x64ry_penalty_last_n\x18\x16 \x01(\x05H\x0e\x88\x01\x01\x12\x1d\n\x15\x64ry_sequence_breakers\x18\x17 \x03(\t\x12\x1c\n\x0fprompt_logprobs\x18\x1e \x01(\rH\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\r\n\x0b_min_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x11\n\x0f_dry_multiplierB\x0b\n\t_dry_baseB\x15\n\x13_dry_allowed_lengthB\x15\n\x13_dry_penalty_last_nB\x12\n\x10_prompt_logprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"E\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x16\n\x0e\x66irst_token_ms\x18\x02 \x01(\x02\x12\x10\n\x08total_ms\x18\x03 \x01(\x02\"b\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\"\x84\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.tinylm.v1.FinishReason\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.tinylm.v1.Usage\x12#\n\x07timings\x18\x04 \x01(\x0b\x32\x12.tinylm.v1.Timings\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\x12\x0f\n\x07replica\x18\x06 \x01(\t\x12\x30\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\"\x9a\x02\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12)\n\x08logprobs\x18\x02 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.tinylm.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.tinylm.v1.Usage\x12#\n\x07timings\x18\x05 \x01(\x0b\x32\x12.tinylm.v1.Timings\x12\x0f\n\x07replica\x18\x06 \x01(\t\x12\x0e\n\x06tokens\x18\x07 \x01(\r\x12\x30\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"\"\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x0c\"4\n\x10TokenizeResponse\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.tinylm.v1.Token\"#\n\x11\x44\x65tokenizeRequest\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"1\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x0c\"\x15\n\x13GetModelInfoRequest\"\xe7\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x04\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\r\n\x05heads\x18\x06 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x07 \x01(\r\x12\x0f\n\x07weights\x18\x08 \x01(\t\x12\r\n\x05slots\x18\t \x01(\r\x12\x0f\n\x07replica\x18\n \x01(\t\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x12\n\narithmetic\x18\x0c \x01(\t\"N\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any\";\n\tRetryInfo\x12.\n\x0bretry_delay\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_TIMEOUT\x10\x03\x32\x81\x03\n\x06TinyLM\x12\x43\n\x08Generate\x12\x1a.tinylm.v1.GenerateRequest\x1a\x1b.tinylm.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.tinylm.v1.GenerateRequest\x1a!.tinylm.v1.GenerateStreamResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.tinylm.v1.TokenizeRequest\x1a\x1b.tinylm.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.tinylm.v1.DetokenizeRequest\x1a\x1d.tinylm.v1.DetokenizeResponse\x12O\n\x0cGetModelInfo\x12\x1e.tinylm.v1.GetModelInfoRequest\x1a\x1f.tinylm.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tinylm/v1/tinylm.proto\x12\ttinylm.v1\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\"\xbe\x07\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x07\x88\x01\x01\x12\x12\n\ntimeout_ms\x18\x0b \x01(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x17\n\nmin_tokens\x18\r \x01(\rH\x08\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12=\n\nlogit_bias\x18\x0f \x03(\x0b\x32).tinylm.v1.GenerateRequest.LogitBiasEntry\x12\x1d\n\x10presence_penalty\x18\x10 \x01(\x01H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x11 \x01(\x01H\n\x88\x01\x01\x12\x11\n\tbad_words\x18\x12 \x03(\t\x12\x1b\n\x0e\x64ry_multiplier\x18\x13 \x01(\x01H\x0b\x88\x01\x01\x12\x15\n\x08\x64ry_base\x18\x14 \x01(\x01H\x0c\x88\x01\x01\x12\x1f\n\x12\x64ry_allowed_length\x18\x15 \x01(\rH\r\x88\x01\x01\x12\x1f\n\x12\x64ry_penalty_last_n\x18\x16 \x01(\x05H\x0e\x88\x01\x01\x12\x1d\n\x15\x64ry_sequence_breakers\x18\x17 \x03(\t\x12\x1c\n\x0fprompt_logprobs\x18\x1e \x01(\rH\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\r\n\x0b_min_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x11\n\x0f_dry_multiplierB\x0b\n\t_dry_baseB\x15\n\x13_dry_allowed_lengthB\x15\n\x13_dry_penalty_last_nB\x12\n\x10_prompt_logprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"E\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x02\x12\x16\n\x0e\x66irst_token_ms\x18\x02 \x01(\x02\x12\x10\n\x08total_ms\x18\x03 \x01(\x02\"b\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\"\x84\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.tinylm.v1.FinishReason\x12\x1f\n\x05usage\x18\x03 \x01(\x0b\x32\x10.tinylm.v1.Usage\x12#\n\x07timings\x18\x04 \x01(\x0b\x32\x12.tinylm.v1.Timings\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\x12\x0f\n\x07replica\x18\x06 \x01(\t\x12\x30\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\"\x9a\x02\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12)\n\x08logprobs\x18\x02 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.tinylm.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.tinylm.v1.Usage\x12#\n\x07timings\x18\x05 \x01(\x0b\x32\x12.tinylm.v1.Timings\x12\x0f\n\x07replica\x18\x06 \x01(\t\x12\x0e\n\x06tokens\x18\x07 \x01(\r\x12\x30\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x17.tinylm.v1.TokenLogprob\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"0\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\"4\n\x10TokenizeResponse\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.tinylm.v1.Token\"#\n\x11\x44\x65tokenizeRequest\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"1\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x0c\"\x15\n\x13GetModelInfoRequest\"\xe7\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x04\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\r\n\x05heads\x18\x06 \x01(\r\x12\x0f\n\x07\x63ontext\x18\x07 \x01(\r\x12\x0f\n\x07weights\x18\x08 \x01(\t\x12\r\n\x05slots\x18\t \x01(\r\x12\x0f\n\x07replica\x18\n \x01(\t\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x12\n\narithmetic\x18\x0c \x01(\t\"\xe1\x05\n\x0e\x45xplainRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x32\n\x06tokens\x18\x02 \x01(\x0b\x32 .tinylm.v1.ExplainRequest.TokensH\x00\x12\x30\n\x05norms\x18\x03 \x01(\x0b\x32\x1f.tinylm.v1.ExplainRequest.NormsH\x00\x12\x38\n\tattention\x18\x04 \x01(\x0b\x32#.tinylm.v1.ExplainRequest.AttentionH\x00\x12.\n\x04lens\x18\x05 \x01(\x0b\x32\x1e.tinylm.v1.ExplainRequest.LensH\x00\x12\x32\n\x06scores\x18\x06 \x01(\x0b\x32 .tinylm.v1.ExplainRequest.ScoresH\x00\x12\x32\n\x06matmul\x18\x07 \x01(\x0b\x32 .tinylm.v1.ExplainRequest.MatmulH\x00\x12\x30\n\x05\x63\x61\x63he\x18\x08 \x01(\x0b\x32\x1f.tinylm.v1.ExplainRequest.CacheH\x00\x12\x30\n\x05\x62\x61tch\x18\t \x01(\x0b\x32\x1f.tinylm.v1.ExplainRequest.BatchH\x00\x1a\x08\n\x06Tokens\x1a\x07\n\x05Norms\x1a\x36\n\tAttention\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x11\n\x04head\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x07\n\x05_head\x1a\x44\n\x04Lens\x12\x15\n\x08position\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x03top\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x0b\n\t_positionB\x06\n\x04_top\x1aP\n\x06Scores\x12,\n\x08settings\x18\x01 \x01(\x0b\x32\x1a.tinylm.v1.GenerateRequest\x12\x10\n\x03top\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x06\n\x04_top\x1a%\n\x06Matmul\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x1a\x07\n\x05\x43\x61\x63he\x1a\x07\n\x05\x42\x61tchB\x07\n\x05piece\"\xe4\x0f\n\x0f\x45xplainResponse\x12\x10\n\x08n_tokens\x18\x01 \x01(\r\x12\x33\n\x06tokens\x18\x02 \x01(\x0b\x32!.tinylm.v1.ExplainResponse.TokensH\x00\x12\x31\n\x05norms\x18\x03 \x01(\x0b\x32 .tinylm.v1.ExplainResponse.NormsH\x00\x12\x39\n\tattention\x18\x04 \x01(\x0b\x32$.tinylm.v1.ExplainResponse.AttentionH\x00\x12/\n\x04lens\x18\x05 \x01(\x0b\x32\x1f.tinylm.v1.ExplainResponse.LensH\x00\x12\x33\n\x06scores\x18\x06 \x01(\x0b\x32!.tinylm.v1.ExplainResponse.ScoresH\x00\x12\x33\n\x06matmul\x18\x07 \x01(\x0b\x32!.tinylm.v1.ExplainResponse.MatmulH\x00\x12\x31\n\x05\x63\x61\x63he\x18\x08 \x01(\x0b\x32 .tinylm.v1.ExplainResponse.CacheH\x00\x12\x31\n\x05\x62\x61tch\x18\t \x01(\x0b\x32 .tinylm.v1.ExplainResponse.BatchH\x00\x1a*\n\x06Tokens\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.tinylm.v1.Token\x1a\x16\n\x05Norms\x12\r\n\x05norms\x18\x01 \x03(\x02\x1aG\n\tAttention\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x11\n\x04head\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x0f\n\x07weights\x18\x03 \x01(\x0c\x42\x07\n\x05_head\x1a\x41\n\tCandidate\x12\x1f\n\x05token\x18\x01 \x01(\x0b\x32\x10.tinylm.v1.Token\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\x1a\x46\n\nCandidates\x12\x38\n\ncandidates\x18\x01 \x03(\x0b\x32$.tinylm.v1.ExplainResponse.Candidate\x1a~\n\x04Lens\x12!\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x10.tinylm.v1.Token\x12\r\n\x05ranks\x18\x02 \x03(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12\x32\n\x03top\x18\x04 \x03(\x0b\x32%.tinylm.v1.ExplainResponse.Candidates\x1a\x84\x01\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05value\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06n_kept\x18\x03 \x01(\r\x12\x11\n\tn_removed\x18\x04 \x01(\r\x12\x1b\n\x13removed_probability\x18\x05 \x01(\x01\x12\x0f\n\x07removed\x18\x06 \x03(\rB\x08\n\x06_value\x1aT\n\nDifference\x12\r\n\x05token\x18\x01 \x01(\r\x12\x12\n\nsame_token\x18\x02 \x01(\x08\x12\x0f\n\x07largest\x18\x03 \x01(\x01\x12\x12\n\nn_compared\x18\x04 \x01(\r\x1a\x82\x02\n\x06Scores\x12\x30\n\x06stages\x18\x01 \x03(\x0b\x32 .tinylm.v1.ExplainResponse.Stage\x12 \n\x06tokens\x18\x02 \x03(\x0b\x32\x10.tinylm.v1.Token\x12\x0e\n\x06logits\x18\x03 \x03(\x02\x12\x15\n\rprobabilities\x18\x04 \x03(\x01\x12 \n\x06greedy\x18\x05 \x01(\x0b\x32\x10.tinylm.v1.Token\x12 \n\x06\x63hosen\x18\x06 \x01(\x0b\x32\x10.tinylm.v1.Token\x12\x39\n\ndifference\x18\x07 \x01(\x0b\x32%.tinylm.v1.ExplainResponse.Difference\x1ap\n\x06Matmul\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06values\x18\x03 \x01(\x0c\x12\x0e\n\x06scales\x18\x04 \x03(\x02\x12\x13\n\x0binput_error\x18\x05 \x03(\x01\x12\x14\n\x0coutput_error\x18\x06 \x03(\x01\x1a\x82\x01\n\x05\x43\x61\x63he\x12\x12\n\narithmetic\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x16\n\x0eslot_positions\x18\x03 \x01(\r\x12\x12\n\nslot_bytes\x18\x04 \x01(\x04\x12\x16\n\x0eused_positions\x18\x05 \x01(\r\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x1a\x44\n\x05Share\x12\x0f\n\x07request\x18\x01 \x01(\x04\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x0c\n\x04kind\x18\x04 \x01(\t\x1a\xa4\x01\n\x04Step\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x10\n\x08\x62\x65gan_at\x18\x02 \x01(\x01\x12\x11\n\tprepare_s\x18\x03 \x01(\x01\x12\x0f\n\x07model_s\x18\x04 \x01(\x01\x12\x11\n\tresults_s\x18\x05 \x01(\x01\x12\x11\n\tn_waiting\x18\x06 \x01(\r\x12\x30\n\x06shares\x18\x07 \x03(\x0b\x32 .tinylm.v1.ExplainResponse.Share\x1aT\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\r\x12.\n\x05steps\x18\x03 \x03(\x0b\x32\x1f.tinylm.v1.ExplainResponse.Step\x1a^\n\x05\x42\x61tch\x12\r\n\x05model\x18\x01 \x01(\t\x12\x34\n\x08replicas\x18\x02 \x03(\x0b\x32\".tinylm.v1.ExplainResponse.Replica\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x42\x07\n\x05piece\"N\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any\";\n\tRetryInfo\x12.\n\x0bretry_delay\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_TIMEOUT\x10\x03\x32\xc3\x03\n\x06TinyLM\x12\x43\n\x08Generate\x12\x1a.tinylm.v1.GenerateRequest\x1a\x1b.tinylm.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.tinylm.v1.GenerateRequest\x1a!.tinylm.v1.GenerateStreamResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.tinylm.v1.TokenizeRequest\x1a\x1b.tinylm.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.tinylm.v1.DetokenizeRequest\x1a\x1d.tinylm.v1.DetokenizeResponse\x12O\n\x0cGetModelInfo\x12\x1e.tinylm.v1.GetModelInfoRequest\x1a\x1f.tinylm.v1.GetModelInfoResponse\x12@\n\x07\x45xplain\x12\x19.tinylm.v1.ExplainRequest\x1a\x1a.tinylm.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST_LOGITBIASENTRY']._loaded_options = None
   _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2444
-  _globals['_FINISHREASON']._serialized_end=2566
+  _globals['_FINISHREASON']._serialized_start=5221
+  _globals['_FINISHREASON']._serialized_end=5343
   _globals['_GENERATEREQUEST']._serialized_start=97
   _globals['_GENERATEREQUEST']._serialized_end=1055
   _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=745
@@ -54,21 +54,71 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIZEREQUEST']._serialized_start=1835
   _globals['_TOKENIZEREQUEST']._serialized_end=1866
   _globals['_TOKEN']._serialized_start=1868
-  _globals['_TOKEN']._serialized_end=1902
-  _globals['_TOKENIZERESPONSE']._serialized_start=1904
-  _globals['_TOKENIZERESPONSE']._serialized_end=1956
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1958
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1993
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1995
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2044
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2046
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2067
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2070
-  _globals['_GETMODELINFORESPONSE']._serialized_end=2301
-  _globals['_STATUS']._serialized_start=2303
-  _globals['_STATUS']._serialized_end=2381
-  _globals['_RETRYINFO']._serialized_start=2383
-  _globals['_RETRYINFO']._serialized_end=2442
-  _globals['_TINYLM']._serialized_start=2569
-  _globals['_TINYLM']._serialized_end=2954
+  _globals['_TOKEN']._serialized_end=1916
+  _globals['_TOKENIZERESPONSE']._serialized_start=1918
+  _globals['_TOKENIZERESPONSE']._serialized_end=1970
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1972
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2007
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2009
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2058
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2060
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2081
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2084
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2315
+  _globals['_EXPLAINREQUEST']._serialized_start=2318
+  _globals['_EXPLAINREQUEST']._serialized_end=3055
+  _globals['_EXPLAINREQUEST_TOKENS']._serialized_start=2764
+  _globals['_EXPLAINREQUEST_TOKENS']._serialized_end=2772
+  _globals['_EXPLAINREQUEST_NORMS']._serialized_start=2774
+  _globals['_EXPLAINREQUEST_NORMS']._serialized_end=2781
+  _globals['_EXPLAINREQUEST_ATTENTION']._serialized_start=2783
+  _globals['_EXPLAINREQUEST_ATTENTION']._serialized_end=2837
+  _globals['_EXPLAINREQUEST_LENS']._serialized_start=2839
+  _globals['_EXPLAINREQUEST_LENS']._serialized_end=2907
+  _globals['_EXPLAINREQUEST_SCORES']._serialized_start=2909
+  _globals['_EXPLAINREQUEST_SCORES']._serialized_end=2989
+  _globals['_EXPLAINREQUEST_MATMUL']._serialized_start=2991
+  _globals['_EXPLAINREQUEST_MATMUL']._serialized_end=3028
+  _globals['_EXPLAINREQUEST_CACHE']._serialized_start=3030
+  _globals['_EXPLAINREQUEST_CACHE']._serialized_end=3037
+  _globals['_EXPLAINREQUEST_BATCH']._serialized_start=3039
+  _globals['_EXPLAINREQUEST_BATCH']._serialized_end=3046
+  _globals['_EXPLAINRESPONSE']._serialized_start=3058
+  _globals['_EXPLAINRESPONSE']._serialized_end=5078
+  _globals['_EXPLAINRESPONSE_TOKENS']._serialized_start=3515
+  _globals['_EXPLAINRESPONSE_TOKENS']._serialized_end=3557
+  _globals['_EXPLAINRESPONSE_NORMS']._serialized_start=3559
+  _globals['_EXPLAINRESPONSE_NORMS']._serialized_end=3581
+  _globals['_EXPLAINRESPONSE_ATTENTION']._serialized_start=3583
+  _globals['_EXPLAINRESPONSE_ATTENTION']._serialized_end=3654
+  _globals['_EXPLAINRESPONSE_CANDIDATE']._serialized_start=3656
+  _globals['_EXPLAINRESPONSE_CANDIDATE']._serialized_end=3721
+  _globals['_EXPLAINRESPONSE_CANDIDATES']._serialized_start=3723
+  _globals['_EXPLAINRESPONSE_CANDIDATES']._serialized_end=3793
+  _globals['_EXPLAINRESPONSE_LENS']._serialized_start=3795
+  _globals['_EXPLAINRESPONSE_LENS']._serialized_end=3921
+  _globals['_EXPLAINRESPONSE_STAGE']._serialized_start=3924
+  _globals['_EXPLAINRESPONSE_STAGE']._serialized_end=4056
+  _globals['_EXPLAINRESPONSE_DIFFERENCE']._serialized_start=4058
+  _globals['_EXPLAINRESPONSE_DIFFERENCE']._serialized_end=4142
+  _globals['_EXPLAINRESPONSE_SCORES']._serialized_start=4145
+  _globals['_EXPLAINRESPONSE_SCORES']._serialized_end=4403
+  _globals['_EXPLAINRESPONSE_MATMUL']._serialized_start=4405
+  _globals['_EXPLAINRESPONSE_MATMUL']._serialized_end=4517
+  _globals['_EXPLAINRESPONSE_CACHE']._serialized_start=4520
+  _globals['_EXPLAINRESPONSE_CACHE']._serialized_end=4650
+  _globals['_EXPLAINRESPONSE_SHARE']._serialized_start=4652
+  _globals['_EXPLAINRESPONSE_SHARE']._serialized_end=4720
+  _globals['_EXPLAINRESPONSE_STEP']._serialized_start=4723
+  _globals['_EXPLAINRESPONSE_STEP']._serialized_end=4887
+  _globals['_EXPLAINRESPONSE_REPLICA']._serialized_start=4889
+  _globals['_EXPLAINRESPONSE_REPLICA']._serialized_end=4973
+  _globals['_EXPLAINRESPONSE_BATCH']._serialized_start=4975
+  _globals['_EXPLAINRESPONSE_BATCH']._serialized_end=5069
+  _globals['_STATUS']._serialized_start=5080
+  _globals['_STATUS']._serialized_end=5158
+  _globals['_RETRYINFO']._serialized_start=5160
+  _globals['_RETRYINFO']._serialized_end=5219
+  _globals['_TINYLM']._serialized_start=5346
+  _globals['_TINYLM']._serialized_end=5797
 # @@protoc_insertion_point(module_scope)

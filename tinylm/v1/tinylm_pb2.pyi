@@ -156,12 +156,14 @@ class TokenizeRequest(_message.Message):
     def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class Token(_message.Message):
-    __slots__ = ("id", "bytes")
+    __slots__ = ("id", "bytes", "text")
     ID_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
     id: int
     bytes: bytes
-    def __init__(self, id: _Optional[int] = ..., bytes: _Optional[bytes] = ...) -> None: ...
+    text: str
+    def __init__(self, id: _Optional[int] = ..., bytes: _Optional[bytes] = ..., text: _Optional[str] = ...) -> None: ...
 
 class TokenizeResponse(_message.Message):
     __slots__ = ("tokens",)
@@ -214,6 +216,251 @@ class GetModelInfoResponse(_message.Message):
     version: str
     arithmetic: str
     def __init__(self, name: _Optional[str] = ..., parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., heads: _Optional[int] = ..., context: _Optional[int] = ..., weights: _Optional[str] = ..., slots: _Optional[int] = ..., replica: _Optional[str] = ..., version: _Optional[str] = ..., arithmetic: _Optional[str] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("prompt", "tokens", "norms", "attention", "lens", "scores", "matmul", "cache", "batch")
+    class Tokens(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    class Norms(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    class Attention(_message.Message):
+        __slots__ = ("layer", "head")
+        LAYER_FIELD_NUMBER: _ClassVar[int]
+        HEAD_FIELD_NUMBER: _ClassVar[int]
+        layer: int
+        head: int
+        def __init__(self, layer: _Optional[int] = ..., head: _Optional[int] = ...) -> None: ...
+    class Lens(_message.Message):
+        __slots__ = ("position", "top")
+        POSITION_FIELD_NUMBER: _ClassVar[int]
+        TOP_FIELD_NUMBER: _ClassVar[int]
+        position: int
+        top: int
+        def __init__(self, position: _Optional[int] = ..., top: _Optional[int] = ...) -> None: ...
+    class Scores(_message.Message):
+        __slots__ = ("settings", "top")
+        SETTINGS_FIELD_NUMBER: _ClassVar[int]
+        TOP_FIELD_NUMBER: _ClassVar[int]
+        settings: GenerateRequest
+        top: int
+        def __init__(self, settings: _Optional[_Union[GenerateRequest, _Mapping]] = ..., top: _Optional[int] = ...) -> None: ...
+    class Matmul(_message.Message):
+        __slots__ = ("layer", "name")
+        LAYER_FIELD_NUMBER: _ClassVar[int]
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        layer: int
+        name: str
+        def __init__(self, layer: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+    class Cache(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    class Batch(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NORMS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    LENS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    MATMUL_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    tokens: ExplainRequest.Tokens
+    norms: ExplainRequest.Norms
+    attention: ExplainRequest.Attention
+    lens: ExplainRequest.Lens
+    scores: ExplainRequest.Scores
+    matmul: ExplainRequest.Matmul
+    cache: ExplainRequest.Cache
+    batch: ExplainRequest.Batch
+    def __init__(self, prompt: _Optional[str] = ..., tokens: _Optional[_Union[ExplainRequest.Tokens, _Mapping]] = ..., norms: _Optional[_Union[ExplainRequest.Norms, _Mapping]] = ..., attention: _Optional[_Union[ExplainRequest.Attention, _Mapping]] = ..., lens: _Optional[_Union[ExplainRequest.Lens, _Mapping]] = ..., scores: _Optional[_Union[ExplainRequest.Scores, _Mapping]] = ..., matmul: _Optional[_Union[ExplainRequest.Matmul, _Mapping]] = ..., cache: _Optional[_Union[ExplainRequest.Cache, _Mapping]] = ..., batch: _Optional[_Union[ExplainRequest.Batch, _Mapping]] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("n_tokens", "tokens", "norms", "attention", "lens", "scores", "matmul", "cache", "batch")
+    class Tokens(_message.Message):
+        __slots__ = ("tokens",)
+        TOKENS_FIELD_NUMBER: _ClassVar[int]
+        tokens: _containers.RepeatedCompositeFieldContainer[Token]
+        def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
+    class Norms(_message.Message):
+        __slots__ = ("norms",)
+        NORMS_FIELD_NUMBER: _ClassVar[int]
+        norms: _containers.RepeatedScalarFieldContainer[float]
+        def __init__(self, norms: _Optional[_Iterable[float]] = ...) -> None: ...
+    class Attention(_message.Message):
+        __slots__ = ("layer", "head", "weights")
+        LAYER_FIELD_NUMBER: _ClassVar[int]
+        HEAD_FIELD_NUMBER: _ClassVar[int]
+        WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+        layer: int
+        head: int
+        weights: bytes
+        def __init__(self, layer: _Optional[int] = ..., head: _Optional[int] = ..., weights: _Optional[bytes] = ...) -> None: ...
+    class Candidate(_message.Message):
+        __slots__ = ("token", "probability")
+        TOKEN_FIELD_NUMBER: _ClassVar[int]
+        PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+        token: Token
+        probability: float
+        def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., probability: _Optional[float] = ...) -> None: ...
+    class Candidates(_message.Message):
+        __slots__ = ("candidates",)
+        CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+        candidates: _containers.RepeatedCompositeFieldContainer[ExplainResponse.Candidate]
+        def __init__(self, candidates: _Optional[_Iterable[_Union[ExplainResponse.Candidate, _Mapping]]] = ...) -> None: ...
+    class Lens(_message.Message):
+        __slots__ = ("answers", "ranks", "position", "top")
+        ANSWERS_FIELD_NUMBER: _ClassVar[int]
+        RANKS_FIELD_NUMBER: _ClassVar[int]
+        POSITION_FIELD_NUMBER: _ClassVar[int]
+        TOP_FIELD_NUMBER: _ClassVar[int]
+        answers: _containers.RepeatedCompositeFieldContainer[Token]
+        ranks: _containers.RepeatedScalarFieldContainer[int]
+        position: int
+        top: _containers.RepeatedCompositeFieldContainer[ExplainResponse.Candidates]
+        def __init__(self, answers: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., ranks: _Optional[_Iterable[int]] = ..., position: _Optional[int] = ..., top: _Optional[_Iterable[_Union[ExplainResponse.Candidates, _Mapping]]] = ...) -> None: ...
+    class Stage(_message.Message):
+        __slots__ = ("name", "value", "n_kept", "n_removed", "removed_probability", "removed")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        N_KEPT_FIELD_NUMBER: _ClassVar[int]
+        N_REMOVED_FIELD_NUMBER: _ClassVar[int]
+        REMOVED_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+        REMOVED_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        value: float
+        n_kept: int
+        n_removed: int
+        removed_probability: float
+        removed: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ..., n_kept: _Optional[int] = ..., n_removed: _Optional[int] = ..., removed_probability: _Optional[float] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
+    class Difference(_message.Message):
+        __slots__ = ("token", "same_token", "largest", "n_compared")
+        TOKEN_FIELD_NUMBER: _ClassVar[int]
+        SAME_TOKEN_FIELD_NUMBER: _ClassVar[int]
+        LARGEST_FIELD_NUMBER: _ClassVar[int]
+        N_COMPARED_FIELD_NUMBER: _ClassVar[int]
+        token: int
+        same_token: bool
+        largest: float
+        n_compared: int
+        def __init__(self, token: _Optional[int] = ..., same_token: _Optional[bool] = ..., largest: _Optional[float] = ..., n_compared: _Optional[int] = ...) -> None: ...
+    class Scores(_message.Message):
+        __slots__ = ("stages", "tokens", "logits", "probabilities", "greedy", "chosen", "difference")
+        STAGES_FIELD_NUMBER: _ClassVar[int]
+        TOKENS_FIELD_NUMBER: _ClassVar[int]
+        LOGITS_FIELD_NUMBER: _ClassVar[int]
+        PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
+        GREEDY_FIELD_NUMBER: _ClassVar[int]
+        CHOSEN_FIELD_NUMBER: _ClassVar[int]
+        DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+        stages: _containers.RepeatedCompositeFieldContainer[ExplainResponse.Stage]
+        tokens: _containers.RepeatedCompositeFieldContainer[Token]
+        logits: _containers.RepeatedScalarFieldContainer[float]
+        probabilities: _containers.RepeatedScalarFieldContainer[float]
+        greedy: Token
+        chosen: Token
+        difference: ExplainResponse.Difference
+        def __init__(self, stages: _Optional[_Iterable[_Union[ExplainResponse.Stage, _Mapping]]] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., logits: _Optional[_Iterable[float]] = ..., probabilities: _Optional[_Iterable[float]] = ..., greedy: _Optional[_Union[Token, _Mapping]] = ..., chosen: _Optional[_Union[Token, _Mapping]] = ..., difference: _Optional[_Union[ExplainResponse.Difference, _Mapping]] = ...) -> None: ...
+    class Matmul(_message.Message):
+        __slots__ = ("layer", "name", "values", "scales", "input_error", "output_error")
+        LAYER_FIELD_NUMBER: _ClassVar[int]
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        VALUES_FIELD_NUMBER: _ClassVar[int]
+        SCALES_FIELD_NUMBER: _ClassVar[int]
+        INPUT_ERROR_FIELD_NUMBER: _ClassVar[int]
+        OUTPUT_ERROR_FIELD_NUMBER: _ClassVar[int]
+        layer: int
+        name: str
+        values: bytes
+        scales: _containers.RepeatedScalarFieldContainer[float]
+        input_error: _containers.RepeatedScalarFieldContainer[float]
+        output_error: _containers.RepeatedScalarFieldContainer[float]
+        def __init__(self, layer: _Optional[int] = ..., name: _Optional[str] = ..., values: _Optional[bytes] = ..., scales: _Optional[_Iterable[float]] = ..., input_error: _Optional[_Iterable[float]] = ..., output_error: _Optional[_Iterable[float]] = ...) -> None: ...
+    class Cache(_message.Message):
+        __slots__ = ("arithmetic", "slots", "slot_positions", "slot_bytes", "used_positions", "used_bytes")
+        ARITHMETIC_FIELD_NUMBER: _ClassVar[int]
+        SLOTS_FIELD_NUMBER: _ClassVar[int]
+        SLOT_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+        SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+        USED_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+        USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+        arithmetic: str
+        slots: int
+        slot_positions: int
+        slot_bytes: int
+        used_positions: int
+        used_bytes: int
+        def __init__(self, arithmetic: _Optional[str] = ..., slots: _Optional[int] = ..., slot_positions: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., used_positions: _Optional[int] = ..., used_bytes: _Optional[int] = ...) -> None: ...
+    class Share(_message.Message):
+        __slots__ = ("request", "slot", "tokens", "kind")
+        REQUEST_FIELD_NUMBER: _ClassVar[int]
+        SLOT_FIELD_NUMBER: _ClassVar[int]
+        TOKENS_FIELD_NUMBER: _ClassVar[int]
+        KIND_FIELD_NUMBER: _ClassVar[int]
+        request: int
+        slot: int
+        tokens: int
+        kind: str
+        def __init__(self, request: _Optional[int] = ..., slot: _Optional[int] = ..., tokens: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
+    class Step(_message.Message):
+        __slots__ = ("number", "began_at", "prepare_s", "model_s", "results_s", "n_waiting", "shares")
+        NUMBER_FIELD_NUMBER: _ClassVar[int]
+        BEGAN_AT_FIELD_NUMBER: _ClassVar[int]
+        PREPARE_S_FIELD_NUMBER: _ClassVar[int]
+        MODEL_S_FIELD_NUMBER: _ClassVar[int]
+        RESULTS_S_FIELD_NUMBER: _ClassVar[int]
+        N_WAITING_FIELD_NUMBER: _ClassVar[int]
+        SHARES_FIELD_NUMBER: _ClassVar[int]
+        number: int
+        began_at: float
+        prepare_s: float
+        model_s: float
+        results_s: float
+        n_waiting: int
+        shares: _containers.RepeatedCompositeFieldContainer[ExplainResponse.Share]
+        def __init__(self, number: _Optional[int] = ..., began_at: _Optional[float] = ..., prepare_s: _Optional[float] = ..., model_s: _Optional[float] = ..., results_s: _Optional[float] = ..., n_waiting: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[ExplainResponse.Share, _Mapping]]] = ...) -> None: ...
+    class Replica(_message.Message):
+        __slots__ = ("id", "slots", "steps")
+        ID_FIELD_NUMBER: _ClassVar[int]
+        SLOTS_FIELD_NUMBER: _ClassVar[int]
+        STEPS_FIELD_NUMBER: _ClassVar[int]
+        id: str
+        slots: int
+        steps: _containers.RepeatedCompositeFieldContainer[ExplainResponse.Step]
+        def __init__(self, id: _Optional[str] = ..., slots: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[ExplainResponse.Step, _Mapping]]] = ...) -> None: ...
+    class Batch(_message.Message):
+        __slots__ = ("model", "replicas", "complete")
+        MODEL_FIELD_NUMBER: _ClassVar[int]
+        REPLICAS_FIELD_NUMBER: _ClassVar[int]
+        COMPLETE_FIELD_NUMBER: _ClassVar[int]
+        model: str
+        replicas: _containers.RepeatedCompositeFieldContainer[ExplainResponse.Replica]
+        complete: bool
+        def __init__(self, model: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ExplainResponse.Replica, _Mapping]]] = ..., complete: _Optional[bool] = ...) -> None: ...
+    N_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NORMS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    LENS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    MATMUL_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    n_tokens: int
+    tokens: ExplainResponse.Tokens
+    norms: ExplainResponse.Norms
+    attention: ExplainResponse.Attention
+    lens: ExplainResponse.Lens
+    scores: ExplainResponse.Scores
+    matmul: ExplainResponse.Matmul
+    cache: ExplainResponse.Cache
+    batch: ExplainResponse.Batch
+    def __init__(self, n_tokens: _Optional[int] = ..., tokens: _Optional[_Union[ExplainResponse.Tokens, _Mapping]] = ..., norms: _Optional[_Union[ExplainResponse.Norms, _Mapping]] = ..., attention: _Optional[_Union[ExplainResponse.Attention, _Mapping]] = ..., lens: _Optional[_Union[ExplainResponse.Lens, _Mapping]] = ..., scores: _Optional[_Union[ExplainResponse.Scores, _Mapping]] = ..., matmul: _Optional[_Union[ExplainResponse.Matmul, _Mapping]] = ..., cache: _Optional[_Union[ExplainResponse.Cache, _Mapping]] = ..., batch: _Optional[_Union[ExplainResponse.Batch, _Mapping]] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("code", "message", "details")

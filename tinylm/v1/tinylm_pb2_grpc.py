@@ -59,6 +59,11 @@ class TinyLMStub:
                 request_serializer=tinylm_dot_v1_dot_tinylm__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=tinylm_dot_v1_dot_tinylm__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/tinylm.v1.TinyLM/Explain',
+                request_serializer=tinylm_dot_v1_dot_tinylm__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=tinylm_dot_v1_dot_tinylm__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class TinyLMServicer:
@@ -100,6 +105,14 @@ class TinyLMServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """What the model computes for a short text, one piece per call. A replica that is busy refuses the call with
+        UNAVAILABLE and a google.rpc.RetryInfo.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TinyLMServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -127,6 +140,11 @@ def add_TinyLMServicer_to_server(servicer, server):
                     servicer.GetModelInfo,
                     request_deserializer=tinylm_dot_v1_dot_tinylm__pb2.GetModelInfoRequest.FromString,
                     response_serializer=tinylm_dot_v1_dot_tinylm__pb2.GetModelInfoResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=tinylm_dot_v1_dot_tinylm__pb2.ExplainRequest.FromString,
+                    response_serializer=tinylm_dot_v1_dot_tinylm__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +282,33 @@ class TinyLM:
             '/tinylm.v1.TinyLM/GetModelInfo',
             tinylm_dot_v1_dot_tinylm__pb2.GetModelInfoRequest.SerializeToString,
             tinylm_dot_v1_dot_tinylm__pb2.GetModelInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinylm.v1.TinyLM/Explain',
+            tinylm_dot_v1_dot_tinylm__pb2.ExplainRequest.SerializeToString,
+            tinylm_dot_v1_dot_tinylm__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tinylm import SamplingParams
 from tinylm.client import Client
 from tinylm.client.answer import ReceivedAnswer, completion_of, tokens
-from tinylm.client.wire import params_from_request, request_from_params
+from tinylm.client.wire import explain_request, params_from_request, request_from_params
 from tinylm.serving.grpc_service import _tolerant
 from tinylm.v1 import tinylm_pb2 as pb
 
@@ -84,6 +84,12 @@ def test_a_service_ignores_unknown_fields_of_a_request(unknown: bytes) -> None:
     assert isinstance(received, pb.GenerateRequest)
     assert received.prompt == "Once"
     assert params_from_request(received) == PARAMS == params_from_request(request)
+    question = _tolerant(pb.ExplainRequest)(
+        with_unknown(explain_request("Once", "scores", PARAMS, {"top": 0}), unknown)
+    )
+    assert (question.prompt, question.WhichOneof("piece"), question.scores.top) == ("Once", "scores", 0)
+    assert params_from_request(question.scores.settings) == PARAMS
+    assert _tolerant(pb.ExplainRequest)(unknown).WhichOneof("piece") is None  # a piece of a later release
 
 
 @given(UNKNOWN)

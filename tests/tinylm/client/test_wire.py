@@ -14,6 +14,7 @@ from tinylm.client.wire import (
     FINISH_REASON_NAMES,
     FINISH_REASONS,
     STATUS_DETAILS,
+    explain_request,
     params_from_request,
     request_from_params,
     retry_after_s,
@@ -97,6 +98,31 @@ def test_every_finish_reason_of_the_proto_has_a_name():
     assert set(FINISH_REASON_NAMES) == set(pb.FinishReason.values()) - {pb.FINISH_REASON_UNSPECIFIED}
     for name, number in FINISH_REASONS.items():
         assert pb.FinishReason.Name(number) == f"FINISH_REASON_{name.upper()}"
+
+
+def test_a_question_has_only_the_fields_that_were_given():
+    assert explain_request("a", "lens", None, {}) == pb.ExplainRequest(prompt="a", lens={})
+    assert explain_request("a", "lens", None, {"position": 0}) == pb.ExplainRequest(prompt="a", lens={"position": 0})
+    request = explain_request("a", "scores", SamplingParams(seed=4, top_k=2), {"top": 3})
+    assert params_from_request(request.scores.settings) == SamplingParams(seed=4, top_k=2)
+    assert (request.prompt, request.scores.settings.prompt, request.scores.top) == ("a", "", 3)
+
+
+@pytest.mark.parametrize(
+    ("piece", "params", "fields", "message"),
+    [
+        ("everything", None, {}, "piece is 'everything': it must be one of tokens, norms"),
+        ("lens", None, {"layer": 1}, "layer is not a field of the piece 'lens'"),
+        ("scores", None, {"settings": {}}, "settings is not a field of the piece 'scores'"),
+        ("lens", SamplingParams(), {}, "params is set: the piece 'lens' has no settings, only 'scores' has"),
+        ("lens", None, {"top": "5"}, "top is '5': it must be a whole number of 32 bits"),
+        ("attention", None, {"layer": 2**31}, "layer is 2147483648: it must be a whole number of 32 bits"),
+        ("matmul", None, {"layer": 1, "name": 5}, "name is 5: it must be a string"),
+    ],
+)
+def test_a_question_that_cannot_be_sent_is_refused_by_name(piece, params, fields, message):
+    with pytest.raises(ValueError, match=message):
+        explain_request("a", piece, params, fields)
 
 
 @given(st.integers(0, 10**8), st.text(max_size=20))

@@ -18,7 +18,8 @@ from tinylm import ModelConfig, SamplingParams
 from tinylm.engine import Engine
 from tinylm.explain.engine_answer import EngineAnswer, difference
 from tinylm.explain.explainer import MATMULS, MAX_TOKENS, Explainer, cache_use
-from tinylm.explain.results import Scores, as_json, as_shades
+from tinylm.explain.forms import as_json
+from tinylm.explain.results import Scores, as_shades
 from tinylm.kernels import numpy as kernels
 from tinylm.model import Chunk, Model, ModelRunner
 from tinylm.tokenizer import Tokenizer

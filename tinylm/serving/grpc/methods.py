@@ -19,7 +19,8 @@ from tinylm.engine import EngineFull, check_ids
 from tinylm.engine.delta import Delta
 from tinylm.engine.prompt import check_size
 from tinylm.sampling import TokenLogprobs
-from tinylm.serving.calls import Call, RateLimited, Refused
+from tinylm.serving.calls import Call, Refused
+from tinylm.serving.grpc import explain
 from tinylm.serving.grpc_service import Unparsable
 from tinylm.serving.ray import haproxy
 from tinylm.serving.service import Service
@@ -121,6 +122,13 @@ class GrpcMethods:
         _refuse(call, grpc_context)
         return pb.GetModelInfoResponse()
 
+    async def Explain(self, request: pb.ExplainRequest, grpc_context: RayServegRPCContext) -> pb.ExplainResponse:
+        with self.service.answering("Explain") as call:
+            self._let_in(call, request, grpc_context)
+            return await explain.answer(self.service, request, call)
+        _refuse(call, grpc_context)
+        return pb.ExplainResponse()
+
     def _let_in(self, call: Call, request: Message | Unparsable, context: RayServegRPCContext) -> None:
         """Raise Refused for a caller without access, ValueError for an unparsable request."""
         metadata = context.invocation_metadata()
@@ -160,7 +168,7 @@ def _refuse(call: Call, context: RayServegRPCContext) -> None:
     context.set_details(call.details)
     if isinstance(call.error, EngineFull):
         context.set_trailing_metadata([(haproxy.FULL, "1")])
-    elif isinstance(call.error, RateLimited):
+    elif isinstance(call.error, Refused) and call.error.retry_after_s is not None:
         details = retry_details(call.status.value[0], call.details, call.error.retry_after_s)
         context.set_trailing_metadata([(STATUS_DETAILS, details)])  # type: ignore[list-item]  # bytes, since it is -bin
 

@@ -10,7 +10,7 @@ import grpc
 from starlette.responses import JSONResponse
 
 from tinylm.completions.errors import error_body
-from tinylm.serving.calls import Busy, Call, RateLimited
+from tinylm.serving.calls import Busy, Call, RateLimited, Refused
 from tinylm.serving.http.requests import TooLarge
 
 Code = grpc.StatusCode
@@ -43,7 +43,7 @@ def refused(call: Call) -> JSONResponse:
     """Return the response to a call that failed before its first text."""
     status, body = error_of(call)
     headers = HEADERS.get(status)
-    if isinstance(call.error, RateLimited):
+    if isinstance(call.error, Refused) and call.error.retry_after_s is not None:
         headers = {"retry-after": str(math.ceil(call.error.retry_after_s))}  # whole seconds (RFC 9110, 10.2.3)
     return JSONResponse(body, status, headers)
 

@@ -1,9 +1,10 @@
-"""Explanations over HTTP: a replica's application with its engine and its explaining process, without Ray."""
+"""Explanations over HTTP and gRPC: a replica's servers with its engine and its explaining process, without Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,17 +13,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
+import grpc.aio
+import numpy as np
 import pytest
 from ray import serve
 
 from tinylm import LLM, SamplingParams
+from tinylm.client import AsyncClient, Client, ServiceError
+from tinylm.client.wire import PIECES
+from tinylm.explain.engine_answer import Difference
 from tinylm.explain.explainer import Explainer
-from tinylm.explain.results import as_json, as_shades
+from tinylm.explain.forms import as_json
+from tinylm.explain.results import CacheUse, Candidate, Lens, RoundedInput, Scores, StageReport, Token, as_shades
 from tinylm.llm import load
+from tinylm.serving.grpc.methods import GrpcMethods
 from tinylm.serving.http.app import build_http_app
-from tinylm.serving.http.live import LiveMethods
 from tinylm.serving.keys import make_key
+from tinylm.serving.live import LiveMethods
 from tinylm.serving.service import AppArgs, Service
+from tinylm.v1 import tinylm_pb2 as pb
+from tinylm.v1.tinylm_pb2_grpc import TinyLMStub, add_TinyLMServicer_to_server
 
 PROMPT = "Once upon a time there was a \U0001f98a"
 SETTINGS = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2, "seed": 5}
@@ -73,6 +84,63 @@ async def replica(args: dict[str, Any]) -> AsyncIterator[tuple[Service, Post]]:
         service.engine.stop()
 
 
+@asynccontextmanager
+async def grpc_server(service: Service) -> AsyncIterator[str]:
+    """Yield the address of a gRPC server with the methods of a replica."""
+    methods = GrpcMethods()
+    methods.service = service
+    server = grpc.aio.server()
+    add_TinyLMServicer_to_server(methods, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+def over_http(response: pb.ExplainResponse) -> Any:
+    """Return what HTTP answers, for the same piece over gRPC."""
+    n, piece = response.n_tokens, response.WhichOneof("piece")
+    part = getattr(response, piece)
+
+    def token(message: pb.Token) -> Token:
+        return Token(message.id, message.text, list(message.bytes))
+
+    def stage(message: pb.ExplainResponse.Stage) -> StageReport:
+        value = message.value if message.HasField("value") else None
+        removed = (message.n_kept, message.n_removed, message.removed_probability, list(message.removed))
+        return StageReport(message.name, value, *removed)
+
+    match piece:
+        case "tokens":
+            return {"tokens": as_json([token(one) for one in part.tokens])}
+        case "norms":
+            return {"norms": as_json(np.array(part.norms).reshape(-1, n))}
+        case "attention":
+            head = part.head if part.HasField("head") else None
+            weights = np.frombuffer(part.weights, np.uint8).reshape(-1, n, n)
+            return {"layer": part.layer, "head": head, "weights": as_json(weights)}
+        case "lens":
+            top = [[Candidate(token(one.token), one.probability) for one in best.candidates] for best in part.top]
+            ranks = np.array(part.ranks).reshape(-1, n)
+            return as_json(Lens([token(one) for one in part.answers], ranks, part.position, top))
+        case "scores":
+            found, stages = part.difference, [stage(one) for one in part.stages]
+            difference = Difference(found.token, found.same_token, found.largest, found.n_compared)
+            probabilities = np.array(part.probabilities).reshape(-1, len(stages))
+            tokens, logits = [token(one) for one in part.tokens], np.array(part.logits)
+            chosen = (token(part.greedy), token(part.chosen))
+            return as_json(Scores(stages, tokens, logits, probabilities, *chosen, difference))
+        case "matmul":
+            values, errors = np.frombuffer(part.values, np.int8).reshape(n, -1), (part.input_error, part.output_error)
+            rounded = RoundedInput(values, np.array(part.scales), *map(np.array, errors))
+            return {"layer": part.layer, "name": part.name, **as_json(rounded)}
+        case "cache":
+            positions = (part.slots, part.slot_positions, part.slot_bytes, part.used_positions, part.used_bytes)
+            return as_json(CacheUse(part.arithmetic, *positions))
+
+
 def test_pieces_are_those_of_the_library(args: dict[str, Any], stories_dir: Path) -> None:
     tokenizer, model = load(stories_dir, "numpy", "int8")
     explainer, llm = Explainer(tokenizer, model), LLM.from_parts(tokenizer, model)
@@ -108,6 +176,61 @@ def test_pieces_are_those_of_the_library(args: dict[str, Any], stories_dir: Path
             assert greedy["difference"]["token"] == greedy["chosen"]["id"] == greedy["greedy"]["id"]
             if hasattr(os, "getpriority"):
                 assert os.getpriority(os.PRIO_PROCESS, service.explanations._process.pid) == 19
+
+    asyncio.run(check())
+
+
+def test_both_clients_get_over_grpc_what_http_answers(args: dict[str, Any]) -> None:
+    params = SamplingParams(**SETTINGS, logit_bias={300: 2})
+    cases: list[tuple[str, dict[str, Any]]] = [
+        *[("tokens", {}), ("norms", {}), ("attention", {"layer": 4}), ("attention", {"layer": 4, "head": 5})],
+        *[("lens", {}), ("lens", {"position": 0, "top": 3}), ("matmul", {"layer": 9, "name": "up"}), ("cache", {})],
+    ]
+
+    async def check() -> None:
+        async with (
+            replica(args) as (service, post),
+            grpc_server(service) as address,
+            AsyncClient(address, retries=0) as client,
+        ):
+            for piece, fields in cases:
+                _, _, expected = await post(f"/explain/{piece}", prompt=PROMPT, **fields)
+                answer = await client.explain(PROMPT, piece, **fields)
+                assert over_http(answer) == expected
+            with Client(address, retries=0) as plain:
+                assert await asyncio.to_thread(plain.explain, PROMPT, piece, **fields) == answer
+            assert answer.n_tokens == len(service.tokenizer.encode_document(PROMPT))
+
+            for top in ({}, {"top": 7}):
+                fields = {**SETTINGS, "logit_bias": {"300": 2}, **top}
+                _, _, expected = await post("/explain/scores", prompt=PROMPT, **fields)
+                found = over_http(await client.explain(PROMPT, "scores", params, **top))
+                # The engine can find the prompt in its cache, and then adds numbers in another order.
+                largest = [scores["difference"].pop("largest") for scores in (found, expected)]
+                assert found == expected
+                assert max(largest) < 1e-4
+            by_default = (await client.explain(PROMPT, "scores")).scores.stages
+            assert {stage.name: stage.value for stage in by_default}["temperature"] == SamplingParams().temperature
+
+    asyncio.run(check())
+
+
+def test_a_busy_replica_names_the_time_to_a_grpc_client(args: dict[str, Any]) -> None:
+    async def check() -> None:
+        async with (
+            replica(args) as (service, _),
+            grpc_server(service) as address,
+            AsyncClient(address, retries=0) as client,
+            AsyncClient(address, retries=20) as patient,
+        ):
+            asked = [client.explain(PROMPT, "norms") for _ in range(2)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            (error,) = [answer for answer in answers if isinstance(answer, Exception)]
+            assert isinstance(error, ServiceError)
+            assert (error.code, error.retry_after_s) == (grpc.StatusCode.UNAVAILABLE, 1.0)
+            assert "another explanation: try again in 1 s" in str(error)
+            answers = await asyncio.gather(*(patient.explain(PROMPT, "norms") for _ in range(2)))
+            assert answers[0] == answers[1]
 
     asyncio.run(check())
 
@@ -174,41 +297,80 @@ def test_the_live_batch_shows_which_requests_shared_a_step(args: dict[str, Any])
     asyncio.run(check())
 
 
-def test_explanations_need_a_key_where_text_does(args: dict[str, Any], tmp_path: Path) -> None:
+def test_explanations_need_a_key_where_text_does(
+    args: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     secret, line = make_key("alice")
     (tmp_path / "keys.txt").write_text(line)
 
     async def check() -> None:
-        async with replica({**args, "api_keys": tmp_path / "keys.txt"}) as (_, post):
+        async with replica({**args, "api_keys": tmp_path / "keys.txt"}) as (service, post):
             for piece in ("tokens", "norms", "attention", "lens", "scores", "matmul", "cache"):
                 for key in (None, "nonsense"):
                     status, _, body = await post(f"/explain/{piece}", key=key, prompt=PROMPT)
                     assert (status, body["error"]["code"]) == (401, "invalid_api_key")
             assert (await post("/explain/cache", key=secret, prompt=PROMPT))[0] == 200
+            async with grpc_server(service) as address:
+                for api_key in (None, "nonsense"):
+                    async with AsyncClient(address, retries=0, api_key=api_key) as client:
+                        for piece in PIECES:
+                            with pytest.raises(ServiceError, match="UNAUTHENTICATED"):
+                                await client.explain(PROMPT, piece)
+                async with AsyncClient(address, retries=0, api_key=secret) as client:
+                    with caplog.at_level(logging.INFO, "ray.serve"):
+                        assert (await client.explain(PROMPT, "cache")).cache.slots == 2
+            record = caplog.records[-1]
+            assert (record.method, record.status, record.api_key_name) == ("Explain", "OK", "alice")
 
     asyncio.run(check())
 
 
 def test_an_error_names_field_value_and_limit(args: dict[str, Any]) -> None:
-    cases = [
+    of_both = [
         ("tokens", {"prompt": ""}, "prompt has 0 tokens: it must have 1 to 64"),
         ("lens", {"prompt": " dog" * 65}, "prompt has 65 tokens: it must have 1 to 64"),
         ("attention", {"prompt": "a", "layer": 17}, "layer is 17: it must be a whole number, 1 to 16"),
         ("attention", {"prompt": "a", "layer": 1, "head": 7}, "head is 7: it must be a whole number, 1 to 6"),
-        ("attention", {"prompt": "a"}, "layer is "),
-        ("attention", {"prompt": "a", "layer": "1"}, "layer is '1': input should be a valid integer"),
+        ("attention", {"prompt": "a", "layer": -1}, "layer is -1: it must be a whole number, 1 to 16"),
         ("matmul", {"prompt": "a", "layer": 1, "name": "gate"}, "name is 'gate': it must be one of qkv, out, up, down"),
         ("lens", {"prompt": "a", "position": 2}, "position is 2: it must be a whole number, 0 to 1"),
         ("lens", {"prompt": "a", "top": 101}, "top is 101: it must be a whole number, 1 to 100"),
+        ("lens", {"prompt": "a", "top": 0}, "top is 0: it must be a whole number, 1 to 100"),
+        ("scores", {"prompt": "a", "top": 0}, "top is 0: it must be a whole number, 1 to 100"),
         ("scores", {"prompt": "a", "temperature": 11}, "temperature is 11.0: it must be a number, 0 to 10"),
         ("scores", {"prompt": "a", "logit_bias": {"4096": 1}}, "logit_bias holds token 4096: tokens are 0 to 4095"),
+    ]
+    of_http = [
+        ("attention", {"prompt": "a"}, "layer is "),
+        ("attention", {"prompt": "a", "layer": "1"}, "layer is '1': input should be a valid integer"),
         ("scores", {"prompt": "a", "max_tokens": 2}, "max_tokens is not a field of this API"),
         ("norms", {"prompt": 5}, "prompt is of type int"),
     ]
 
+    def request(piece: str, prompt: str, **fields: Any) -> pb.ExplainRequest:
+        own = {name: fields.pop(name) for name in ("layer", "head", "name", "position", "top") if name in fields}
+        if biases := fields.pop("logit_bias", None):
+            fields["logit_bias"] = {int(token): value for token, value in biases.items()}
+        return pb.ExplainRequest(prompt=prompt, **{piece: {**own, "settings": fields} if fields else own})
+
+    of_grpc = [
+        (pb.ExplainRequest(prompt="a"), f"piece is not set: it must be one of {', '.join(PIECES)}"),
+        (
+            pb.ExplainRequest(prompt="a", scores={"settings": {"prompt": "b"}}),
+            "settings.prompt must be empty: prompt is a field of ExplainRequest",
+        ),
+        *((request(piece, **fields), message) for piece, fields, message in of_both),
+    ]
+
     async def check() -> None:
-        async with replica(args) as (_, post):
-            for piece, fields, message in cases:
+        async with replica(args) as (service, post):
+            async with grpc_server(service) as address, grpc.aio.insecure_channel(address) as channel:
+                for asked, message in of_grpc:
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await TinyLMStub(channel).Explain(asked, timeout=60)
+                    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+                    assert caught.value.details().startswith(message)
+            for piece, fields, message in of_both + of_http:
                 status, _, body = await post(f"/explain/{piece}", **fields)
                 assert (status, body["error"]["type"]) == (400, "invalid_request_error"), fields
                 assert body["error"]["message"].startswith(message)
