@@ -1,4 +1,4 @@
-"""Fill the tables of docs/speed.md, docs/engine.md, docs/operate.md and docs/clients.md from docs/results.
+"""Fill the blocks of docs/speed.md, docs/engine.md, docs/operate.md, docs/clients.md and docs/use.md from docs/results.
 
 python -m loadtest.bench.pages
 """
@@ -6,6 +6,7 @@ python -m loadtest.bench.pages
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from loadtest.bench.markdown import fill, table
 from tinylm.system.files import write_file
 
 DOCS = Path("docs")
+PAGE_WIDTH = 135  # characters of a line of prose
 CHAOS_COLUMNS = {
     "requests": "requests",
     "answered": "answered",
@@ -60,6 +62,22 @@ def clients_blocks(results: Path) -> dict[str, str]:
         for row in _read(results / "clients.json")["programs"]
     ]
     return {"programs": table(["program", "package", "tried on", "result"], rows)}
+
+
+def use_blocks(results: Path) -> dict[str, str]:
+    """Return the block of docs/use.md: what explanations cost the requests beside them."""
+    result = _read(results / "explain-cost.json")
+    settings, ratios, loaded = result["settings"], result["median_of_ratios"], result["loaded"]
+    idle_ms, loaded_ms = result["idle"]["ms"]["computed"], loaded["ms"]["computed"]
+    text = (
+        f"{settings['clients']} clients under load got {ratios['requests_per_s']:.0%} of their requests per second, with "
+        f"{ratios['p99_ms']:.0%} of the p99, while {settings['explorers']} others asked for explanations without a pause. "
+        f"These are medians of {len(result['pairs'])} pairs of {settings['seconds']:.0f} s. {loaded['answered']:,} "
+        f"explanations were answered and {loaded['refused']:,} refused. One that a replica computes took "
+        f"{idle_ms['p50']:,.0f} ms at p50 and {idle_ms['p95']:,.0f} ms at p95 without load, and {loaded_ms['p50']:,.0f} ms "
+        f"and {loaded_ms['p95']:,.0f} ms under this load ([`explain-cost.json`](results/explain-cost.json))."
+    )
+    return {"explain-cost": textwrap.fill(text, PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)}
 
 
 def engine_blocks(results: Path) -> dict[str, str]:
@@ -136,11 +154,12 @@ PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "engine.md": engine_blocks,
     "operate.md": chaos_blocks,
     "clients.md": clients_blocks,
+    "use.md": use_blocks,
 }
 
 
 def main() -> None:
-    """Fill the tables of docs/speed.md, docs/engine.md, docs/operate.md and docs/clients.md from docs/results."""
+    """Fill the blocks of docs/speed.md, docs/engine.md, docs/operate.md, docs/clients.md and docs/use.md."""
     for name, blocks in PAGES.items():
         page = DOCS / name
         write_file(page, fill(page.read_text(encoding="utf-8"), blocks(DOCS / "results")))

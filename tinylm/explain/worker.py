@@ -1,4 +1,4 @@
-"""Answer questions about prompts in a separate process with the lowest priority.
+"""Answer questions about prompts in a separate process.
 
     python -m tinylm.explain.worker models/stories-8m int8
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import select
 import signal
 import sys
@@ -29,7 +28,6 @@ from tinylm.llm import load
 from tinylm.sampling import SamplingParams
 
 IDLE_S = 600.0
-LEAST_PRIORITY = 19  # the largest niceness
 OK, WRONG = b"ok", b"wrong"
 
 
@@ -79,7 +77,6 @@ def answer(explainer: Explainer, line: bytes) -> bytes:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the service, which then closes the input
-    os.nice(LEAST_PRIORITY)
     directory, precision = sys.argv[1:]
     tokenizer, model = load(Path(directory), "numpy", precision)
     explainer = Explainer(tokenizer, model)

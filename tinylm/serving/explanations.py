@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from tinylm.serving.calls import Busy, Call
 if TYPE_CHECKING:
     from tinylm.serving.service import Service
 
+LARGEST_NICENESS = 19
 ANSWER_WITHIN_S = 60.0  # an answer takes 0.1 s, but much longer when other programs use all cores
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -147,4 +148,15 @@ class Explanations:
         package = str(Path(tinylm.__file__).parents[1])  # Ray can import it from a directory that is not in PYTHONPATH
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
-        return subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        give_lowest_priority(process.pid)  # from here, so that its imports have it too
+        return process
+
+
+def give_lowest_priority(pid: int) -> None:
+    """Let a process run only when others leave a core free, or almost so where the system has no such policy."""
+    os.setpriority(os.PRIO_PROCESS, pid, LARGEST_NICENESS)
+    if sys.platform == "linux":
+        # With niceness alone, it can keep a core for a moment from a thread of the engine that wakes up.
+        with suppress(PermissionError):  # a sandbox can forbid it
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -174,8 +175,10 @@ def test_pieces_are_those_of_the_library(args: dict[str, Any], stories_dir: Path
             assert [difference["token"]] == llm.generate(PROMPT, params)[0].token_ids[:1]
             greedy = await ask("scores", temperature=0, min_tokens=100)
             assert greedy["difference"]["token"] == greedy["chosen"]["id"] == greedy["greedy"]["id"]
-            if hasattr(os, "getpriority"):
-                assert os.getpriority(os.PRIO_PROCESS, service.explanations._process.pid) == 19
+            pid = service.explanations._process.pid
+            assert os.getpriority(os.PRIO_PROCESS, pid) == 19
+            if sys.platform == "linux":
+                assert os.sched_getscheduler(pid) == os.SCHED_IDLE
 
     asyncio.run(check())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from google.protobuf.json_format import ParseDict
-
 from tinylm.client.wire import PIECES, params_from_request
 from tinylm.serving.calls import Call
 from tinylm.serving.explanations import explain
@@ -17,8 +15,7 @@ async def answer(service: Service, request: pb.ExplainRequest, call: Call) -> pb
     if piece is None:
         raise ValueError(f"piece is not set: it must be one of {', '.join(PIECES)}")
     if piece == "batch":
-        steps = {"model": service.name, **await service.steps.get()}
-        return pb.ExplainResponse(batch=ParseDict(steps, pb.ExplainResponse.Batch()))
+        return pb.ExplainResponse(batch={"model": service.name, **await service.steps.get()})
     asked = getattr(request, piece)
     fields = {
         field.name: getattr(asked, field.name)
