@@ -70,12 +70,13 @@ def use_blocks(results: Path) -> dict[str, str]:
     settings, ratios, loaded = result["settings"], result["median_of_ratios"], result["loaded"]
     idle_ms, loaded_ms = result["idle"]["ms"]["computed"], loaded["ms"]["computed"]
     text = (
-        f"{settings['clients']} clients under load got {ratios['requests_per_s']:.0%} of their requests per second, with "
-        f"{ratios['p99_ms']:.0%} of the p99, while {settings['explorers']} others asked for explanations without a pause. "
-        f"These are medians of {len(result['pairs'])} pairs of {settings['seconds']:.0f} s. {loaded['answered']:,} "
-        f"explanations were answered and {loaded['refused']:,} refused. One that a replica computes took "
-        f"{idle_ms['p50']:,.0f} ms at p50 and {idle_ms['p95']:,.0f} ms at p95 without load, and {loaded_ms['p50']:,.0f} ms "
-        f"and {loaded_ms['p95']:,.0f} ms under this load ([`explain-cost.json`](results/explain-cost.json))."
+        f"{settings['clients']} clients under load got {ratios['requests_per_s']:.0%} of their requests per second, "
+        f"with {ratios['p99_ms']:.0%} of the p99, while {settings['explorers']} others asked for explanations without "
+        f"a pause. These are medians of {len(result['pairs'])} pairs of {settings['seconds']:.0f} s. "
+        f"{loaded['answered']:,} explanations were answered and {loaded['refused']:,} refused. One that a replica "
+        f"computes took {idle_ms['p50']:,.0f} ms at p50 and {idle_ms['p95']:,.0f} ms at p95 without load, and "
+        f"{loaded_ms['p50']:,.0f} ms and {loaded_ms['p95']:,.0f} ms under this load "
+        "([`explain-cost.json`](results/explain-cost.json))."
     )
     return {"explain-cost": textwrap.fill(text, PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)}
 
