@@ -91,6 +91,10 @@ class Scripted(TinyLMServicer):
         act = await self._begin_whole(context)
         return pb.TokenizeResponse(tokens=[pb.Token(bytes=act.details.encode())])
 
+    async def Explain(self, request: pb.ExplainRequest, context: grpc.aio.ServicerContext) -> pb.ExplainResponse:
+        await self._begin_whole(context)
+        return pb.ExplainResponse()
+
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetModelInfoResponse:
