@@ -8,11 +8,14 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve import schema
+from ray.serve._private.constants import DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S
 from ray.serve.config import AutoscalingConfig, ControllerOptions
 
 from serve_app import AppArgs, with_absolute_paths
 from tinylm.serving import keys
 from tinylm.serving.ray import launch
+from tinylm.serving.ray.environment import PORTS_OF_A_SERVICE
+from tinylm.serving.ray.server import drain_limit_s
 from tinylm.weights import ModelError, load_model
 
 CONFIGS = [Path("configs/serve.yaml"), Path("configs/serve-python-proxy.yaml")]
@@ -153,6 +156,28 @@ def test_the_cluster_config_shares_all_other_keys() -> None:
     assert many["ray_actor_options"].pop("num_cpus") == 1
     del one["ray_actor_options"]["num_cpus"]
     assert cluster == single
+
+
+@pytest.mark.parametrize("path", [CONFIGS[0], CLUSTER], ids=str)
+def test_replicas_that_often_end_do_not_use_up_the_ports(path: Path) -> None:
+    """The port of a replica that has ended is not used for a while. One may end each second."""
+    config = load(path)
+    (deployment,) = config["applications"][0]["deployments"]
+    most = deployment.get("max_replicas_per_node") or deployment["num_replicas"]
+    quarantine_s = float(config["controller_options"]["runtime_env"]["env_vars"]["RAY_SERVE_PORT_QUARANTINE_S"])
+    assert most + quarantine_s < PORTS_OF_A_SERVICE
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, CLUSTER], ids=str)
+def test_the_launcher_waits_as_long_as_serve_for_running_requests(path: Path) -> None:
+    config = load(path)
+    (deployment,) = config["applications"][0]["deployments"]
+    for limit_s in (deployment["graceful_shutdown_timeout_s"], 300):
+        deployment["graceful_shutdown_timeout_s"] = limit_s
+        assert drain_limit_s(config) > limit_s
+    del deployment["graceful_shutdown_timeout_s"]
+    assert drain_limit_s(config) > DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S
+    assert drain_limit_s({}) == drain_limit_s(config)
 
 
 def test_an_unknown_argument_of_the_application_is_refused() -> None:

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -23,7 +25,8 @@ from tinylm.system.text_files import read_text
 
 HEAD_PROCESSES = {"gcs_server", "raylet"}  # Ray cannot run without these
 LOOK_AGAIN_S = 0.3
-DRAIN_LIMIT_S = 20.0  # above graceful_shutdown_timeout_s, Serve's own limit
+GRACEFUL_SHUTDOWN_S = 20.0  # Serve's default of graceful_shutdown_timeout_s
+DRAIN_MARGIN_S = 10.0  # for Serve itself, above the longest graceful_shutdown_timeout_s
 STOP_LIMIT_S = 60.0
 _ANSI_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -87,13 +90,13 @@ class Server:
         """Remove the application: Serve then accepts no new requests, and finishes the running ones."""
         if self.process.poll() is not None or self.dashboard is None:
             return
-        without = {**yaml.safe_load(read_text(config)), "applications": []}
+        values = yaml.safe_load(read_text(config))
         try:
-            deploy(self.dashboard, self._environment, without)
+            deploy(self.dashboard, self._environment, {**values, "applications": []})
         except (OSError, ValueError) as error:  # for example, Ray's head has ended
             print(f"could not finish the running requests: {error}", file=sys.stderr, flush=True)
             return
-        deadline = time.monotonic() + DRAIN_LIMIT_S
+        deadline = time.monotonic() + drain_limit_s(values)
         while time.monotonic() < deadline and self._application_status() is not None:
             time.sleep(LOOK_AGAIN_S)
 
@@ -132,6 +135,13 @@ class Server:
         except (OSError, ValueError):
             return None
         return next(((application["status"], application["message"]) for application in found), None)
+
+
+def drain_limit_s(config: Mapping[str, Any]) -> float:
+    """Return how long the running requests may take to end: a little longer than Serve itself waits for them."""
+    deployments = [d for application in config.get("applications") or () for d in application.get("deployments") or ()]
+    limits = [float(d.get("graceful_shutdown_timeout_s", GRACEFUL_SHUTDOWN_S)) for d in deployments]
+    return max(limits, default=GRACEFUL_SHUTDOWN_S) + DRAIN_MARGIN_S
 
 
 def _name(process: psutil.Process) -> str:
