@@ -20,7 +20,6 @@ from tinylm import LLM, SamplingParams
 
 pytestmark = pytest.mark.chaos
 
-BIN = Path(sys.executable).parent
 PROMPT, MAX_TOKENS, CLIENTS = "Once upon a time", 48, 4
 HEAL_LIMIT_S = 120
 BEFORE_S, AFTER_S = 3, 3  # of load, before the fault and after full health
@@ -142,12 +141,12 @@ def test_a_damaged_model_is_rolled_out(
     with load(service, expected) as running:
         time.sleep(BEFORE_S)
         fault_at = time.perf_counter()
-        deploy(service, rollout)
+        service.deploy(rollout)
         assert fault_actions.settled(lambda: service.status() in ("DEPLOY_FAILED", "UNHEALTHY"), HEAL_LIMIT_S)
         kept = len(service.replicas())
         time.sleep(AFTER_S)
         repaired_at = time.perf_counter()
-        deploy(service, service.config)
+        service.deploy(service.config)
         assert fault_actions.settled(lambda: service.status() == "RUNNING", HEAL_LIMIT_S)
         service.wait_until_healthy(HEAL_LIMIT_S)
         healed_s = time.perf_counter() - repaired_at
@@ -200,12 +199,6 @@ def test_the_disk_is_full_while_a_model_is_written(tmp_path: Path, stories: LLM,
     assert LLM(model).generate(PROMPT, params)[0].text == stories.generate(PROMPT, params)[0].text
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "an incomplete model is left"
     faults["the disk is full while a model is exported"] = {"requests": 1, "refused": 1, "lost": 0}
-
-
-def deploy(service: Service, config: Path) -> None:
-    command = [str(BIN / "serve"), "deploy", str(config), "--address", service.dashboard]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    subprocess.run(command, check=True, env=environment, timeout=60, capture_output=True)
 
 
 def memory(service: Service) -> dict[int, float]:

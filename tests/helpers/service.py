@@ -22,6 +22,8 @@ from helpers.places import Place
 from loadtest.bench.services import with_own_ports
 from tinylm.client import Client, ServiceError
 
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
 START_LIMIT_S = 150
 PLAIN_PATH = "/usr/bin:/bin"
 REPLICAS = 4
@@ -103,6 +105,12 @@ class Service:
     @property
     def url(self) -> str:
         return f"http://localhost:{self.http_port}"
+
+    def deploy(self, config: Path) -> None:
+        """Run `serve deploy`. It returns before the deployment is complete."""
+        command = [str(BIN / "serve"), "deploy", str(config), "--address", self.dashboard]
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        subprocess.run(command, check=True, env=environment, timeout=60, capture_output=True)
 
     def status(self) -> str:
         return self._application().get("status", "unknown")
