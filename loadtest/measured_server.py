@@ -81,7 +81,7 @@ class CpuMeter:
         for process in self._processes:
             with suppress(psutil.Error):  # the process ended, and its time is lost
                 times = process.cpu_times()
-                used[process.pid, _role(process)] = times.user + times.system
+                used[process.pid, role(process)] = times.user + times.system
         return used
 
 
@@ -137,7 +137,7 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
         return [process]
 
 
-def _role(process: psutil.Process) -> str:
+def role(process: psutil.Process) -> str:
     title = " ".join(process.cmdline())
     if "ServeReplica" in title:
         return "replicas"

@@ -37,8 +37,13 @@ PEER_LABELS = {
 }
 
 
-def chaos_blocks(results: Path) -> dict[str, str]:
-    """Return the block of docs/operate.md: where the faults were tried, and the account of each."""
+def operate_blocks(results: Path) -> dict[str, str]:
+    """Return the blocks of docs/operate.md: the faults and the misbehaving clients that were tried."""
+    return {"faults": _faults(results), "misbehaving": _misbehaving(results)}
+
+
+def _faults(results: Path) -> str:
+    """Return where the faults were tried, and the account of each."""
     report = _read(results / "chaos.json")
     machine = report["machine"]
     where = f"{report['date'][:10]}, {machine['processor']}, {machine['cores']} cores, Ray {report['versions']['ray']}."
@@ -46,7 +51,25 @@ def chaos_blocks(results: Path) -> dict[str, str]:
         [name, *(_chaos_cell(key, figures.get(key)) for key in CHAOS_COLUMNS)]
         for name, figures in report["faults"].items()
     ]
-    return {"faults": f"{where}\n\n{table(['fault', *CHAOS_COLUMNS.values()], rows)}"}
+    return f"{where}\n\n{table(['fault', *CHAOS_COLUMNS.values()], rows)}"
+
+
+def _misbehaving(results: Path) -> str:
+    head = ["beside", "errors", "requests/s", "p99", "slots still held", "replica, MiB", "HAProxy, MiB"]
+    rows = []
+    for name, found in _read(results / "misbehaving.json")["misbehaving"].items():
+        grown = found["memory_growth_mib"]
+        rows.append(
+            [
+                name,
+                f"{found['errors']}",
+                f"{found['requests_ratio']:.2f}",
+                f"{found['p99_ratio']:.2f}",
+                f"{found['requests_left']}",
+                *(f"{grown[role]:+.1f}" for role in ("replicas", "haproxy")),
+            ]
+        )
+    return table(head, rows)
 
 
 def _chaos_cell(key: str, value: float | str | None) -> str:
@@ -153,7 +176,7 @@ def _read(path: Path) -> Any:
 PAGES: dict[str, Callable[[Path], dict[str, str]]] = {
     "speed.md": speed_page.blocks,
     "engine.md": engine_blocks,
-    "operate.md": chaos_blocks,
+    "operate.md": operate_blocks,
     "clients.md": clients_blocks,
     "use.md": use_blocks,
 }

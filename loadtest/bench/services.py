@@ -17,19 +17,26 @@ from pathlib import Path
 import yaml
 
 MODEL = Path("models/stories-8m")
-START_LIMIT_S = 180
+START_LIMIT_S = 300
 STOP_LIMIT_S = 60
 
 
 @contextmanager
 def ray_serve(config: Path, replicas: int) -> Iterator[str]:
-    """Run `tinylm serve` in a new Ray session, with free ports and this number of replicas."""
+    """Run `tinylm serve` in a new Ray session, with free ports and this number of replicas. Yield its gRPC address."""
+    with ray_serve_ports(config, replicas) as (grpc_port, _):
+        yield f"localhost:{grpc_port}"
+
+
+@contextmanager
+def ray_serve_ports(config: Path, replicas: int) -> Iterator[tuple[int, int]]:
+    """Run the same service. Yield its gRPC port and its HTTP port."""
     with tempfile.TemporaryDirectory(prefix="lt-", dir="/tmp", ignore_cleanup_errors=True) as directory:
-        path, port, _ = with_own_ports(config, Path(directory), replicas)
+        path, grpc_port, http_port = with_own_ports(config, Path(directory), replicas)
         command = ["-m", "tinylm.cli", "serve", "--config", str(path), "--wait-s", str(START_LIMIT_S)]
         environment = {"RAY_TMPDIR": directory, "PYTHONUNBUFFERED": "1"}
         with _process(command, Path(directory) / "log", "TinyLM is ready", environment):
-            yield f"localhost:{port}"
+            yield grpc_port, http_port
 
 
 @contextmanager
