@@ -81,12 +81,12 @@ def main(
             check_file(out)
         names = names_that_begin("--only", only, [NOBODY, *CLIENTS])
         with (
-            services.ray_serve_ports(CONFIG, REPLICAS) as (grpc_port, http_port),
+            services.ray_service(CONFIG, REPLICAS) as ray,
             ProcessPool() as of_grpc,
             ProcessPool() as of_http,
         ):
-            pools = {f"localhost:{grpc_port}": of_grpc, f"http://localhost:{http_port}": of_http}
-            service = Service(grpc_port, http_port, pools)
+            pools = {ray.address: of_grpc, f"http://localhost:{ray.http_port}": of_http}
+            service = Service(ray.grpc_port, ray.http_port, pools)
             well_behaved(service, WARMUP_S, lambda begin: None)  # starts the processes, and fills caches
             found = {name: measure(service, name, seconds) for name in names}
     settings = {

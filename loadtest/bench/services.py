@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -21,22 +22,38 @@ START_LIMIT_S = 300
 STOP_LIMIT_S = 60
 
 
+class RayService(NamedTuple):
+    """A service that runs in a Ray session of its own. All its processes have `environment` in theirs."""
+
+    config: Path
+    grpc_port: int
+    http_port: int
+    directory: Path  # Ray's files
+    log: Path
+    environment: dict[str, str]
+
+    @property
+    def address(self) -> str:
+        """Of gRPC."""
+        return f"localhost:{self.grpc_port}"
+
+
 @contextmanager
 def ray_serve(config: Path, replicas: int) -> Iterator[str]:
-    """Run `tinylm serve` in a new Ray session, with free ports and this number of replicas. Yield its gRPC address."""
-    with ray_serve_ports(config, replicas) as (grpc_port, _):
-        yield f"localhost:{grpc_port}"
+    """Run `tinylm serve` in a new Ray session, with free ports and this number of replicas. Yield its address."""
+    with ray_service(config, replicas) as service:
+        yield service.address
 
 
 @contextmanager
-def ray_serve_ports(config: Path, replicas: int) -> Iterator[tuple[int, int]]:
-    """Run the same service. Yield its gRPC port and its HTTP port."""
+def ray_service(config: Path, replicas: int) -> Iterator[RayService]:
+    """Do the same as `ray_serve`. Yield what is needed to find the service's parts."""
     with tempfile.TemporaryDirectory(prefix="lt-", dir="/tmp", ignore_cleanup_errors=True) as directory:
         path, grpc_port, http_port = with_own_ports(config, Path(directory), replicas)
         command = ["-m", "tinylm.cli", "serve", "--config", str(path), "--wait-s", str(START_LIMIT_S)]
-        environment = {"RAY_TMPDIR": directory, "PYTHONUNBUFFERED": "1"}
-        with _process(command, Path(directory) / "log", "TinyLM is ready", environment):
-            yield grpc_port, http_port
+        log, own = Path(directory) / "log", {"RAY_TMPDIR": directory}
+        with _process(command, log, "TinyLM is ready", {**own, "PYTHONUNBUFFERED": "1"}):
+            yield RayService(path, grpc_port, http_port, Path(directory), log, own)
 
 
 @contextmanager
