@@ -20,7 +20,7 @@ import pytest
 
 from loadtest.bench.misbehaving_clients import HTTP2_BEGIN, vanish
 from loadtest.bench.services import free_ports
-from tinylm.client import CHANNEL_OPTIONS
+from tinylm.client import CHANNEL_OPTIONS, RETRIED
 from tinylm.serving.ray import haproxy
 from tinylm.serving.ray.internals import GRPC_LIMITS, MAX_METADATA_BYTES
 from tinylm.v1 import tinylm_pb2 as pb
@@ -251,16 +251,28 @@ def test_long_headers_pass_and_disturb_no_other_call(replica: Replica, stub: Tin
     assert held.result().text == "done"
 
 
-def test_headers_that_are_too_long_end_only_their_call(replica: Replica, stub: TinyLMStub) -> None:
+@pytest.mark.parametrize("size", [90_000, 128_000])
+def test_headers_that_are_too_long_end_only_their_call(replica: Replica, stub: TinyLMStub, size: int) -> None:
     held = ask(stub)
     wait_until(lambda: replica.n_held == 1)
     for _ in range(5):
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Tokenize(pb.TokenizeRequest(), metadata=[("x-long", "a" * 90_000)], timeout=GIVE_UP_S)
+            stub.Tokenize(pb.TokenizeRequest(), metadata=[("x-long", "a" * size)], timeout=GIVE_UP_S)
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "metadata size" in caught.value.details()
     replica.may_go.set()
     assert held.result().text == "done"
+
+
+def test_headers_above_haproxys_buffer_close_their_connection(replica: Replica, stub: TinyLMStub) -> None:
+    """docs/serve.md names this as the only limit that ends other calls. A caller may repeat them."""
+    held = ask(stub)
+    wait_until(lambda: replica.n_held == 1)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Tokenize(pb.TokenizeRequest(), metadata=[("x-long", "a" * 140_000)], timeout=GIVE_UP_S)
+    assert caught.value.code() in RETRIED
+    assert held.code() in RETRIED
+    stub.Tokenize(pb.TokenizeRequest(), timeout=GIVE_UP_S)
 
 
 def test_short_calls_do_not_wait_behind_many_long_ones(tmp_path: Path) -> None:
