@@ -27,8 +27,13 @@ from tinylm.system.files import can_create
 from tinylm.system.proxies import without_proxy_for_loopback
 
 # For Ray, unless the user's environment sets them: normal priority for workers (Ray's default is nice 15), no usage
-# reports, and for a cluster of its own a dashboard that needs no token (it listens on loopback).
-RAY = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# reports, and for a cluster of its own a dashboard that needs no token (it listens on loopback). On a busy machine, a
+# proxy can need longer to start than the 5 s after which Serve kills it by default. Then the whole start would fail.
+RAY = {
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # `serve run` waits no longer than that either
+}
 OWN_CLUSTER = {"RAY_AUTH_MODE": "disabled"}
 HAPROXY_FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.places import Place
+from ray.serve._private import constants
 
 from tinylm.serving.ray import environment, haproxy
 
@@ -51,6 +52,15 @@ def test_the_users_variables_override_ours(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "1234")
     with environment.service_environment(9000, 16, has_haproxy=True) as variables:
         assert variables["RAY_SERVE_HAPROXY_STATS_PORT"] == "1234"
+
+
+def test_serve_reads_every_variable() -> None:
+    """Serve ignores a misspelt variable."""
+    source = Path(constants.__file__).read_text(encoding="utf-8")
+    with environment.service_environment(9000, 16, has_haproxy=True) as variables:
+        names = [name for name in variables if name.startswith("RAY_SERVE_") and name not in os.environ]
+    assert "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S" in names
+    assert [name for name in names if f'"{name}"' not in source] == []
 
 
 @pytest.mark.parametrize("name", ["ä" * 50, "with a space", "a#b"])
