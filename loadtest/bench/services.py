@@ -18,7 +18,7 @@ from typing import NamedTuple
 import yaml
 
 MODEL = Path("models/stories-8m")
-START_LIMIT_S = 300
+START_LIMIT_S = 600  # seconds, also on a machine whose cores are all in use
 STOP_LIMIT_S = 60
 
 
