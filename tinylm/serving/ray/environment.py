@@ -1,7 +1,8 @@
 """The environment of one service: variables for Ray, Serve and HAProxy, and a private directory for HAProxy's files.
 
 Two services on one machine need different ports for the clients. Everything else that they would share, this module
-keeps apart: HAProxy's files, the ports of its metrics and statistics, and the ports of the replicas.
+keeps apart: HAProxy's files, the ports of all metrics and statistics, and the ports of the replicas and of Serve's
+fallback proxies.
 """
 
 from __future__ import annotations
@@ -42,7 +43,14 @@ HAPROXY_FILES = {
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
 }
-HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
+# Of HAProxy, Ray's autoscaler and Ray's dashboard.
+METRICS_PORTS = {
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "AUTOSCALER_METRIC_PORT": 44217,
+    "DASHBOARD_METRIC_PORT": 44227,
+}
+FALLBACK_PORTS = {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500, "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": 9500}
 REPLICA_PORTS = {"HTTP": 30_000, "GRPC": 40_000}  # the first of each kind
 PORTS_OF_A_SERVICE, MAX_SERVICES = 100, 100
 MAX_SOCKET_PATH = 107  # bytes, of Linux
@@ -69,7 +77,13 @@ def service_environment(
     with tempfile.TemporaryDirectory(
         prefix="tinylm-", dir=_haproxy_directory(), ignore_cleanup_errors=True
     ) as directory:
-        own = {**RAY, SLOTS_VARIABLE: str(slots), **_haproxy_ports(), **_replica_ports(grpc_port)}
+        own = {
+            **RAY,
+            SLOTS_VARIABLE: str(slots),
+            **_metrics_ports(),
+            **_fallback_ports(grpc_port),
+            **_replica_ports(grpc_port),
+        }
         if not joins_cluster:
             own |= OWN_CLUSTER
         own |= {variable: str(Path(directory, name)) for variable, name in HAPROXY_FILES.items()}
@@ -145,9 +159,18 @@ def _temporary_directory() -> str:
         raise ValueError("this account can write no temporary directory: set TMPDIR to one that it can write") from None
 
 
-def _haproxy_ports() -> dict[str, str]:
-    """Return ports for HAProxy's metrics and statistics: the usual ones, or free ones if another program has them."""
-    return {variable: str(_free_port(usual)) for variable, usual in HAPROXY_PORTS.items()}
+def _metrics_ports() -> dict[str, str]:
+    """Return ports for metrics and statistics: the usual ones, or free ones if another program has them."""
+    return {variable: str(_free_port(usual)) for variable, usual in METRICS_PORTS.items()}
+
+
+def _fallback_ports(grpc_port: int) -> dict[str, str]:
+    """Return ports for Serve's fallback proxies, other ones for each of 100 neighbouring gRPC ports.
+
+    HAProxy sends calls to the fallback proxy when no replica passes its checks. Two services can listen on the same
+    port for gRPC, and the calls would then reach either of them, whatever the keys of the other one are.
+    """
+    return {variable: str(_free_port(first + grpc_port % MAX_SERVICES)) for variable, first in FALLBACK_PORTS.items()}
 
 
 def _free_port(usual: int) -> int:

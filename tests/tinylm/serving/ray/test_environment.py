@@ -32,8 +32,9 @@ def test_services_on_other_ports_share_nothing() -> None:
         environment.service_environment(9000, 16, has_haproxy=True) as first,
         environment.service_environment(9001, 16, has_haproxy=True) as second,
     ):
-        names = [*environment.HAPROXY_FILES, *(name for name in first if "DIRECT_INGRESS" in name)]
-        assert len(names) == 9
+        ports = [name for name in first if "DIRECT_INGRESS" in name or "FALLBACK" in name]
+        names = [*environment.HAPROXY_FILES, *ports]
+        assert len(names) == 11
         assert [name for name in names if first[name] == second[name]] == []
         for kind in environment.REPLICA_PORTS:
             last = int(first[f"RAY_SERVE_DIRECT_INGRESS_MAX_{kind}_PORT"])
@@ -43,7 +44,7 @@ def test_services_on_other_ports_share_nothing() -> None:
 def test_a_port_of_another_program_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
-        monkeypatch.setitem(environment.HAPROXY_PORTS, "RAY_SERVE_HAPROXY_METRICS_PORT", taken)
+        monkeypatch.setitem(environment.METRICS_PORTS, "RAY_SERVE_HAPROXY_METRICS_PORT", taken)
         with environment.service_environment(9000, 16, has_haproxy=True) as variables:
             assert int(variables["RAY_SERVE_HAPROXY_METRICS_PORT"]) != taken
 
