@@ -101,7 +101,7 @@ def _result(load: Load, caller: Caller, disturbances: Disturbances, taken: list[
 
 def _line(minute: int, load: Load, taken: list[memory.Sample]) -> str:
     now = [sample for sample in taken if sample.minute == minute]
-    roles = {role: [s.private_kib for s in now if s.role == role] for role in dict.fromkeys(s.role for s in now)}
+    roles = {role: [s.anonymous_kib for s in now if s.role == role] for role in dict.fromkeys(s.role for s in now)}
     shown = ("replica", "HAProxy", "proxy actor", "controller", "dashboard agent", "GCS", "raylet")
     sizes = ", ".join(f"{role} {sum(roles[role]) / len(roles[role]) / 1024:.1f}" for role in shown if role in roles)
     failed = f"{load.total('unexpected')} unexpected, {load.total('ended by a kill')} ended by a kill"

@@ -133,7 +133,7 @@ def exchange(
 def refused(call: Callable[[], object], *expected: grpc.StatusCode | int | str) -> Outcome:
     """Return "refused" if the call fails with one of these: gRPC's status, HTTP's status, or `code` of its error."""
     try:
-        call()
+        answer = call()
     except ValueError:
         found: tuple[object, ...] = (grpc.StatusCode.INVALID_ARGUMENT,)
         if not set(found) & set(expected):
@@ -148,7 +148,7 @@ def refused(call: Callable[[], object], *expected: grpc.StatusCode | int | str) 
         if error.status not in expected and error.code not in expected:
             raise
     else:
-        raise WrongAnswer(f"accepted, not refused with {expected}")
+        raise WrongAnswer(f"accepted, not refused with {expected}: {str(answer)[:200]}")
     return "refused"
 
 

@@ -1,7 +1,8 @@
 """Read the memory, open files and threads of a service's processes, and how they grow. Linux only.
 
-The memory of a process is its private memory: the pages that no other process uses (Private_Clean and Private_Dirty of
-/proc/PID/smaps_rollup). All would be free if the process ended. The weights that replicas share are not in it.
+The memory of a process is its anonymous memory (Anonymous of /proc/PID/smaps_rollup): what it has allocated, without
+pages of files, such as programs, libraries and the weights that replicas share. Its private memory also has the pages
+of files that no other process uses at the moment, so it changes when other processes start and end.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Sample:
     minute: int  # of the run
     role: str
     pid: int
-    private_kib: int
-    anonymous_kib: int  # of its memory, shared or not, what is not in a file
+    anonymous_kib: int
+    private_kib: int  # what no other process uses, also of files
     open_files: int
     threads: int
     cpu_s: float  # that it has used since its start
@@ -98,7 +99,7 @@ def _sample(minute: int, pid: int, command: str) -> Sample:
     }
     stat = _stat(pid)
     return Sample(
-        minute, role_of(command), pid, kib["Private_Clean"] + kib["Private_Dirty"], kib["Anonymous"],
+        minute, role_of(command), pid, kib["Anonymous"], kib["Private_Clean"] + kib["Private_Dirty"],
         len(list((PROC / str(pid) / "fd").iterdir())), int(stat[17]), (int(stat[11]) + int(stat[12])) / 100,
     )  # fmt: skip
 
@@ -139,9 +140,9 @@ def summary(taken: Sequence[Sample]) -> dict[str, dict[str, Any]]:
         settled = {minute: found for minute, found in minutes.items() if minute >= min(SETTLED_MIN, last)}
         lives = [[s for s in own if s.pid == pid] for pid in {s.pid for s in own}]
         long = [life for life in lives if life[-1].minute - life[0].minute >= LIVED_MIN]
-        growths = [slope([(s.minute, s.private_kib) for s in life if s.minute >= life[0].minute + SETTLED_MIN])
+        growths = [slope([(s.minute, s.anonymous_kib) for s in life if s.minute >= life[0].minute + SETTLED_MIN])
                    for life in long]  # fmt: skip
-        means = [(float(minute), mean(s.private_kib for s in found)) for minute, found in settled.items()]
+        means = [(float(minute), mean(s.anonymous_kib for s in found)) for minute, found in settled.items()]
         figures[role] = {
             "processes_at_once": max(len(found) for found in minutes.values()),
             "processes": len(lives),
@@ -153,7 +154,7 @@ def summary(taken: Sequence[Sample]) -> dict[str, dict[str, Any]]:
             "role_growth_kib_per_minute": round(slope(means), 1) if len(means) > 1 else None,
             "cpu_s": round(sum(life[-1].cpu_s for life in lives), 1),
         }
-    return dict(sorted(figures.items(), key=lambda item: -item[1]["end"]["private_mib"]))
+    return dict(sorted(figures.items(), key=lambda item: -item[1]["end"]["mib"]))
 
 
 def _per_process(minutes: Mapping[int, Sequence[Sample]], first: bool) -> dict[str, float]:
@@ -161,7 +162,7 @@ def _per_process(minutes: Mapping[int, Sequence[Sample]], first: bool) -> dict[s
     found = minutes[minute]
     return {
         "minute": minute,
-        "private_mib": round(mean(s.private_kib for s in found) / 1024, 1),
+        "mib": round(mean(s.anonymous_kib for s in found) / 1024, 1),
         "open_files": round(mean(s.open_files for s in found), 1),
         "threads": round(mean(s.threads for s in found), 1),
     }
