@@ -34,7 +34,7 @@ def test_the_slope_ignores_a_quarter_of_the_points() -> None:
         memory.slope([(1.0, 2.0), (1.0, 3.0)])
 
 
-def test_a_sample_has_the_private_memory_of_a_process_with_the_variables() -> None:
+def test_a_sample_has_the_memory_of_a_process_with_the_variables() -> None:
     size = 64 * MIB * 1024
     environment = {"TINYLM_SAMPLED": str(os.getpid())}
     command = [sys.executable, "-c", PROGRAM.format(size=size)]
@@ -46,7 +46,7 @@ def test_a_sample_has_the_private_memory_of_a_process_with_the_variables() -> No
         (sample,) = memory.samples(7, environment)
         process.communicate("")
     assert (sample.minute, sample.pid) == (7, process.pid)
-    assert size / 1024 <= sample.private_kib < 2 * size / 1024
+    assert size / 1024 <= sample.anonymous_kib < 2 * size / 1024
     assert sample.threads >= 1
     assert sample.open_files >= 3
     assert memory.samples(8, environment) == []
@@ -55,10 +55,10 @@ def test_a_sample_has_the_private_memory_of_a_process_with_the_variables() -> No
 def test_only_the_growth_of_processes_that_live_long_counts() -> None:
     base = Sample(0, "replica", 1, 0, 0, 10, 2, 1.0)
     lives = [
-        [replace(base, minute=minute, private_kib=1000 + 7 * minute) for minute in range(31)],
+        [replace(base, minute=minute, anonymous_kib=1000 + 7 * minute) for minute in range(31)],
         # This one grows fast, but only while its caches fill. It is replaced by a third one that does not live long.
-        [replace(base, pid=2, minute=minute, private_kib=1000 + 500 * min(minute, 4)) for minute in range(20)],
-        [replace(base, pid=3, minute=minute, private_kib=900 * minute) for minute in range(31 - LIVED_MIN, 31)],
+        [replace(base, pid=2, minute=minute, anonymous_kib=1000 + 500 * min(minute, 4)) for minute in range(20)],
+        [replace(base, pid=3, minute=minute, anonymous_kib=900 * minute) for minute in range(31 - LIVED_MIN, 31)],
     ]
     figures = memory.summary([sample for life in lives for sample in life])["replica"]
     assert figures["growth_kib_per_minute"] == pytest.approx(7)
@@ -88,9 +88,10 @@ def accounts(error: Exception | None, kill: float = EARLY, burst: float = EARLY)
             raise error
         return "ok"
 
-    with Load(cast(Caller, None), {"a call": (1, call)}, rate_per_s=200) as load:
-        load.windows.kills.append(time.monotonic() + kill)
-        load.windows.bursts.append((time.monotonic() + burst, time.monotonic() + burst))
+    load = Load(cast(Caller, None), {"a call": (1, call)}, rate_per_s=200)
+    load.windows.kills.append(time.monotonic() + kill)
+    load.windows.bursts.append((time.monotonic() + burst, time.monotonic() + burst))
+    with load:
         time.sleep(0.1)
     return set(load.table()["a call"])
 
