@@ -67,18 +67,26 @@ def samples(minute: int, environment: Mapping[str, str]) -> list[Sample]:
 
 
 def processes(environment: Mapping[str, str]) -> Iterator[tuple[int, str]]:
-    """Yield id and command line of each process that has these variables in its environment."""
+    """Yield id and command line of each process that has these variables in its environment, or such an ancestor.
+
+    A process that sets its own title, as those of Ray do, can overwrite its environment.
+    """
     wanted = {f"{name}={value}".encode() for name, value in environment.items()}
+    found: dict[int, tuple[bool, int, str]] = {}  # process -> whether it has the variables, its parent, its command
     for entry in PROC.iterdir():
         if entry.name.isdigit():
             try:
-                if not wanted <= set((entry / "environ").read_bytes().split(b"\0")):
-                    continue
+                has_variables = wanted <= set((entry / "environ").read_bytes().split(b"\0"))
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                found[int(entry.name)] = has_variables, int(_stat(int(entry.name))[1]), command
             except OSError:  # it has ended, or belongs to another user
                 continue
-            if command:  # empty for a zombie
-                yield int(entry.name), command
+    for pid, (_, _, command) in found.items():
+        ancestor = pid
+        while ancestor in found and not found[ancestor][0]:
+            ancestor = found[ancestor][1]
+        if ancestor in found and command:  # the command is empty for a zombie
+            yield pid, command
 
 
 def role_of(command: str) -> str:
