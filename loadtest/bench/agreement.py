@@ -1,11 +1,16 @@
 """Compare what guidellm, aiperf and this load generator measure of the same load: the median time between tokens.
 
-    python -m loadtest.bench.agreement --server http://localhost:8000 --out docs/results/agreement.json
+    python -m loadtest.bench.agreement --out docs/results/agreement.json
 
 Each sends the same prompts, streamed over HTTP, and asks for the same number of tokens with `ignore_eos`. They run one
-after the other, several times. guidellm and this load generator divide the time after a request's first message by the
-tokens after it. aiperf 0.13.0 assumes that the first message has one token, so it reports too low times.
-`make clients` installs the other two.
+after the other, several times. Without `--server`, a service with one replica runs meanwhile. `make clients` installs
+the other two.
+
+Each divides the time from a request's first message with text to its last one by a number of tokens. This load
+generator divides by the tokens after the first message. guidellm 0.8.1 and aiperf 0.13.0 divide by all tokens but one,
+so they are right only if the first message has one token. aiperf gives the messages of one read from the socket the
+same time. If it reads late, several messages are its first one, and its time is too low. Its raw records have the
+number of tokens with each message, so the right time is calculated from them, too.
 """
 
 from __future__ import annotations
@@ -16,14 +21,16 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
+from loadtest.bench import services
 from loadtest.bench.markdown import table
 from loadtest.generator.workload import Workload
 from loadtest.load import Load, Mix
@@ -37,6 +44,8 @@ PROGRAMS = Path(".clients").absolute()  # where `make clients` installs
 GUIDELLM, AIPERF = PROGRAMS / "guidellm/venv/bin/guidellm", PROGRAMS / "aiperf/venv/bin/aiperf"
 TOKENIZER = PROGRAMS / "exports/huggingface"
 LIMIT_S = 3600  # for one run of one program
+CONFIG = Path("configs/serve.yaml")
+USAGE = {"include_usage": True, "continuous_usage_stats": True}  # each message says how many tokens the answer has
 REFERENCE = "loadtest"  # the ratios are to this one
 
 
@@ -52,7 +61,7 @@ class Run:
     directory: Path
 
 
-def guidellm(run: Run) -> float:
+def guidellm(run: Run) -> dict[str, float]:
     """Return the median time between tokens in ms, as guidellm reports it."""
     rows = [{"prompt": prompt, "output_tokens_count": run.max_tokens} for prompt in run.prompts]
     backend = {"kind": "openai_http", "target": run.url, "model": run.model, "request_format": "/v1/completions"}
@@ -66,25 +75,48 @@ def guidellm(run: Run) -> float:
         "--output", f"kind=json,path={report}", "--disable-console-interactive",
     )  # fmt: skip
     metrics = _read(report)["benchmarks"][0]["metrics"]
-    return float(metrics["inter_token_latency_ms"]["successful"]["median"])
+    return {"guidellm": float(metrics["inter_token_latency_ms"]["successful"]["median"])}
 
 
-def aiperf(run: Run) -> float:
-    """Return the median time between tokens in ms, as aiperf reports it."""
+def aiperf(run: Run) -> dict[str, float]:
+    """Return the median time between tokens in ms, as aiperf reports it, and from its raw records."""
+    fields = {"max_tokens": run.max_tokens, "ignore_eos": True, "stream_options": USAGE}
+    reports = run.directory / "aiperf"
     _execute(
         run, AIPERF, "profile", "--url", run.url, "--model", run.model,
         "--tokenizer", str(TOKENIZER), "--endpoint-type", "completions", "--streaming",
         "--use-server-token-count",
         "--input-file", str(_json_lines(run, [{"text": prompt} for prompt in run.prompts])),
         "--custom-dataset-type", "single_turn", "--concurrency", str(run.concurrency),
-        "--request-count", str(len(run.prompts)),
-        "--extra-inputs", f"max_tokens:{run.max_tokens}", "ignore_eos:true",
-        "--artifact-dir", str(run.directory / "aiperf"), "--ui-type", "none",
+        "--request-count", str(len(run.prompts)), "--extra-inputs", json.dumps(fields),
+        "--export-level", "raw", "--artifact-dir", str(reports), "--ui-type", "none",
+        "--no-gpu-telemetry", "--no-server-metrics",
     )  # fmt: skip
-    return float(_read(run.directory / "aiperf/profile_export_aiperf.json")["inter_token_latency"]["p50"])
+    reported = _read(reports / "profile_export_aiperf.json")["inter_token_latency"]["p50"]
+    lines = (reports / "profile_export_raw.jsonl").read_text(encoding="utf-8").splitlines()
+    return {"aiperf": float(reported), "aiperf, from its records": from_records(map(json.loads, lines))}
 
 
-def loadtest(run: Run) -> float:
+def from_records(records: Iterable[Mapping[str, Any]]) -> float:
+    """Return the median time between tokens in ms: the time after the first read, divided by the tokens after it.
+
+    records: aiperf's raw ones, with the number of tokens in each message. A read can have several messages.
+    """
+    times_ms = []
+    for record in records:
+        reads: dict[int, int] = {}  # time in ns -> tokens of the answer by then
+        for response in record["responses"]:
+            for packet in response["packets"]:
+                message = {} if packet["value"] == "[DONE]" else json.loads(packet["value"])
+                if any(choice["text"] for choice in message.get("choices", ())):
+                    reads[response["perf_ns"]] = message["usage"]["completion_tokens"]
+        if len(reads) > 1:
+            first, last = min(reads), max(reads)
+            times_ms.append((last - first) / (reads[last] - reads[first]) / 1e6)
+    return median(times_ms)
+
+
+def loadtest(run: Run) -> dict[str, float]:
     """Return the median time between tokens in ms, as this load generator reports it."""
     report = run.directory / "loadtest.json"
     _execute(
@@ -93,34 +125,37 @@ def loadtest(run: Run) -> float:
         "--max-tokens", str(run.max_tokens), "--prompts", str(_json_lines(run, [{"prompt": p} for p in run.prompts])),
         "--quiet", "--output", str(report),
     )  # fmt: skip
-    return float(_read(report)["runs"][0]["tpot_ms"]["p50"])
+    return {REFERENCE: float(_read(report)["runs"][0]["tpot_ms"]["p50"])}
 
 
-GENERATORS: dict[str, Callable[[Run], float]] = {"guidellm": guidellm, "aiperf": aiperf, REFERENCE: loadtest}
+GENERATORS: tuple[Callable[[Run], dict[str, float]], ...] = (guidellm, aiperf, loadtest)
 
 
 def measure(load: Load, prompts: tuple[str, ...], rounds: int) -> list[dict[str, float]]:
-    """Return for each round, by program, the median time between tokens in ms."""
+    """Return for each round, by figure, the median time between tokens in ms. Rounds begin with different programs."""
     with DIRECT.open(f"{load.server.rstrip('/')}/v1/models", timeout=10) as response:
         model = json.load(response)["data"][0]["id"]
     found: list[dict[str, float]] = [{} for _ in range(rounds)]
-    for number, of_round in enumerate(found, 1):
-        for name, generator in GENERATORS.items():
+    for number, of_round in enumerate(found):
+        first = number % len(GENERATORS)
+        for generator in GENERATORS[first:] + GENERATORS[:first]:
             with tempfile.TemporaryDirectory(prefix="la-") as directory:
                 run = Run(
                     load.server, model, load.concurrency or 1, load.max_tokens.values[0], prompts, Path(directory)
                 )
-                of_round[name] = generator(run)
-            typer.echo(f"round {number}, {name}: {of_round[name]:.3f} ms")
+                figures = generator(run)
+            of_round |= figures
+            for name, value in figures.items():
+                typer.echo(f"round {number + 1}, {name}: {value:.3f} ms")
     return found
 
 
 def compare(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Return the median of each program's rounds in ms, and its ratio to that of this load generator."""
-    medians = {name: median(found[name] for found in rounds) for name in rounds[0]}
+    """Return by figure the median of the rounds in ms, and the median of the ratios to this load generator's figure."""
+    names = sorted(rounds[0])
     return {
-        "median_ms": {name: round(value, 4) for name, value in medians.items()},
-        "ratios": {name: round(value / medians[REFERENCE], 3) for name, value in medians.items()},
+        "median_ms": {name: round(median(found[name] for found in rounds), 4) for name in names},
+        "ratios": {name: round(median(found[name] / found[REFERENCE] for found in rounds), 3) for name in names},
     }
 
 
@@ -141,6 +176,13 @@ def _execute(run: Run, program: Path, *arguments: str) -> None:
         raise RuntimeError(f"{program.name} ended with {done.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
 
 
+def _version(program: Path) -> str:
+    """Return the version of the package that a program is from."""
+    code = f"import importlib.metadata; print(importlib.metadata.version({program.name!r}))"
+    command = [program.with_name("python"), "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def _json_lines(run: Run, rows: list[dict[str, Any]]) -> Path:
     path = run.directory / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -152,15 +194,17 @@ def _read(path: Path) -> Any:
 
 
 def main(
-    server: Annotated[str, typer.Option(metavar="URL", help="http://HOST:PORT of a service.")],
     out: Annotated[Path, typer.Option(metavar="FILE.json", help="For the result.")],
-    concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 4,
-    requests: Annotated[int, typer.Option(help="Requests of each run.")] = 200,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
+    server: Annotated[
+        Optional[str], typer.Option(metavar="URL", help="http://HOST:PORT of a running service; default: a new one.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at once. More than the slots keep all slots busy.")] = 32,
+    requests: Annotated[int, typer.Option(help="Requests of each run.")] = 320,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 192,
     prompt_words: Annotated[int, typer.Option(help="Words of each prompt.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Runs of each program.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Runs of each program.")] = 5,
 ) -> None:
-    """Measure a running service with guidellm, aiperf and this load generator, one after the other."""
+    """Measure a service with guidellm, aiperf and this load generator, one after the other."""
     with command_errors():
         check_file(out)
         require_at_least(1, concurrency=concurrency, requests=requests, rounds=rounds)
@@ -168,14 +212,21 @@ def main(
         if missing := [str(path) for path in (GUIDELLM, AIPERF, TOKENIZER) if not path.exists()]:
             raise ValueError(f"{', '.join(missing)} is missing: run make clients first")
         settings = {"concurrency": concurrency, "requests": requests, "max_tokens": max_tokens}
-        load = Load(server, Mix((max_tokens,), (1.0,)), concurrency, prompt_words=Mix((prompt_words,), (1.0,)))
-        workload = Workload(load)
-        found = measure(load, tuple(workload[turn].prompt for turn in range(requests)), rounds)
-        result = {**settings, "prompt_words": prompt_words, "rounds_ms": found, **compare(found)}
-        command = f"python -m loadtest.bench.agreement {shlex.join(sys.argv[1:])}"
+        with nullcontext(server) if server else services.ray_http(CONFIG, replicas=1) as url:
+            load = Load(url, Mix((max_tokens,), (1.0,)), concurrency, prompt_words=Mix((prompt_words,), (1.0,)))
+            workload = Workload(load)
+            found = measure(load, tuple(workload[turn].prompt for turn in range(requests)), rounds)
+        versions = {program.name: _version(program) for program in (GUIDELLM, AIPERF)}
+        result = {"versions": versions, **settings, "prompt_words": prompt_words, "rounds_ms": found, **compare(found)}
+        command = shlex.join(["python", "-m", "loadtest.bench.agreement", *sys.argv[1:]])
         result_file.write_json(out, {"command": command, **describe(), **result})
-        rows = [[name, f"{result['median_ms'][name]:.3f}", f"{ratio:.3f}"] for name, ratio in result["ratios"].items()]
-        typer.echo(table(["program", "median, ms per token", f"/ {REFERENCE}"], rows))
+        typer.echo(agreement_table(result))
+
+
+def agreement_table(result: Mapping[str, Any]) -> str:
+    """Return the medians and the ratios as a Markdown table."""
+    rows = [[name, f"{ms:.3f}", f"{result['ratios'][name]:.3f}"] for name, ms in result["median_ms"].items()]
+    return table(["measured by", "ms per token", f"/ {REFERENCE}"], rows)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,13 @@ def ray_serve(config: Path, replicas: int) -> Iterator[str]:
 
 
 @contextmanager
+def ray_http(config: Path, replicas: int) -> Iterator[str]:
+    """Do the same as `ray_serve`. Yield the URL of the HTTP API."""
+    with ray_service(config, replicas) as service:
+        yield f"http://localhost:{service.http_port}"
+
+
+@contextmanager
 def ray_service(config: Path, replicas: int) -> Iterator[RayService]:
     """Do the same as `ray_serve`. Yield what is needed to find the service's parts."""
     with tempfile.TemporaryDirectory(prefix="lt-", dir="/tmp", ignore_cleanup_errors=True) as directory:
