@@ -41,6 +41,28 @@ def test_services_on_other_ports_share_nothing() -> None:
             assert last < int(second[f"RAY_SERVE_DIRECT_INGRESS_MIN_{kind}_PORT"])
 
 
+RESTARTS = """
+import time
+from ray.serve._private.common import RequestProtocol
+from ray.serve._private.node_port_manager import NodePortManager
+
+now = time.monotonic()
+time.monotonic = lambda: now
+manager = NodePortManager("node")
+for number in range(720):
+    for protocol in (RequestProtocol.HTTP, RequestProtocol.GRPC):
+        port = manager.allocate_port(f"replica-{number}", protocol)
+        manager.release_port(f"replica-{number}", port, protocol)
+    now += 5
+"""
+
+
+def test_a_replica_that_fails_every_five_seconds_gets_a_port_for_an_hour() -> None:
+    """Serve keeps the port of an ended replica back for a while, and a service has only 100 ports."""
+    with environment.service_environment(9000, 16, has_haproxy=True) as variables:
+        subprocess.run([sys.executable, "-c", RESTARTS], env=variables, check=True)
+
+
 def test_a_port_of_another_program_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
