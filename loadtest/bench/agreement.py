@@ -101,6 +101,7 @@ def from_records(records: Iterable[Mapping[str, Any]]) -> float:
     """Return the median time between tokens in ms: the time after the first read, divided by the tokens after it.
 
     records: aiperf's raw ones, with the number of tokens in each message. A read can have several messages.
+    Raises ValueError if every answer came in one read.
     """
     times_ms = []
     for record in records:
@@ -113,6 +114,8 @@ def from_records(records: Iterable[Mapping[str, Any]]) -> float:
         if len(reads) > 1:
             first, last = min(reads), max(reads)
             times_ms.append((last - first) / (reads[last] - reads[first]) / 1e6)
+    if not times_ms:
+        raise ValueError("aiperf read every answer at once: set a higher --max-tokens")
     return median(times_ms)
 
 

@@ -181,7 +181,7 @@ def test_load_generators_measure_the_same_load(service: Service, exports: None, 
     for program in programs():
         if program.name in ("guidellm", "aiperf"):
             program.prepare()
-    n_requests, n_tokens = 6, 24
+    n_requests, n_tokens = 6, 96
     out = tmp_path / "agreement.json"
     options = ["--requests", str(n_requests), "--max-tokens", str(n_tokens), "--concurrency", "2", "--rounds", "1"]
     command = [sys.executable, "-m", "loadtest.bench.agreement", "--server", service.url, "--out", str(out), *options]

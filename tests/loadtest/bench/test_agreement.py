@@ -77,3 +77,5 @@ def test_an_answer_in_one_read_has_no_time_between_tokens() -> None:
     whole = {"responses": [message(5, 3, "a b"), message(5, 4, "c")]}
     failed: dict[str, Any] = {"responses": []}
     assert from_records([whole, failed, {"responses": [message(1, 1, "a"), message(7, 4, "b c d")]}]) == 2
+    with pytest.raises(ValueError, match="--max-tokens"):
+        from_records([whole, failed])
