@@ -38,7 +38,9 @@ import json, sys
 from dataclasses import asdict
 from tinylm import LLM, SamplingParams, bench
 llm = LLM("models/stories-8m", kernels="numba", precision="int8")
-print(json.dumps(llm.model.arithmetic), flush=True)
+c = llm.config
+layers = c.n_layers * c.hidden_size * (4 * c.hidden_size + 2 * c.mlp_size)
+print(json.dumps([llm.model.arithmetic, layers, c.hidden_size * c.vocab_size]), flush=True)
 words = ["Once", "The old fox said: ", "Lily and Ben played", "One day, a little bird", "In the garden, "]
 for line in sys.stdin:
     task = json.loads(line)
@@ -83,7 +85,8 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER], cwd=tree, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.arithmetic: str = self._answer()
+        # The multiply-adds of a token's matmuls in all layers, and those of its logits.
+        self.arithmetic, self.of_layers, self.of_logits = self._answer()
 
     def __enter__(self) -> Worker:
         return self
@@ -121,6 +124,8 @@ def compare(
             for row in report["prefill"]:
                 case = cases.setdefault(f"prompt of {row['prompt_tokens']}", {"old": [], "new": []})
                 case[name].append(row["first_token_ms"])
+                multiply_adds = row["prompt_tokens"] * worker.of_layers + worker.of_logits
+                case["of_peak"] = multiply_adds / row["first_token_ms"] / report["peak_gmac_per_s"] / 1e6
     pairs = zip(old.ask(texts=texts), new.ask(texts=texts), strict=True)
     return {"cases": cases, "texts": texts, "equal_texts": sum(a == b for a, b in pairs)}
 

@@ -27,8 +27,8 @@ from tinylm.kernels.sharing import private_directory
 
 logger = logging.getLogger(__name__)
 
-# No GIL, and no check for division by zero. No counts of references (`_nrt`): compiled code allocates no array, and
-# counting the references to all arrays of a step in each call takes time.
+# No GIL, no check for division by zero, and no reference counts of arrays (`_nrt`). Compiled code allocates no array,
+# and counting the references to all arrays of a step takes time in each call of a compiled function.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
 # For a user without a home. In its place, Numba would make a directory with the name "~" in the working directory.
 WITHOUT_HOME = "UserProvidedCacheLocator,InTreeCacheLocator"

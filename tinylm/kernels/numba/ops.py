@@ -248,8 +248,7 @@ def attend_int8(
                 configured = True
             attend_tiles(qkv, t, n, first, positions[t], shape, cache, scratch, out)
         else:
-            # The next token to prefetch for: of the batch, or the first one in the next layer.
-            for i in range(t, t + n):
+            for i in range(t, t + n):  # the token after the last one is the first one, in the next layer
                 next_slot = slots_at + slots[i + 1] if i + 1 < n_tokens else slots_at + cache.slots + slots[0]
                 next_first = next_slot * slot_size
                 if width == WIDTH:
@@ -278,32 +277,34 @@ def _make_attend_token(constant_width: int) -> Callable[..., None]:
     ) -> None:
         """Compute the attention of token t, whose slot begins at token `first` of the cache.
 
-        Each head prefetches the keys and values of the next head. The last one prefetches for the next token, whose
-        slot begins at `next_first`: a batch of sequences has too many keys and values for the processor's caches.
+        While it computes two heads, it prefetches the keys and values of the next two. The last heads prefetch for the
+        next token, whose slot begins at `next_first`: a batch has too many keys and values for the processor's caches.
         """
-        size, heads = shape.head_dim, shape.heads
+        size, heads, block_size = shape.head_dim, shape.heads, shape.heads * LANES
         width = constant_width or (size + LANES - 1) // LANES * LANES
-        length, block_size = position + 1, heads * LANES
-        n_blocks, columns = (length + LANES - 1) // LANES, cache.blocks * LANES
+        length = position + 1
+        n_blocks, columns = (length + LANES - 1) // LANES, (cache.blocks + 1) * LANES
         for pair in range(0, heads, 2):
             end = min(pair + 2, heads)
             ahead = 2 * LANES if end < heads else next_first - first - pair * LANES
             for h in range(pair, end):
-                simd.round_query(qkv, t * qkv.shape[1] + h * size, size, width, scratch, h - pair)
+                query = (h - pair) * amx.ROWS
+                simd.round_query(qkv, t * qkv.shape[1] + h * size, size, width, scratch, query)
             for block in range(n_blocks):
                 for h in range(pair, end):
-                    at, scores_at = first + block * block_size + h * LANES, (h - pair) * columns + block * LANES
-                    n = length - block * LANES
-                    simd.key_scores(scratch, h - pair, width, cache, at, at + ahead, n, scores_at)
+                    query, at, token = (h - pair) * amx.ROWS, first + block * block_size + h * LANES, block * LANES
+                    scores_at = query * columns + token
+                    simd.key_scores(scratch, query, width, cache, at, at + ahead, length - token, scores_at)
             for h in range(pair, end):
-                at = first + h * LANES
-                simd.soften(scratch, h - pair, (h - pair) * columns, length, cache, at, block_size)
+                query, at = (h - pair) * amx.ROWS, first + h * LANES
+                simd.soften(scratch, query, query * columns, length, cache, at, block_size)
             for block in range(n_blocks):
                 for h in range(pair, end):
-                    at, weights_at = first + block * block_size + h * LANES, (h - pair) * columns + block * LANES
-                    simd.weigh_values(scratch, h - pair, weights_at, cache, at, at + ahead, width)
+                    query, at = (h - pair) * amx.ROWS, first + block * block_size + h * LANES
+                    simd.weigh_values(scratch, query, query * columns + block * LANES, cache, at, at + ahead, width)
             for h in range(pair, end):
-                simd.put_sums(scratch, h - pair, width, out, t * out.shape[1] + h * size)
+                query = (h - pair) * amx.ROWS
+                simd.put_sums(scratch, query, width, out, t * out.shape[1] + h * size)
 
     return attend_token
 
@@ -326,7 +327,7 @@ def attend_tiles(
     """Compute the attention of tokens t to t + n with AMX. They belong to one block of a slot.
 
     first: where their slot begins in the cache. position: of token t. These tokens share the keys and values that a
-    tile holds. Each loop finishes one part of all heads, since a tile waits for numbers that were just stored.
+    tile holds. Each loop finishes one part of two heads, since a tile waits for numbers that were just stored.
     """
     size, block_size, n_blocks = shape.head_dim, shape.heads * LANES, position // LANES + 1
     columns = (cache.blocks + 1) * LANES  # of scratch; rows that are a power of 2 apart evict each other from L1
