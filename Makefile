@@ -57,7 +57,7 @@ clients: $(VENV)/development ## Install programs of other people below .clients/
 walkthrough: $(VENV)/development ## Execute the commands of README.md and docs/ in a fresh clone of HEAD, as they stand there
 	$(BIN)/python -m pytest -m walkthrough --tb=short --durations=0 tests/docs/test_walkthrough.py
 
-# Debian's Python and the packages that the engine needs, for ARM. Nothing of it is installed or needs root.
+# Debian's Python and the packages that the engine needs, for ARM. They are unpacked here, not installed.
 ARM := .arm
 ARM_PACKAGES := numpy numba filelock sentencepiece threadpoolctl safetensors pydantic
 ARM_PLATFORMS := $(foreach version,2_28 2_27 2_26 2_17,--platform manylinux_$(version)_aarch64) --platform manylinux2014_aarch64
@@ -70,7 +70,9 @@ arm: $(VENV)/development ## Run the engine's code for ARM in an emulator and com
 
 $(ARM)/ready: constraints.txt
 	rm -rf $(ARM)
-	mmdebstrap --quiet --variant=extract --arch=arm64 --include=python3,libstdc++6,libssl3 bookworm $(ARM)/root
+	mkdir -p $(ARM)/root
+	mmdebstrap --quiet --variant=extract --arch=arm64 --include=python3,libstdc++6,libssl3 bookworm - \
+		| tar --extract --directory $(ARM)/root --exclude './dev/*'
 	$(PIP) --quiet --target $(ARM)/packages --python-version 3.11 --only-binary=:all: $(ARM_PLATFORMS) $(ARM_PACKAGES)
 	touch $@
 
