@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,14 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class RawScores:
+    """The scores of all tokens before all settings."""
+
+    tokens: list[Token]  # those with the highest scores, the highest first
+    logits: np.ndarray  # (vocab,) float32
+
+
+@dataclass(frozen=True, slots=True)
 class RoundedInput:
     """The input of a matmul as 8-bit integers: values * scales[:, None]."""
 
@@ -71,6 +80,7 @@ class RoundedInput:
     scales: np.ndarray  # (T,) float32
     input_error: np.ndarray  # (T,): the length of the rounding error as a share of the float32 input's length
     output_error: np.ndarray  # (T,): the same for the result of the matmul
+    input: np.ndarray | None = None  # (in,) float32: of the token, if one was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,11 @@ class CacheUse:
 def as_shades(weights: np.ndarray) -> np.ndarray:
     """Return attention weights from 0 to 1 as uint8 from 0 to 255, for pictures."""
     return np.rint(weights * 255).astype(np.uint8)
+
+
+def as_base64(values: np.ndarray) -> str:
+    """Return numbers as base64 of float32, the least significant byte first. It loses no digit and is short."""
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
 
 
 def as_json(result: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 
 from tinylm.explain.engine_answer import EngineAnswer
 from tinylm.explain.explainer import Explainer
-from tinylm.explain.results import as_json, as_shades
+from tinylm.explain.results import as_base64, as_json, as_shades
 from tinylm.kernels.blas import run_limited
 from tinylm.llm import load
 from tinylm.sampling import SamplingParams
@@ -42,16 +42,22 @@ def answer(explainer: Explainer, question: Mapping[str, Any]) -> dict[str, Any]:
             return {"norms": as_json(explainer.norms(prompt))}
         case "attention":
             layer, head = question["layer"], question["head"]
-            heads = explainer.attention(prompt, layer) if head is None else explainer.head(prompt, layer, head)[None]
-            return {"layer": layer, "head": head, "weights": as_json(as_shades(heads))}
+            if head is not None:
+                weights = explainer.head(prompt, layer, head)[None]
+            else:
+                weights = explainer.attention_of_all(prompt) if layer is None else explainer.attention(prompt, layer)
+            return {"layer": layer, "head": head, "weights": as_json(as_shades(weights))}
         case "lens":
             return as_json(explainer.lens(prompt, question["position"], question["top"]))
+        case "logits":
+            raw = explainer.raw_scores(prompt, question["top"])
+            return {"tokens": as_json(raw.tokens), "logits": as_base64(raw.logits)}
         case "scores":
             by_engine = EngineAnswer.from_json(question["by_engine"])
             return as_json(explainer.scores(prompt, _params(question["settings"]), by_engine, question["top"]))
         case "matmul":
-            layer, name = question["layer"], question["name"]
-            return {"layer": layer, "name": name, **as_json(explainer.matmul(prompt, layer, name))}
+            layer, name, position = question["layer"], question["name"], question["position"]
+            return {"layer": layer, "name": name, **as_json(explainer.matmul(prompt, layer, name, position))}
         case piece:
             raise ValueError(f"piece is {piece!r}: there is no such piece of an explanation")
 
