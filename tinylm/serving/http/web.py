@@ -5,6 +5,7 @@ Headers limit the pages to their own origin.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import Awaitable, Callable
 from importlib import resources
@@ -45,11 +46,15 @@ def routes(service: Service) -> APIRouter:
 
 def _answer(content: bytes, content_type: str) -> Callable[[Request], Awaitable[Response]]:
     etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-    headers = {**HEADERS, "ETag": etag}
+    headers = {**HEADERS, "ETag": etag, "Vary": "Accept-Encoding"}
+    compressed = gzip.compress(content, mtime=0)
 
     async def answer(request: Request) -> Response:
         if etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            packed = {**headers, "Content-Encoding": "gzip"}
+            return Response(compressed, media_type=content_type, headers=packed)
         return Response(content, media_type=content_type, headers=headers)
 
     return answer

@@ -8,7 +8,7 @@ import { set, state } from "./state.js";
 const KEPT_MS = 600; // the service gives all readers the same view for 500 ms
 const N_LOOKS = 4;
 const OWN_TOKENS = 120;
-const COLUMN = 28; // px of a step
+const WIDEST = 28; // px of a step
 const [ROW, GAP, TIMES] = [14, 3, 46]; // px of a slot, between slots, of the times below
 const PARTS = { prepare_s: "fill the batch", model_s: "the model", results_s: "give out tokens" };
 const details = byId("batch");
@@ -85,7 +85,7 @@ function show({ steps, slots, number }) {
   const shared = mine.filter(({ shares }) => shares.length > 1).length;
   say(get("about"), `Your request is number ${number} of its replica. It is in ${mine.length} of the last ${steps.length} steps, and shared ${shared} of them, with up to ${most - 1} others at once. A step took ${ms(step_s)}.`);
   get("timeline").hidden = get("times").hidden = get("requests").hidden = false;
-  get("steps").replaceChildren(timeline(steps, slots, number));
+  get("steps").replaceChildren(timeline(steps, slots, number, Math.min(WIDEST, get("steps").clientWidth / steps.length)));
   fill(get("times"), ["Part of a step", "", "Time"], Object.values(PARTS).map((text, i) =>
     [text, bar(times[i] / step_s), `${ms(times[i])} · ${percent(times[i] / step_s)}`]));
   fill(get("requests"), ["Request", "Slot", "Steps", "Tokens"], summary(steps).map(({ request, slot, n_steps, tokens }) => ({
@@ -108,18 +108,19 @@ function summary(steps) {
   return [...found.values()].sort((a, b) => a.request - b.request);
 }
 
-/** Draw a column for each step: a box for each slot in use, and below it the times of the parts. */
-function timeline(steps, slots, number) {
-  const [width, foot] = [steps.length * COLUMN, slots * (ROW + GAP)];
+/** Draw a column of `wide` px for each step: a box for each slot in use, and below it the times of the parts. */
+function timeline(steps, slots, number, wide) {
+  const n_used = 1 + Math.max(...steps.flatMap(({ shares }) => shares.map(({ slot }) => slot)));
+  const [width, foot] = [steps.length * wide, Math.min(n_used + 1, slots) * (ROW + GAP)];
   const longest = Math.max(...steps.map((step) => step.prepare_s + step.model_s + step.results_s));
   const chart = element("svg", { width, height: foot + TIMES + 18, role: "img",
     "aria-label": `${steps.length} steps. The tables below list the times and the requests.` });
   for (const [column, step] of steps.entries()) {
-    const x = column * COLUMN;
+    const x = column * wide;
     for (const { request, slot, tokens, kind } of step.shares) {
       const box = element("g", { class: `${request === number ? "own" : "other"} ${kind}` },
-        element("rect", { x: x + 1, y: slot * (ROW + GAP), width: COLUMN - 2, height: ROW, rx: 2 }));
-      if (tokens > 1) box.append(element("text", { x: x + COLUMN / 2, y: slot * (ROW + GAP) + 11, "text-anchor": "middle" }, tokens));
+        element("rect", { x: x + 1, y: slot * (ROW + GAP), width: wide - 2, height: ROW, rx: 2 }));
+      if (tokens > 1 && wide > 12) box.append(element("text", { x: x + wide / 2, y: slot * (ROW + GAP) + 11, "text-anchor": "middle" }, tokens));
       box.append(element("title", {}, `step ${step.number}, request ${request}: ${tokens} of ${kind}`));
       chart.append(box);
     }
@@ -127,7 +128,7 @@ function timeline(steps, slots, number) {
     for (const name of Object.keys(PARTS)) {
       const height = (step[name] / longest) * (TIMES - 8);
       y -= height;
-      chart.append(element("rect", { class: name, x: x + 1, y, width: COLUMN - 2, height }));
+      chart.append(element("rect", { class: name, x: x + 1, y, width: wide - 2, height }));
     }
   }
   chart.append(element("text", { class: "axis", x: 0, y: foot + TIMES + 13 }, `time of each step, up to ${ms(longest)}`));

@@ -1,6 +1,6 @@
 // The parts `cache` and `int8`: what serving stores, and in how many bytes.
 
-import { bar, byId, fill, make, percent, quoted, say, whole } from "./dom.js";
+import { bar, byId, fill, fixed, make, percent, quoted, say, whole } from "./dom.js";
 import { showChooser } from "./chooser.js";
 import { part } from "./part.js";
 import { ask } from "./service.js";
@@ -63,7 +63,7 @@ part("int8", ["position", "layer", "matmul"], async () => {
   const { values: [row], scales: [scale], input, input_error: [error], output_error: [of_output] } = found[state.matmul];
   say(get("about"), `For ${quoted(state.tokens[state.position])}, ${row.length} numbers take ${whole(row.length + 4)} bytes instead of ${whole(4 * row.length)}. Rounding changes them by ${exact(error)} of their length, and the product by ${exact(of_output)}.`);
   fill(get("table"), ["", "float32", "8 bits", "times the scale"], row.slice(0, N_NUMBERS).map((value, i) =>
-    [String(i + 1), input[i].toFixed(4), String(value).replace("-", "−"), (value * scale).toFixed(4)]));
+    [String(i + 1), fixed(input[i], 4), fixed(value, 0), fixed(value * scale, 4)]));
   const errors = Object.entries(found).map(([name, one]) => [name, one.input_error[0]]);
   const most = Math.max(...errors.map(([, one]) => one));
   fill(get("errors"), ["Input", "", "Error"], errors.map(([name, one]) => ({

@@ -38,6 +38,9 @@ export function percent(share) {
   return share > 0 ? "< 0.1 %" : "0 %";
 }
 
+/** Return a number with a fixed number of digits, and a real minus sign. */
+export const fixed = (number, digits) => number.toFixed(digits).replace("-", "−");
+
 export const whole = (number) => Math.round(number).toLocaleString("en");
 
 /** Return a cell with a bar of length `share`, from 0 to 1. `was` puts a mark at another share. */
@@ -60,7 +63,7 @@ export function fill(table, head, rows) {
     const [first, ...rest] = cells(row);
     return make("tr", attributes, make("th", { scope: "row" }, first), ...rest.map((cell) => make("td", {}, cell)));
   });
-  const titles = head.map((title) => make("th", { scope: "col" }, title));
+  const titles = head.map((title) => (title ? make("th", { scope: "col" }, title) : make("td")));
   const caption = table.querySelector("caption");
   table.replaceChildren(...(caption ? [caption] : []), make("thead", {}, make("tr", {}, ...titles)), make("tbody", {}, ...body));
 }

@@ -97,8 +97,10 @@ function showHead(get, rows) {
   const names = state.tokens.map((token, i) => make("li", { class: i === state.position ? "chosen" : null }, word(token)));
   const left = make("ol", { class: "side", "aria-hidden": true }, ...names);
   const above = make("ol", { class: "above", "aria-hidden": true }, ...names.map((name) => name.cloneNode(true)));
-  const frame = make("div", { class: n > 20 ? "map many" : "map" }, above, left, canvas);
-  frame.style.setProperty("--n", n);
+  const row = make("i", { class: "row", "aria-hidden": true });
+  const frame = make("div", { class: n > 20 ? "map many" : "map" }, above, left, canvas, row);
+  row.style.setProperty("--at", state.position / n);
+  row.style.setProperty("--tall", 1 / n);
   get("head").replaceChildren(frame);
   const [kind, share] = Object.keys(KINDS).map((kind) => [kind, shareOf(kind, rows, ids())]).sort((a, b) => b[1] - a[1])[0];
   say(get("head-about"), `On average, this head reads ${percent(share)} from ${KINDS[kind]}.`);
@@ -108,7 +110,7 @@ function showReads(get, rows) {
   const list = reads(rows, state.position);
   showChooser(get("choose"), (position) => rows[state.position][position] / 255);
   fill(get("reads"), [`${quoted(state.tokens[state.position])} reads from`, "", "Share"],
-    list.slice(0, 5).map(({ position, share }) => [word(state.tokens[position]), bar(share), percent(share)]));
+    list.slice(0, 5).map(({ position, share }) => [word(state.tokens[position]), bar(share), share ? percent(share) : "< 0.2 %"])); // the service sends 256 shades
 }
 
 // --- the MLP, and the length of the vector

@@ -52,6 +52,7 @@ export const QUESTIONS = [
   },
   {
     part: "tokens", ask: "Which word is so rare that it falls into several tokens?", hint: "Change the sentence at the top, for example to “The astrolabe”, and follow it.",
+    begin: () => (before = { text: state.text }),
     solved: () => pieces() > 0, show: () => follow(RARE),
     say: () => `${quoted(state.tokens[pieces()])} continues a word. So the model can read any text with a small vocabulary.`,
     code: [TOKENIZER, "encode_document"],
@@ -59,7 +60,7 @@ export const QUESTIONS = [
   {
     part: "embedding", ask: "Which token's vector is the most similar to that of the last token?", hint: "The table has the similarities to the chosen token. Choose the most similar token instead.",
     begin: async () => {
-      if (end() < 4) await follow(byId("sentence").defaultValue);
+      if (before.text) await follow(before.text); // the sentence without the rare word
       toEnd();
     },
     solved: async () => state.position === (await nearest()), show: async () => set({ position: await nearest() }),
@@ -108,7 +109,7 @@ export const QUESTIONS = [
     code: [KERNELS, "unembed"],
   },
   {
-    part: "sampling", ask: "How hot must it be until the first token has less than 25 %?", hint: "Move the temperature up.",
+    part: "sampling", ask: "At which temperature does the first token fall below 25 %?", hint: "Move the temperature up.",
     begin: () => {
       resetSettings();
       setting({ top_p: 1, temperature: 0.5 });

@@ -1,7 +1,7 @@
 // The parts `scores`, `sampling` and `next`: from the raw scores to the token that joins the sentence.
 
 import { post } from "../api.js";
-import { bar, byId, fill, make, percent, quoted, say, whole, word } from "./dom.js";
+import { bar, byId, fill, fixed, make, percent, quoted, say, whole, word } from "./dom.js";
 import { part } from "./part.js";
 import { choose, ranked } from "./sampler.js";
 import { ask } from "./service.js";
@@ -68,7 +68,7 @@ part("scores", ["choice", "names"], useScoresOnce, (_, get) => {
   const gap = state.logits[first] - state.logits[second];
   say(get("about"), `${whole(state.logits.length)} scores. ${quoted(nameOf(first))} has ${gap.toFixed(2)} points more than ${quoted(nameOf(second))}, so it is ${(probabilities[first] / probabilities[second]).toFixed(1)} times as likely.`);
   fill(get("table"), ["Token", "Score", "", "Probability"], ids.map((id) =>
-    [word(nameOf(id)), state.logits[id].toFixed(2), bar(probabilities[id]), percent(probabilities[id])]));
+    [word(nameOf(id)), fixed(state.logits[id], 2), bar(probabilities[id]), percent(probabilities[id])]));
 });
 
 async function useScoresOnce() {

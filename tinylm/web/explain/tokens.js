@@ -1,7 +1,7 @@
 // The parts `tokens` and `embedding`: pieces of text, and the vectors that stand for them.
 
 import { showChooser } from "./chooser.js";
-import { bar, fill, quoted, say, word } from "./dom.js";
+import { bar, fill, fixed, quoted, say, word } from "./dom.js";
 import { picture } from "./heat.js";
 import { part } from "./part.js";
 import { ask } from "./service.js";
@@ -38,7 +38,7 @@ part("embedding", ["position"], embedding, ({ values }, get) => {
     ? `${quoted(tokens[position])} became ${n_numbers} numbers. The most similar token here is ${quoted(tokens[first.position])}.`
     : `${quoted(tokens[position])} became ${n_numbers} numbers.`);
   fill(get("similar"), ["Token", "", "Similarity"], near.slice(0, 6).map((one) =>
-    [word(tokens[one.position]), bar(one.cosine), one.cosine.toFixed(2)]));
+    [word(tokens[one.position]), bar(one.cosine), fixed(one.cosine, 2)]));
 });
 
 /** Return the other tokens of the sentence, the most similar first: { position, cosine }. The same token counts once. */
