@@ -50,6 +50,7 @@ LAYOUT_SHIFT = """() => new Promise(resolve => {
   new PerformanceObserver(list => resolve(sum(list))).observe({ type: "layout-shift", buffered: true });
   setTimeout(() => resolve(0), 1000);  // nothing moved
 })"""
+expect.set_options(timeout=30_000)  # ms; only ends a wait that would never end
 pytestmark = pytest.mark.parametrize("shared_service", ["serve.yaml"], indirect=True)
 
 

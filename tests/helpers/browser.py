@@ -52,8 +52,10 @@ def visit(browser: Browser, url: str, expected_errors: str = "", origin: str = "
         yield page
     finally:
         context.close()
-    assert [other for other in requested if not other.startswith(origin or url)] == []
-    assert [error for error in errors if not expected_errors or expected_errors not in error] == []
+    foreign = [other for other in requested if not other.startswith(origin or url)]
+    assert not foreign, foreign  # pytest shows no values of assertions in helpers
+    unexpected = [error for error in errors if not expected_errors or expected_errors not in error]
+    assert not unexpected, unexpected
 
 
 def barriers(page: Page) -> list[tuple[str, list[str], str]]:

@@ -38,7 +38,7 @@ part("layer", ["position", "layer", "head"], async () => {
 function showHeads(get, weights) {
   const place = get("heads");
   if (place.of !== weights) {
-    place.of = weights;
+    place.of = weights; // what the pictures show
     get("n-heads").textContent = weights.length * weights[0].length;
     place.replaceChildren(...weights.map((heads, layer) => make("div", { class: "of-layer" },
       make("span", { class: "number", "aria-hidden": true }, layer + 1),
@@ -82,9 +82,9 @@ function showMarked(get, weights) {
   say(get("marked"), !kind ? "" : best.length ? `On average, ${list}.` : "No token of the sentence occurs twice.");
 }
 
-byId("mark").addEventListener("change", async () => {
+byId("mark").addEventListener("change", () => {
   const get = (name) => byId("layer").querySelector(`[data-is="${name}"]`);
-  showMarked(get, (await attention()).weights);
+  if (get("heads").of) showMarked(get, get("heads").of);
 });
 
 // --- one head

@@ -15,6 +15,7 @@ const SLIDERS = [
   { name: "repetition_penalty", label: "Repetition penalty", min: 1, max: 2, step: 0.05, value: 1, meaning: "Lowers the scores of tokens that the sentence has." },
 ];
 const STAGES = { model: "all", repetition_penalty: "penalty", temperature: "temperature", top_k: "top k", top_p: "top p", min_p: "min p" };
+const PART_OF_A_CHARACTER = 0xff; // no character has this byte in UTF-8
 const N_ROWS = 10;
 const LEAST_LABEL = 0.06; // share of the line that has room for a word
 
@@ -41,18 +42,17 @@ function rechoose() {
 on(["logits", "settings", "uniform"], rechoose);
 on(["choice"], nameThePicked);
 
-/** The tail has thousands of tokens, and the page knows the text of a hundred. */
+/** The tail has thousands of tokens, and the page knows the text of a hundred. A part of a character has no text. */
 async function nameThePicked() {
   const id = state.choice?.picked;
   if (id === undefined || state.names.has(id)) return;
-  const { prompt: text } = await post("detokenize", { tokens: [id] });
-  const bytes = text.includes("\ufffd") ? [] : [...new TextEncoder().encode(text)];
-  set({ names: new Map(state.names).set(id, { id, text, bytes }) });
+  const { prompt: text } = await post("detokenize", { tokens: [id] }).catch(() => ({ prompt: "\ufffd" }));
+  if (!text.includes("\ufffd")) set({ names: new Map(state.names).set(id, { id, text, bytes: [...new TextEncoder().encode(text)] }) });
 }
 
 export const stage = (name) => state.choice.stages.find((one) => one.name === name);
 export const last = () => state.choice.stages.at(-1);
-export const nameOf = (id) => state.names.get(id) ?? { id, text: `token ${id}`, bytes: [0] };
+export const nameOf = (id) => state.names.get(id) ?? { id, text: `token ${id}`, bytes: [PART_OF_A_CHARACTER] };
 
 /** Return ids of the most likely tokens at a stage that have a probability. */
 export function best(probabilities, n = N_ROWS) {

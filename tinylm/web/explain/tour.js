@@ -3,6 +3,7 @@
 import { byId, make, say } from "./dom.js";
 import { open } from "./part.js";
 import { QUESTIONS } from "./questions.js";
+import { Outdated } from "./service.js";
 import { on, state } from "./state.js";
 
 const card = byId("tour");
@@ -29,9 +30,19 @@ async function go(number) {
   byId("tour-show").hidden = false;
   title.focus({ preventScroll: true });
   card.scrollIntoView({ block: "nearest" });
-  await question.begin?.();
+  await attempt(question.begin);
   if (at === number) is_solved = false;
   check();
+}
+
+/** Return what a function of a question returns, or null if it fails. A changed sentence is no failure to talk about. */
+async function attempt(action) {
+  try {
+    return await action?.();
+  } catch (error) {
+    if (!(error instanceof Outdated)) say(hint, error.message);
+    return null;
+  }
 }
 
 /** See whether the page shows an answer, and say so once. */
@@ -39,7 +50,7 @@ async function check() {
   if (at < 0 || is_solved || !state.tokens.length) return;
   const number = at;
   const question = QUESTIONS[at];
-  const found = await question.solved();
+  const found = await attempt(question.solved);
   if (!found || number !== at || is_solved) return;
   is_solved = true;
   card.classList.add("solved");
@@ -65,7 +76,7 @@ function finish(message) {
 next.addEventListener("click", () => (at + 1 < QUESTIONS.length ? go(at + 1) : finish("You have finished the tour.")));
 byId("tour-back").addEventListener("click", () => go(at - 1));
 byId("tour-show").addEventListener("click", () => {
-  QUESTIONS[at].show();
+  attempt(QUESTIONS[at].show);
   title.focus();
 });
 byId("tour-end").addEventListener("click", () => finish("The tour has ended."));
