@@ -294,6 +294,7 @@ def test_the_tour_can_be_finished_from_the_keyboard(browser: Browser, url: str) 
                 tab_to(selector)
                 for _ in range(most):
                     press(key)
+                    expect(page.locator("details[aria-busy=true]")).to_have_count(0)
                     page.wait_for_timeout(30)
                     if result.text_content():
                         return
@@ -332,6 +333,7 @@ def test_the_tour_can_be_finished_from_the_keyboard(browser: Browser, url: str) 
             expect(page.locator("#tour-number")).to_have_text(f"Question {number} of {len(answers)}")
             expect(page.locator("#question")).to_be_focused()
             expect(result).to_be_empty()
+            expect(page.locator("[aria-busy=true]")).to_have_count(0)
             answer()
             expect(result).to_contain_text("Yes.")
             expect(page.locator("#tour-code")).to_contain_text("In the code")

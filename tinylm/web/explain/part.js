@@ -31,7 +31,7 @@ export function part(id, names, load, show) {
   };
   details.addEventListener("toggle", redraw);
   scheme.addEventListener("change", redraw); // the colours of pictures
-  on(["text", "tokens", ...names], redraw);
+  on(["tokens", ...names], redraw);
 }
 
 /** Open a part and move the focus to its title. */

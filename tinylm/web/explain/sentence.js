@@ -1,34 +1,34 @@
 // The sentence: typed by the reader, or longer by the token that was taken.
 
-import { useScores, nameOf } from "./sampling.js";
+import { post } from "../api.js";
 import { byId, quoted, say } from "./dom.js";
-import { ask, onBusy, Outdated } from "./service.js";
+import { nameOf, useScores } from "./sampling.js";
+import { onBusy, Outdated } from "./service.js";
 import { set, state } from "./state.js";
 
 const FIRST = byId("sentence").defaultValue;
 const [field, error, status] = ["sentence", "error", "busy"].map(byId);
 let earlier = []; // sentences before each taken token
+let latest = 0; // the number of the last call of `follow`
 
 onBusy((message) => say(status, message));
 
-/** Use another sentence. `position` of the chosen token is the last one. */
+/** Use another sentence. The chosen token becomes the last one. An error leaves the old sentence in the parts. */
 export async function follow(text, message = "") {
   field.value = text;
   error.hidden = true;
-  const before = state.text;
-  set({ text, logits: null });
+  const run = ++latest;
   try {
-    const { tokens } = await ask("tokens");
+    const { tokens } = await post("explain/tokens", { prompt: text });
+    if (run !== latest) return;
     const names = new Map(tokens.map((token) => [token.id, token]));
-    set({ tokens, names, position: tokens.length - 1 });
+    set({ text, tokens, names, position: tokens.length - 1, logits: null });
     say(status, message);
     await useScores();
   } catch (mistake) {
-    if (mistake instanceof Outdated) return;
+    if (mistake instanceof Outdated || run !== latest) return;
     error.textContent = mistake.message;
     error.hidden = false;
-    if (before && before !== text) set({ text: before });
-    if (before) useScores().catch(() => {});
   }
 }
 

@@ -30,8 +30,11 @@ async function go(number) {
   byId("tour-show").hidden = false;
   title.focus({ preventScroll: true });
   card.scrollIntoView({ block: "nearest" });
+  card.setAttribute("aria-busy", "true");
   await attempt(question.begin);
-  if (at === number) is_solved = false;
+  if (at !== number) return;
+  card.setAttribute("aria-busy", "false");
+  is_solved = false;
   check();
 }
 
