@@ -77,13 +77,16 @@ async function findOwn(signal) {
 
 const holds = (number) => ({ shares }) => shares.some(({ request }) => request === number);
 
-function show({ steps, slots, number }) {
+function show({ id, steps, slots, number }) {
   const mine = steps.filter(holds(number));
   const most = Math.max(...mine.map(({ shares }) => shares.length));
   const times = Object.keys(PARTS).map((name) => steps.reduce((sum, step) => sum + step[name], 0) / steps.length);
   const step_s = times.reduce((a, b) => a + b, 0);
+  const sorted = steps.map((step) => step.prepare_s + step.model_s + step.results_s).sort((a, b) => a - b);
+  const waiting = Math.max(...steps.map((step) => step.n_waiting));
   const shared = mine.filter(({ shares }) => shares.length > 1).length;
-  say(get("about"), `Your request is number ${number} of its replica. It is in ${mine.length} of the last ${steps.length} steps, and shared ${shared} of them, with up to ${most - 1} others at once. A step took ${ms(step_s)}.`);
+  say(get("about"), `Your request is number ${number} of its replica. It is in ${mine.length} of the last ${steps.length} steps, and shared ${shared} of them, with up to ${most - 1} others at once. Half of the steps took less than ${ms(sorted[sorted.length >> 1])}. ${waiting ? `Up to ${waiting} requests waited for a slot.` : "No request waited for a slot."}`);
+  say(get("replica"), id);
   get("timeline").hidden = get("times").hidden = get("requests").hidden = false;
   get("steps").replaceChildren(timeline(steps, slots, number, Math.min(WIDEST, get("steps").clientWidth / steps.length)));
   fill(get("times"), ["Part of a step", "", "Time"], Object.values(PARTS).map((text, i) =>

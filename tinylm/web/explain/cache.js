@@ -50,11 +50,12 @@ const size = (bytes) => (bytes >= MEGABYTE ? `${(bytes / MEGABYTE).toFixed(2)} M
 
 // --- 8 bits
 
-const rounded = (name) => ask("matmul", { layer: state.layer, name, position: state.position });
+export const ROUNDED = Object.keys(NAMES);
+export const rounded = (name, later = false) => ask("matmul", { layer: state.layer, name, position: state.position }, later);
 
 part("int8", ["position", "layer", "matmul"], async () => {
   const found = {};
-  for (const name of Object.keys(NAMES)) found[name] = await rounded(name);
+  for (const name of ROUNDED) found[name] = await rounded(name);
   return found;
 }, (found, get) => {
   showChooser(get("choose"));

@@ -2,6 +2,7 @@
 
 /** Draw numbers from -1 to 1. `valueAt(row, column)` gives them. The canvas's text colour means 1, its border colour -1. */
 export function paint(canvas, rows, columns, valueAt) {
+  if (!canvas.isConnected) return; // another picture has replaced it, and it has no style
   const style = getComputedStyle(canvas);
   const [plus, minus] = [rgb(style.color), rgb(style.borderTopColor)];
   [canvas.width, canvas.height] = [columns, rows];

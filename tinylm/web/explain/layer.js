@@ -16,17 +16,19 @@ const NEURONS_IN_A_ROW = 48;
 const ids = () => state.tokens.map((token) => token.id);
 
 export const attention = (later = false) => ask("attention", {}, later); // all layers
+/** The input of the MLP's last matrix product, which is what its neurons say. */
+export const neurons = (later = false) => ask("matmul", { layer: state.layer, name: "down", position: state.position }, later);
 export const norms = (later = false) => ask("norms", {}, later);
 
 part("layer", ["position", "layer", "head"], async () => {
   const { weights } = await attention();
-  return [weights, await norms(), await ask("matmul", { layer: state.layer, name: "down", position: state.position })];
-}, ([weights, lengths, neurons], get) => {
+  return [weights, await norms(), await neurons()];
+}, ([weights, lengths, of_mlp], get) => {
   const rows = weights[state.layer - 1][state.head - 1];
   showHeads(get, weights);
   showHead(get, rows);
   showReads(get, rows);
-  showNeurons(get, neurons);
+  showNeurons(get, of_mlp);
   showLengths(get, lengths.norms);
   byId("layer-number").max = weights.length;
   byId("layer-number").value = state.layer;

@@ -11,6 +11,6 @@ import "./tour.js";
 
 showSliders();
 startOverview();
-follow(byId("sentence").value);
-const linked = byId(location.hash.slice(1));
-if (linked?.matches("details")) open(linked.id);
+const link = new URLSearchParams(location.hash.slice(1)); // #layer&text=The+dog opens a part with a sentence
+follow(link.get("text") || byId("sentence").value);
+for (const [name] of link) if (byId(name)?.matches("details")) open(name);

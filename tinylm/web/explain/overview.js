@@ -2,7 +2,8 @@
 
 import { bar, byId, make, percent, quoted, say, whole, word } from "./dom.js";
 import { paint } from "./heat.js";
-import { attention } from "./layer.js";
+import { rounded, ROUNDED } from "./cache.js";
+import { attention, neurons, norms } from "./layer.js";
 import { lens, settledAfter } from "./lens.js";
 import { open } from "./part.js";
 import { best, last, nameOf, raw, stage } from "./sampling.js";
@@ -40,6 +41,9 @@ async function askAll() {
     attention(true).then(({ weights }) => ((shown.attention = weights), drawHead())),
     lens(undefined, true).then((found) => ((shown.lens = found), drawLens())),
     embedding(true).then(({ values }) => ((shown.embedding = values), drawEmbedding())),
+    norms(true), // this and the following are for the parts alone
+    neurons(true),
+    ...ROUNDED.map((name) => rounded(name, true)),
   ];
   for (const one of asked) one.catch((error) => { if (!(error instanceof Outdated)) console.warn(error.message); });
 }

@@ -5,6 +5,7 @@ import { Outdated } from "./service.js";
 import { on, state } from "./state.js";
 
 const scheme = matchMedia("(prefers-color-scheme: dark)");
+let shown = ""; // the part that was opened last
 
 /** Connect a part. `load()` returns its data. `show(data, get)` shows them; `get(name)` finds an element of the part by its `data-is`.
     names: fields of the state after whose change the part is shown again. */
@@ -19,6 +20,8 @@ export function part(id, names, load, show) {
     try {
       const data = await load();
       if (run !== latest) return;
+      const aloud = details.contains(document.activeElement) ? "polite" : "off"; // several parts can be open
+      for (const finding of details.querySelectorAll(".finding")) finding.ariaLive = aloud;
       show(data, get);
       details.querySelector(".body > .error")?.remove();
     } catch (error) {
@@ -34,10 +37,18 @@ export function part(id, names, load, show) {
   on(["tokens", ...names], redraw);
 }
 
+/** Write part and sentence into the address, so that a copied link shows both. The server never sees this end of an address. */
+export function remember(id = shown) {
+  shown = id;
+  const text = `text=${encodeURIComponent(state.text)}`;
+  history.replaceState(null, "", `#${shown ? `${shown}&` : ""}${text}`);
+}
+
 /** Open a part and move the focus to its title. */
 export function open(id) {
   const details = byId(id);
   details.open = true;
+  remember(id);
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   details.scrollIntoView({ behavior: still ? "auto" : "smooth", block: "start" });
   details.querySelector("summary").focus({ preventScroll: true });

@@ -5,10 +5,9 @@ import { byId, quoted } from "./dom.js";
 import { rankedBy, shareOf } from "./heads.js";
 import { attention, norms } from "./layer.js";
 import { lens, settledAfter } from "./lens.js";
-import { cacheNow } from "./cache.js";
+import { cacheNow, rounded, ROUNDED } from "./cache.js";
 import { best, last, resetSettings, stage } from "./sampling.js";
 import { follow, take } from "./sentence.js";
-import { ask } from "./service.js";
 import { set, state } from "./state.js";
 import { embedding, similar } from "./tokens.js";
 
@@ -34,10 +33,9 @@ const longestAfter = async () => {
 };
 const settles = async () => settledAfter((await lens(end())).ranks.map((row) => row[end()]));
 const roughest = async () => {
-  const names = ["qkv", "out", "up", "down"];
   const errors = [];
-  for (const name of names) errors.push((await ask("matmul", { layer: state.layer, name, position: state.position })).input_error[0]);
-  return names[largest(errors)];
+  for (const name of ROUNDED) errors.push((await rounded(name)).input_error[0]);
+  return ROUNDED[largest(errors)];
 };
 const pieces = () => state.tokens.findIndex((token, i) => i > 1 && /^\p{L}/u.test(token.text) && /\p{L}$/u.test(state.tokens[i - 1].text));
 

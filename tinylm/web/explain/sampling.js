@@ -85,7 +85,7 @@ export function showSliders() {
   for (const { name, label, meaning, ...limits } of SLIDERS) {
     const id = `slider-${name}`;
     const input = make("input", { id, type: "range", ...limits, autocomplete: "off", "aria-describedby": `${id}-meaning` });
-    const output = make("output", { for: id });
+    const output = make("output", { for: id, "aria-live": "off" }); // the slider itself says its value
     input.addEventListener("input", () => set({ settings: { ...state.settings, [name]: Number(input.value) } }));
     place.append(make("div", { class: "field" }, make("label", { for: id }, label), output, input,
       make("p", { class: "muted", id: `${id}-meaning` }, meaning)));

@@ -2,6 +2,7 @@
 
 import { post } from "../api.js";
 import { byId, quoted, say } from "./dom.js";
+import { remember } from "./part.js";
 import { nameOf, useScores } from "./sampling.js";
 import { onBusy, Outdated } from "./service.js";
 import { set, state } from "./state.js";
@@ -24,6 +25,7 @@ export async function follow(text, message = "") {
     const names = new Map(tokens.map((token) => [token.id, token]));
     set({ text, tokens, names, position: tokens.length - 1, logits: null });
     say(status, message);
+    remember();
     await useScores();
   } catch (mistake) {
     if (mistake instanceof Outdated || run !== latest) return;

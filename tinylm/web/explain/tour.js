@@ -13,9 +13,11 @@ let at = -1; // the question that is shown
 let is_solved = false;
 
 async function go(number) {
+  const before = QUESTIONS[at]?.part;
   at = number;
   is_solved = true; // until the question has begun
   const question = QUESTIONS[at];
+  if (before && before !== question.part) byId(before).open = false; // the page stays short
   open(question.part);
   byId(question.part).querySelector(".body").prepend(card);
   card.hidden = false;
@@ -58,6 +60,7 @@ async function check() {
   is_solved = true;
   card.classList.add("solved");
   say(result, `Yes. ${question.say()}`);
+  result.scrollIntoView({ block: "nearest" });
   const [file, name] = question.code;
   code.replaceChildren("In the code: ", make("code", {}, name), " in ", make("code", {}, file));
   code.hidden = false;
@@ -82,6 +85,7 @@ byId("tour-show").addEventListener("click", () => {
   attempt(QUESTIONS[at].show);
   title.focus();
 });
+byId("tour-sentence").addEventListener("click", () => byId("sentence").focus());
 byId("tour-end").addEventListener("click", () => finish("The tour has ended."));
 byId("tour-start").addEventListener("click", () => go(0));
 on(["tokens", "position", "layer", "head", "matmul", "settings", "choice", "shared"], check);
