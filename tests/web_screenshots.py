@@ -80,7 +80,7 @@ def take(browser: Browser, url: str, load_s: float) -> bytes:
 
 def take_explanation(browser: Browser, url: str) -> bytes:
     """Return a PNG of the page `/explain` with one head, and the settings that choose a token."""
-    with visit(browser, f"{url}explain", origin=url, viewport=DESKTOP, device_scale_factor=SCALE) as page:
+    with visit(browser, f"{url}explain", origin=url, viewport=DESKTOP) as page:
         wait_for_explanation(page)
         for part in ("layer", "sampling"):
             page.evaluate(OPEN, part)
