@@ -31,6 +31,9 @@ export function quoted(token) {
   return token.bytes.length ? `“${token.text.trim() || "space"}”` : "the boundary";
 }
 
+/** Return a text with a large first letter, for the beginning of a sentence. */
+export const capital = (text) => text[0].toUpperCase() + text.slice(1);
+
 export function percent(share) {
   if (share >= 0.9995) return "100 %";
   if (share >= 0.1) return `${(share * 100).toFixed(0)} %`;

@@ -2,7 +2,7 @@
 
 import { element } from "../charts.js";
 import { showChooser } from "./chooser.js";
-import { bar, byId, fill, make, percent, quoted, say, whole, word } from "./dom.js";
+import { bar, byId, capital, fill, make, percent, quoted, say, whole, word } from "./dom.js";
 import { picture } from "./heat.js";
 import { rankedBy, reads, shareOf } from "./heads.js";
 import { part } from "./part.js";
@@ -111,7 +111,7 @@ function showHead(get, rows) {
 function showReads(get, rows) {
   const list = reads(rows, state.position);
   showChooser(get("choose"), (position) => rows[state.position][position] / 255);
-  fill(get("reads"), [`${quoted(state.tokens[state.position])} reads from`, "", "Share"],
+  fill(get("reads"), [`${capital(quoted(state.tokens[state.position]))} reads from`, "", "Share"],
     list.slice(0, 5).map(({ position, share }) => [word(state.tokens[position]), bar(share), share ? percent(share) : "< 0.2 %"])); // the service sends 256 shades
 }
 

@@ -1,6 +1,6 @@
 // The drawing of the whole path: a small picture of each part, which opens the part.
 
-import { bar, byId, make, percent, quoted, say, whole, word } from "./dom.js";
+import { bar, byId, capital, make, percent, quoted, say, whole, word } from "./dom.js";
 import { paint } from "./heat.js";
 import { rounded, ROUNDED } from "./cache.js";
 import { attention, neurons, norms } from "./layer.js";
@@ -87,7 +87,7 @@ function drawLens() {
     return column;
   }));
   const layer = settledAfter(ranks);
-  caption("lens", `${quoted(shown.lens.answers.at(-1))} leads after layer ${layer}`);
+  caption("lens", `${capital(quoted(shown.lens.answers.at(-1)))} leads after layer ${layer}`);
 }
 
 function drawChoice() {
@@ -98,7 +98,7 @@ function drawChoice() {
   for (const [name, shares] of [["scores", own], ["sampling", now]]) {
     mini(name).replaceChildren(...ids.map((id) => bar(shares[id] / Math.max(own[ids[0]], now[ids[0]]))));
   }
-  caption("scores", `${quoted(nameOf(ids[0]))} ${percent(own[ids[0]])}`);
+  caption("scores", `${capital(quoted(nameOf(ids[0])))} ${percent(own[ids[0]])}`);
   caption("sampling", `${whole(n_kept)} ${n_kept === 1 ? "token remains" : "tokens remain"}`);
   mini("next").replaceChildren(word(nameOf(state.choice.picked)));
 }

@@ -1,7 +1,7 @@
 // The questions of the tour. Each belongs to a part, and the reader answers it by trying.
 // `begin` prepares the part, `solved` says whether the page now shows an answer, `show` gives one. They may be asynchronous.
 
-import { byId, quoted } from "./dom.js";
+import { byId, capital, quoted } from "./dom.js";
 import { rankedBy, shareOf } from "./heads.js";
 import { attention, norms } from "./layer.js";
 import { lens, settledAfter } from "./lens.js";
@@ -52,7 +52,7 @@ export const QUESTIONS = [
     part: "tokens", ask: "Which word is so rare that it falls into several tokens?", hint: "Change the sentence at the top, for example to “The astrolabe”, and follow it.",
     begin: () => (before = { text: state.text }),
     solved: () => pieces() > 0, show: () => follow(RARE),
-    say: () => `${quoted(state.tokens[pieces()])} continues a word. So the model can read any text with a small vocabulary.`,
+    say: () => `${capital(quoted(state.tokens[pieces()]))} continues a word. So the model can read any text with a small vocabulary.`,
     code: [TOKENIZER, "encode_document"],
   },
   {
@@ -66,7 +66,7 @@ export const QUESTIONS = [
     code: [KERNELS, "embed"],
   },
   {
-    part: "layer", ask: "Which head reads mostly from the token before?", hint: "Its picture is a dark line just below the diagonal. The list “Mark the heads” helps.",
+    part: "layer", ask: "Which head reads mostly from the token before?", hint: "Its picture is a line just below the diagonal. The list “Mark the heads” helps.",
     begin: () => set({ layer: 1, head: 1, position: end() }),
     solved: async () => shareOf("before", (await attention()).weights[state.layer - 1][state.head - 1], ids()) > CLEARLY,
     show: async () => {

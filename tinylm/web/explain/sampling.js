@@ -1,7 +1,7 @@
 // The parts `scores`, `sampling` and `next`: from the raw scores to the token that joins the sentence.
 
 import { post } from "../api.js";
-import { bar, byId, fill, fixed, make, percent, quoted, say, whole, word } from "./dom.js";
+import { bar, byId, capital, fill, fixed, make, percent, quoted, say, whole, word } from "./dom.js";
 import { part } from "./part.js";
 import { choose, ranked } from "./sampler.js";
 import { ask } from "./service.js";
@@ -66,7 +66,7 @@ part("scores", ["choice", "names"], useScoresOnce, (_, get) => {
   const ids = best(probabilities);
   const [first, second] = ids;
   const gap = state.logits[first] - state.logits[second];
-  say(get("about"), `${whole(state.logits.length)} scores. ${quoted(nameOf(first))} has ${gap.toFixed(2)} points more than ${quoted(nameOf(second))}, so it is ${(probabilities[first] / probabilities[second]).toFixed(1)} times as likely.`);
+  say(get("about"), `${whole(state.logits.length)} scores. ${capital(quoted(nameOf(first)))} has ${gap.toFixed(2)} points more than ${quoted(nameOf(second))}, so it is ${(probabilities[first] / probabilities[second]).toFixed(1)} times as likely.`);
   fill(get("table"), ["Token", "Score", "", "Probability"], ids.map((id) =>
     [word(nameOf(id)), fixed(state.logits[id], 2), bar(probabilities[id]), percent(probabilities[id])]));
 });
@@ -109,7 +109,7 @@ part("sampling", ["choice", "names"], useScoresOnce, (_, get) => {
   const { probabilities: own } = stage("model");
   const { probabilities: now, n_kept } = last();
   const likeliest = best(now, 1)[0];
-  say(get("about"), `${whole(n_kept)} of ${whole(now.length)} tokens can be chosen. ${quoted(nameOf(likeliest))} has ${percent(now[likeliest])}.`);
+  say(get("about"), `${whole(n_kept)} of ${whole(now.length)} tokens can be chosen. ${capital(quoted(nameOf(likeliest)))} has ${percent(now[likeliest])}.`);
   get("stages").replaceChildren(...state.choice.stages.map(({ name, n_kept: n }) =>
     make("li", {}, make("span", { class: "muted" }, STAGES[name]), make("b", {}, whole(n)))));
   const shown = [...new Set([...best(now), ...best(own)])].slice(0, N_ROWS);

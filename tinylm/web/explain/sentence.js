@@ -1,7 +1,7 @@
 // The sentence: typed by the reader, or longer by the token that was taken.
 
 import { post } from "../api.js";
-import { byId, quoted, say } from "./dom.js";
+import { byId, capital, quoted, say } from "./dom.js";
 import { remember } from "./part.js";
 import { nameOf, useScores } from "./sampling.js";
 import { onBusy, Outdated } from "./service.js";
@@ -47,7 +47,7 @@ export async function take() {
     return say(status, "This token is only a part of a character. Draw another number.");
   }
   earlier.push(state.text);
-  await follow(text, `${quoted(token)} joined the sentence.`);
+  await follow(text, `${capital(quoted(token))} joined the sentence.`);
 }
 
 byId("take").addEventListener("click", take);

@@ -1,7 +1,7 @@
 // The parts `tokens` and `embedding`: pieces of text, and the vectors that stand for them.
 
 import { showChooser } from "./chooser.js";
-import { bar, fill, fixed, quoted, say, word } from "./dom.js";
+import { bar, capital, fill, fixed, quoted, say, word } from "./dom.js";
 import { picture } from "./heat.js";
 import { part } from "./part.js";
 import { ask } from "./service.js";
@@ -14,7 +14,7 @@ part("tokens", ["position"], () => null, (_, get) => {
   const token = state.tokens[state.position];
   const n_bytes = token.bytes.length;
   const size = n_bytes ? `has ${n_bytes} ${n_bytes === 1 ? "byte" : "bytes"}` : "has no text: it begins and ends every story";
-  say(get("about"), `${quoted(token)} is number ${token.id}. It ${size}.`);
+  say(get("about"), `${capital(quoted(token))} is number ${token.id}. It ${size}.`);
   fill(get("table"), ["Token", "Number", "Bytes"], state.tokens.map((one, position) => ({
     cells: [word(one), one.id, one.bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ") || "none"],
     class: position === state.position ? "chosen" : null,
@@ -34,9 +34,8 @@ part("embedding", ["position"], embedding, ({ values }, get) => {
   get("picture").replaceChildren(canvas);
   const near = similar(values, position);
   const [first] = near;
-  say(get("about"), first
-    ? `${quoted(tokens[position])} became ${n_numbers} numbers. The most similar token here is ${quoted(tokens[first.position])}.`
-    : `${quoted(tokens[position])} became ${n_numbers} numbers.`);
+  const nearest = first ? ` The most similar token here is ${quoted(tokens[first.position])}.` : "";
+  say(get("about"), `${capital(quoted(tokens[position]))} became ${n_numbers} numbers.${nearest}`);
   fill(get("similar"), ["Token", "", "Similarity"], near.slice(0, 6).map((one) =>
     [word(tokens[one.position]), bar(one.cosine), fixed(one.cosine, 2)]));
 });

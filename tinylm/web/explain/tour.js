@@ -28,6 +28,7 @@ async function go(number) {
   code.hidden = true;
   card.classList.remove("solved");
   next.textContent = "Skip";
+  next.className = "second";
   byId("tour-back").hidden = at === 0;
   byId("tour-show").hidden = false;
   title.focus({ preventScroll: true });
@@ -65,6 +66,7 @@ async function check() {
   code.replaceChildren("In the code: ", make("code", {}, name), " in ", make("code", {}, file));
   code.hidden = false;
   byId("tour-show").hidden = true;
+  next.className = "primary";
   next.textContent = at + 1 < QUESTIONS.length ? "Next question" : "Finish the tour";
 }
 
