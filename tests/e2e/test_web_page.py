@@ -271,13 +271,30 @@ def test_every_setting_has_a_meaning_and_valid_limits(page: Page) -> None:
 
 
 def test_files_have_types_etags_and_a_strict_policy(url: str, http: DefaultHttpxClient) -> None:
-    types = {"": "text/html", "main.js": "text/javascript", "base.css": "text/css", "icon.svg": "image/svg+xml"}
+    types = {
+        "": "text/html",
+        "explain": "text/html",
+        "explain/main.js": "text/javascript",
+        "main.js": "text/javascript",
+        "base.css": "text/css",
+        "icon.svg": "image/svg+xml",
+    }
     for path, content_type in types.items():
         response = http.get(url + path)
         assert response.status_code == 200
         assert response.headers["content-type"].partition(";")[0] == content_type
         assert "default-src 'none'" in response.headers["content-security-policy"]
         assert "://" not in response.text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+        plain = http.get(url + path, headers={"Accept-Encoding": "identity"})
+        assert (plain.headers.get("content-encoding"), response.headers["content-encoding"]) == (None, "gzip")
+        assert plain.text == response.text
         assert http.get(url + path, headers={"If-None-Match": response.headers["etag"]}).status_code == 304
-    for path in ("__init__.py", "index.html/", "../pyproject.toml", "nothing"):
+    for path in (
+        "__init__.py",
+        "explain/index.html",
+        "explain/nothing.js",
+        "index.html/",
+        "../pyproject.toml",
+        "nothing",
+    ):
         assert http.get(url + path).status_code == 404

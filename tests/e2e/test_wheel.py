@@ -74,7 +74,13 @@ def test_wheel_installs_no_training_or_load_test(unpacked: Path) -> None:
 
 def test_wheel_contains_model_configs_licences_and_types(unpacked: Path) -> None:
     names = {str(path.relative_to(unpacked / "tinylm")) for path in (unpacked / "tinylm").rglob("*")}
-    assert {"models/stories-8m/model.safetensors", "configs/serve.yaml", "web/index.html", "py.typed"} <= names
+    assert {
+        "models/stories-8m/model.safetensors",
+        "configs/serve.yaml",
+        "web/index.html",
+        "web/explain/main.js",
+        "py.typed",
+    } <= names
     (information,) = unpacked.glob("*.dist-info")
     assert {path.name for path in (information / "licenses").rglob("*") if path.is_file()} >= {"LICENSE"}
 

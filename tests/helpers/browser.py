@@ -1,15 +1,23 @@
-"""A real Chromium, driven by Playwright. Without Chromium, its tests are skipped."""
+"""A real Chromium, driven by Playwright, and axe, which finds barriers. Tests are skipped without them."""
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 DESKTOP = {"width": 1280, "height": 900}
+AXE_TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+RUN_AXE = """async tags => {
+  const { violations, passes } = await axe.run({ runOnly: { type: "tag", values: tags } });
+  const found = violations.flatMap(({ id, nodes }) => nodes.map(node => [id, node.target, node.failureSummary]));
+  return { found, n_passed: passes.length };
+}"""
 
 
 @contextmanager
@@ -26,8 +34,11 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def visit(browser: Browser, url: str, expected_errors: str = "", **options: object) -> Iterator[Page]:
-    """Open the page in a new session. At the end, check that it used no other server and logged no error."""
+def visit(browser: Browser, url: str, expected_errors: str = "", origin: str = "", **options: object) -> Iterator[Page]:
+    """Open the page in a new session. At the end, check that it used no other server and logged no error.
+
+    origin: what the URLs of all requests begin with; without it, `url`.
+    """
     context = browser.new_context(**{"viewport": DESKTOP, **options})  # type: ignore[arg-type]
     context.set_default_timeout(30_000)
     page = context.new_page()
@@ -41,5 +52,18 @@ def visit(browser: Browser, url: str, expected_errors: str = "", **options: obje
         yield page
     finally:
         context.close()
-    assert [other for other in requested if not other.startswith(url)] == []
-    assert [error for error in errors if not expected_errors or expected_errors not in error] == []
+    foreign = [other for other in requested if not other.startswith(origin or url)]
+    assert not foreign, foreign  # pytest shows no values of assertions in helpers
+    unexpected = [error for error in errors if not expected_errors or expected_errors not in error]
+    assert not unexpected, unexpected
+
+
+def barriers(page: Page) -> list[tuple[str, list[str], str]]:
+    """Return what axe-core finds wrong with the page: the rule, the element, what to do."""
+    package = importlib.util.find_spec("axe_playwright_python")
+    if package is None or package.origin is None:
+        pytest.skip("axe-core is not installed: pip install axe-playwright-python")
+    page.evaluate((Path(package.origin).parent / "axe.min.js").read_text(encoding="utf-8"))
+    result = page.evaluate(RUN_AXE, AXE_TAGS)
+    assert result["n_passed"] > 20, "axe checked next to nothing"
+    return result["found"]

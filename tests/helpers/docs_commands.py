@@ -111,6 +111,9 @@ TABLE: dict[str, str | Walk] = {
         Until.END, r"\|tinylm_text +\|", beside=(SERVE,), before=EXPORTED, limit_s=600
     ),
     r"lm_eval --model hf .*": Walk(Until.END, r"\|tinylm_text +\|", before=EXPORTED, limit_s=600),
+    r"python tests/web_screenshots.py .* --measure .*": Walk(
+        Until.END, "open_part_ms", beside=(SERVE,), rewrites=(RESULTS,)
+    ),
     r"python tests/web_screenshots.py .*": Walk(Until.END, "web-desktop.png", beside=(SERVE,), rewrites=(IMAGES,)),
     r"python -m loadtest --(concurrency 320|rate 250,.*) .*": Walk(Until.AT_WORK, BUSY, beside=(SERVE,)),
     r"python -m loadtest.bench.agreement .*": AGREEMENT,

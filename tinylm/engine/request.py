@@ -32,6 +32,7 @@ class Progress:
     first_token_at: float | None
     finished_at: float | None
     ending: tuple[int, TokenLogprobs] | None = None  # the token that ended the answer, if it asks for `logprobs`
+    number: int = 0  # in the order in which requests got their slots, from 1; 0 before that
 
 
 @dataclass(eq=False, slots=True)
@@ -100,6 +101,7 @@ class Request:
             first_token_at=self.first_token_at,
             finished_at=self.finished_at,
             ending=self.ending,
+            number=self.number,
         )
 
 

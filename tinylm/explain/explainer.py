@@ -18,7 +18,7 @@ from tinylm.engine.request import mark_seen
 from tinylm.engine.word_tokens import word_tokens
 from tinylm.explain import filters
 from tinylm.explain.engine_answer import EngineAnswer, ask, difference
-from tinylm.explain.results import CacheUse, Candidate, Lens, RoundedInput, Scores, StageReport, Token
+from tinylm.explain.results import CacheUse, Candidate, Lens, RawScores, RoundedInput, Scores, StageReport, Token
 from tinylm.kernels import numpy as kernels
 from tinylm.kernels.batch import Batch
 from tinylm.model import Model
@@ -89,13 +89,11 @@ class Explainer:
         [h, i, j] is the share that token i takes from token j. Raise ValueError for a layer that the model does not
         have.
         """
-        ids = self._ids(prompt)
-        n, heads = len(ids), self.config.n_heads
-        run = self._layer(ids, layer)
-        keys = self._cache.keys[layer - 1, 0, :, :n]  # (heads, T, head_dim)
-        # With the identity matrix as values, attention returns its own weights.
-        identity = np.broadcast_to(np.eye(n, dtype=np.float32), (heads, n, n))
-        return kernels.attention(run.queries, keys, identity).transpose(1, 0, 2)
+        return self._shares(self._layer(self._ids(prompt), layer), layer)
+
+    def attention_of_all(self, prompt: str) -> np.ndarray:
+        """Return the attention of all heads of all layers, (layers, heads, T, T), each layer as `attention` does."""
+        return np.stack([self._shares(run, layer) for layer, run in enumerate(self.layers(prompt), 1)])
 
     def head(self, prompt: str, layer: int, head: int) -> np.ndarray:
         """Return the attention of one head, (T, T), as `attention` does. Raise ValueError for an unknown head."""
@@ -143,23 +141,42 @@ class Explainer:
         *_, last = self.layers(prompt)
         return kernels.unembed(self._weights, last.output[-1:])[0]
 
+    def raw_scores(self, prompt: str, top: int = 100) -> RawScores:
+        """Return the scores of all tokens before all settings, and the `top` tokens with the highest scores.
+
+        Raise ValueError for a `top` that is not 1 to MAX_TOP.
+        """
+        self._check_top(top)
+        logits = self.logits(prompt)
+        best = np.argsort(-logits, kind="stable")[:top]
+        return RawScores(as_tokens(best.tolist(), self.tokenizer), logits)
+
     def ask(self, engine: Engine, prompt: str, params: SamplingParams) -> EngineAnswer:
         """Return the next token by an engine, for `scores` to compare. The caller alone steps the engine."""
         return ask(engine, self._ids(prompt), params, word_tokens(params, self.tokenizer))
 
-    def matmul(self, prompt: str, layer: int, name: str) -> RoundedInput:
+    def matmul(self, prompt: str, layer: int, name: str, position: int | None = None) -> RoundedInput:
         """Return the input of a layer's matmul in 8 bits, and what the rounding changes.
 
-        Raise ValueError for a layer that the model does not have, or a name that is not one of MATMULS.
+        position: the only token to report, with its float32 input; None reports all tokens.
+        Raise ValueError for a layer that the model does not have, a name that is not one of MATMULS, or a position
+        outside of the prompt.
         """
         if name not in MATMULS:
             raise ValueError(f"name is {name!r}: it must be one of {', '.join(MATMULS)}")
         x = getattr(self._layer(self._ids(prompt), layer), name)  # (T, in)
+        if position is not None:
+            _check("position", position, 0, len(x) - 1)
+            x = x[position : position + 1]
         matrix = getattr(self._weights.layers[layer - 1], name)
         values, scales = kernels.round_to_int8(x)
         exact, rounded = kernels.linear(x, matrix, rounds=False), kernels.linear(x, matrix, rounds=True)
         return RoundedInput(
-            values.astype(np.int8), scales[:, 0], _relative_error(values * scales, x), _relative_error(rounded, exact)
+            values.astype(np.int8),
+            scales[:, 0],
+            _relative_error(values * scales, x),
+            _relative_error(rounded, exact),
+            None if position is None else x[0],
         )
 
     def _ids(self, prompt: str) -> list[int]:
@@ -169,6 +186,14 @@ class Explainer:
         n, batch = len(ids), self._batch
         batch.ids[:n], batch.positions[:n] = ids, np.arange(n)
         return kernels.run_layers(self._weights, self._cache, batch, n, kernels.embed(self._weights, batch.ids[:n]))
+
+    def _shares(self, run: kernels.LayerRun, layer: int) -> np.ndarray:
+        """Return the attention (heads, T, T) of the layer that `run` belongs to."""
+        n, heads = len(run.queries), self.config.n_heads
+        keys = self._cache.keys[layer - 1, 0, :, :n]  # (heads, T, head_dim)
+        # With the identity matrix as values, attention returns its own weights.
+        identity = np.broadcast_to(np.eye(n, dtype=np.float32), (heads, n, n))
+        return kernels.attention(run.queries, keys, identity).transpose(1, 0, 2)
 
     def _layer(self, ids: list[int], layer: int) -> kernels.LayerRun:
         """Run the tokens up to a layer, and return what it computes."""

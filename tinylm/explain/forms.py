@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -29,13 +30,18 @@ def encoded(piece: str, result: Any, n_tokens: int, form: Form) -> bytes:
 
 
 def as_json(result: Any) -> Any:
-    """Return a result as what `json.dumps` accepts. Floats have 7 digits, which is what float32 holds."""
+    """Return a result as what `json.dumps` accepts.
+
+    Floats have 7 digits, which is what float32 holds. Bytes become base64.
+    """
     if dataclasses.is_dataclass(result) or isinstance(result, dict):
         return {name: as_json(value) for name, value in _fields(result)}
     if isinstance(result, np.ndarray):
         return as_json(result.tolist())
     if isinstance(result, list):
         return [as_json(item) for item in result]
+    if isinstance(result, bytes):
+        return base64.b64encode(result).decode()
     return float(f"{result:.7g}") if isinstance(result, float) else result
 
 

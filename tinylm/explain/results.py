@@ -62,6 +62,14 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class RawScores:
+    """The scores of all tokens before all settings."""
+
+    tokens: list[Token]  # those with the highest scores, the highest first
+    logits: np.ndarray  # (vocab,) float32
+
+
+@dataclass(frozen=True, slots=True)
 class RoundedInput:
     """The input of a matmul as 8-bit integers: values * scales[:, None]."""
 
@@ -69,6 +77,7 @@ class RoundedInput:
     scales: np.ndarray  # (T,) float32
     input_error: np.ndarray  # (T,): the length of the rounding error as a share of the float32 input's length
     output_error: np.ndarray  # (T,): the same for the result of the matmul
+    input: np.ndarray | None = None  # (in,) float32: of the token, if one was asked for
 
 
 @dataclass(frozen=True, slots=True)

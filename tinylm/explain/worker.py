@@ -43,17 +43,24 @@ def result(explainer: Explainer, question: Mapping[str, Any]) -> Any:
         case "norms":
             return {"norms": explainer.norms(prompt)}
         case "attention":
-            layer, head = fields["layer"], fields.get("head")
-            heads = explainer.attention(prompt, layer) if head is None else explainer.head(prompt, layer, head)[None]
-            return {"layer": layer, "head": head, "weights": as_shades(heads)}
+            layer, head = fields.get("layer"), fields.get("head")
+            if head is not None:
+                weights = explainer.head(prompt, layer, head)[None]
+            else:
+                weights = explainer.attention_of_all(prompt) if layer is None else explainer.attention(prompt, layer)
+            return {"layer": layer, "head": head, "weights": as_shades(weights)}
         case "lens":
             return explainer.lens(prompt, **fields)
+        case "logits":
+            scores = explainer.raw_scores(prompt, **fields)
+            return {"tokens": scores.tokens, "logits": scores.logits.astype("<f4").tobytes()}
         case "scores":
             by_engine = EngineAnswer.from_json(question["by_engine"])
             return explainer.scores(prompt, _params(question["settings"]), by_engine, **fields)
         case "matmul":
             rounded = explainer.matmul(prompt, **fields)
-            return {**fields, **{field.name: getattr(rounded, field.name) for field in dataclasses.fields(rounded)}}
+            own = {field.name: getattr(rounded, field.name) for field in dataclasses.fields(rounded)}
+            return {"layer": fields["layer"], "name": fields["name"], **own}
         case piece:
             raise ValueError(f"piece is {piece!r}: there is no such piece of an explanation")
 

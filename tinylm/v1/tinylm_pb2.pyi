@@ -218,7 +218,7 @@ class GetModelInfoResponse(_message.Message):
     def __init__(self, name: _Optional[str] = ..., parameters: _Optional[int] = ..., vocab_size: _Optional[int] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[int] = ..., heads: _Optional[int] = ..., context: _Optional[int] = ..., weights: _Optional[str] = ..., slots: _Optional[int] = ..., replica: _Optional[str] = ..., version: _Optional[str] = ..., arithmetic: _Optional[str] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
-    __slots__ = ("prompt", "tokens", "norms", "attention", "lens", "scores", "matmul", "cache", "batch")
+    __slots__ = ("prompt", "tokens", "norms", "attention", "lens", "scores", "matmul", "cache", "batch", "logits")
     class Tokens(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
@@ -247,18 +247,25 @@ class ExplainRequest(_message.Message):
         top: int
         def __init__(self, settings: _Optional[_Union[GenerateRequest, _Mapping]] = ..., top: _Optional[int] = ...) -> None: ...
     class Matmul(_message.Message):
-        __slots__ = ("layer", "name")
+        __slots__ = ("layer", "name", "position")
         LAYER_FIELD_NUMBER: _ClassVar[int]
         NAME_FIELD_NUMBER: _ClassVar[int]
+        POSITION_FIELD_NUMBER: _ClassVar[int]
         layer: int
         name: str
-        def __init__(self, layer: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
+        position: int
+        def __init__(self, layer: _Optional[int] = ..., name: _Optional[str] = ..., position: _Optional[int] = ...) -> None: ...
     class Cache(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
     class Batch(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
+    class Logits(_message.Message):
+        __slots__ = ("top",)
+        TOP_FIELD_NUMBER: _ClassVar[int]
+        top: int
+        def __init__(self, top: _Optional[int] = ...) -> None: ...
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     NORMS_FIELD_NUMBER: _ClassVar[int]
@@ -268,6 +275,7 @@ class ExplainRequest(_message.Message):
     MATMUL_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     tokens: ExplainRequest.Tokens
     norms: ExplainRequest.Norms
@@ -277,10 +285,11 @@ class ExplainRequest(_message.Message):
     matmul: ExplainRequest.Matmul
     cache: ExplainRequest.Cache
     batch: ExplainRequest.Batch
-    def __init__(self, prompt: _Optional[str] = ..., tokens: _Optional[_Union[ExplainRequest.Tokens, _Mapping]] = ..., norms: _Optional[_Union[ExplainRequest.Norms, _Mapping]] = ..., attention: _Optional[_Union[ExplainRequest.Attention, _Mapping]] = ..., lens: _Optional[_Union[ExplainRequest.Lens, _Mapping]] = ..., scores: _Optional[_Union[ExplainRequest.Scores, _Mapping]] = ..., matmul: _Optional[_Union[ExplainRequest.Matmul, _Mapping]] = ..., cache: _Optional[_Union[ExplainRequest.Cache, _Mapping]] = ..., batch: _Optional[_Union[ExplainRequest.Batch, _Mapping]] = ...) -> None: ...
+    logits: ExplainRequest.Logits
+    def __init__(self, prompt: _Optional[str] = ..., tokens: _Optional[_Union[ExplainRequest.Tokens, _Mapping]] = ..., norms: _Optional[_Union[ExplainRequest.Norms, _Mapping]] = ..., attention: _Optional[_Union[ExplainRequest.Attention, _Mapping]] = ..., lens: _Optional[_Union[ExplainRequest.Lens, _Mapping]] = ..., scores: _Optional[_Union[ExplainRequest.Scores, _Mapping]] = ..., matmul: _Optional[_Union[ExplainRequest.Matmul, _Mapping]] = ..., cache: _Optional[_Union[ExplainRequest.Cache, _Mapping]] = ..., batch: _Optional[_Union[ExplainRequest.Batch, _Mapping]] = ..., logits: _Optional[_Union[ExplainRequest.Logits, _Mapping]] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("n_tokens", "tokens", "norms", "attention", "lens", "scores", "matmul", "cache", "batch")
+    __slots__ = ("n_tokens", "tokens", "norms", "attention", "lens", "scores", "matmul", "cache", "batch", "logits")
     class Tokens(_message.Message):
         __slots__ = ("tokens",)
         TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -367,20 +376,29 @@ class ExplainResponse(_message.Message):
         difference: ExplainResponse.Difference
         def __init__(self, stages: _Optional[_Iterable[_Union[ExplainResponse.Stage, _Mapping]]] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., logits: _Optional[_Iterable[float]] = ..., probabilities: _Optional[_Iterable[float]] = ..., greedy: _Optional[_Union[Token, _Mapping]] = ..., chosen: _Optional[_Union[Token, _Mapping]] = ..., difference: _Optional[_Union[ExplainResponse.Difference, _Mapping]] = ...) -> None: ...
     class Matmul(_message.Message):
-        __slots__ = ("layer", "name", "values", "scales", "input_error", "output_error")
+        __slots__ = ("layer", "name", "values", "scales", "input_error", "output_error", "input")
         LAYER_FIELD_NUMBER: _ClassVar[int]
         NAME_FIELD_NUMBER: _ClassVar[int]
         VALUES_FIELD_NUMBER: _ClassVar[int]
         SCALES_FIELD_NUMBER: _ClassVar[int]
         INPUT_ERROR_FIELD_NUMBER: _ClassVar[int]
         OUTPUT_ERROR_FIELD_NUMBER: _ClassVar[int]
+        INPUT_FIELD_NUMBER: _ClassVar[int]
         layer: int
         name: str
         values: bytes
         scales: _containers.RepeatedScalarFieldContainer[float]
         input_error: _containers.RepeatedScalarFieldContainer[float]
         output_error: _containers.RepeatedScalarFieldContainer[float]
-        def __init__(self, layer: _Optional[int] = ..., name: _Optional[str] = ..., values: _Optional[bytes] = ..., scales: _Optional[_Iterable[float]] = ..., input_error: _Optional[_Iterable[float]] = ..., output_error: _Optional[_Iterable[float]] = ...) -> None: ...
+        input: _containers.RepeatedScalarFieldContainer[float]
+        def __init__(self, layer: _Optional[int] = ..., name: _Optional[str] = ..., values: _Optional[bytes] = ..., scales: _Optional[_Iterable[float]] = ..., input_error: _Optional[_Iterable[float]] = ..., output_error: _Optional[_Iterable[float]] = ..., input: _Optional[_Iterable[float]] = ...) -> None: ...
+    class Logits(_message.Message):
+        __slots__ = ("tokens", "logits")
+        TOKENS_FIELD_NUMBER: _ClassVar[int]
+        LOGITS_FIELD_NUMBER: _ClassVar[int]
+        tokens: _containers.RepeatedCompositeFieldContainer[Token]
+        logits: bytes
+        def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., logits: _Optional[bytes] = ...) -> None: ...
     class Cache(_message.Message):
         __slots__ = ("arithmetic", "slots", "slot_positions", "slot_bytes", "used_positions", "used_bytes")
         ARITHMETIC_FIELD_NUMBER: _ClassVar[int]
@@ -451,6 +469,7 @@ class ExplainResponse(_message.Message):
     MATMUL_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
     n_tokens: int
     tokens: ExplainResponse.Tokens
     norms: ExplainResponse.Norms
@@ -460,7 +479,8 @@ class ExplainResponse(_message.Message):
     matmul: ExplainResponse.Matmul
     cache: ExplainResponse.Cache
     batch: ExplainResponse.Batch
-    def __init__(self, n_tokens: _Optional[int] = ..., tokens: _Optional[_Union[ExplainResponse.Tokens, _Mapping]] = ..., norms: _Optional[_Union[ExplainResponse.Norms, _Mapping]] = ..., attention: _Optional[_Union[ExplainResponse.Attention, _Mapping]] = ..., lens: _Optional[_Union[ExplainResponse.Lens, _Mapping]] = ..., scores: _Optional[_Union[ExplainResponse.Scores, _Mapping]] = ..., matmul: _Optional[_Union[ExplainResponse.Matmul, _Mapping]] = ..., cache: _Optional[_Union[ExplainResponse.Cache, _Mapping]] = ..., batch: _Optional[_Union[ExplainResponse.Batch, _Mapping]] = ...) -> None: ...
+    logits: ExplainResponse.Logits
+    def __init__(self, n_tokens: _Optional[int] = ..., tokens: _Optional[_Union[ExplainResponse.Tokens, _Mapping]] = ..., norms: _Optional[_Union[ExplainResponse.Norms, _Mapping]] = ..., attention: _Optional[_Union[ExplainResponse.Attention, _Mapping]] = ..., lens: _Optional[_Union[ExplainResponse.Lens, _Mapping]] = ..., scores: _Optional[_Union[ExplainResponse.Scores, _Mapping]] = ..., matmul: _Optional[_Union[ExplainResponse.Matmul, _Mapping]] = ..., cache: _Optional[_Union[ExplainResponse.Cache, _Mapping]] = ..., batch: _Optional[_Union[ExplainResponse.Batch, _Mapping]] = ..., logits: _Optional[_Union[ExplainResponse.Logits, _Mapping]] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("code", "message", "details")

@@ -1,8 +1,14 @@
-// Requests to the service: streamed completions, and the live view.
+// Requests to the service: streamed completions, and questions with one JSON answer.
 
 import { askForKey, key } from "./key.js";
 
-export class ServiceError extends Error {}
+export class ServiceError extends Error {
+  /** `status` of the response, and the seconds after which the service wants the request again, if it says so. */
+  constructor(message, status = 0, retryAfter_s = null) {
+    super(message);
+    Object.assign(this, { status, retryAfter_s });
+  }
+}
 
 /** Return the response to a request. Throw ServiceError if it fails. `ask` for a key if the service needs one. */
 async function request(path, options = {}, ask = true) {
@@ -18,7 +24,10 @@ async function request(path, options = {}, ask = true) {
     }
     if (response.ok) return response;
     const reason = await errorOf(response);
-    if (response.status !== 401 || !ask || !(await askForKey(reason))) throw new ServiceError(reason);
+    if (response.status !== 401 || !ask || !(await askForKey(reason))) {
+      const wait = response.headers.get("Retry-After");
+      throw new ServiceError(reason, response.status, wait === null ? null : Number(wait));
+    }
   }
 }
 
@@ -35,14 +44,23 @@ export async function get(path, ask) {
   return (await request(path, {}, ask)).json();
 }
 
-/** Yield the chunks of `/v1/completions`. Aborting `signal` also ends the request on the server. */
-export async function* completions(body, signal) {
-  const response = await request("v1/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
-    signal,
-  });
+/** Send a JSON body to a path, and return the response. */
+function send(path, body, signal) {
+  const headers = { "Content-Type": "application/json" };
+  return request(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+}
+
+/** Return the JSON that answers a JSON body. */
+export async function post(path, body) {
+  return (await send(path, body)).json();
+}
+
+/** Yield the chunks of `/v1/completions`. Aborting `signal` also ends the request on the server.
+    `onStart` gets the response before the first chunk. */
+export async function* completions(body, signal, onStart) {
+  const whole = { ...body, stream: true, stream_options: { include_usage: true } };
+  const response = await send("v1/completions", whole, signal);
+  onStart?.(response);
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);

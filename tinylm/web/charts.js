@@ -1,8 +1,8 @@
-// The charts of the live view, as SVG: a line of the last minute, and a histogram. The style sheet sets the colours.
+// Elements of SVG, and the charts of the live view: a line of the last minute, a histogram. The style sheet sets the colours.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-function element(name, attributes, ...children) {
+export function element(name, attributes, ...children) {
   const made = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   made.append(...children);

@@ -119,6 +119,7 @@ def test_attention_explains_what_the_next_matmul_reads(
         )
         for head in range(1, CONFIG.n_heads + 1):
             np.testing.assert_array_equal(explainer.head(PROMPT, layer, head), weights[head - 1])
+        np.testing.assert_array_equal(explainer.attention_of_all(PROMPT)[layer - 1], weights)
         shades = as_shades(weights)
         assert shades.dtype == np.uint8
         np.testing.assert_allclose(shades / 255, weights, atol=0.5 / 255 + 1e-6)
@@ -142,6 +143,12 @@ def test_a_rounded_input_and_its_errors(model: Model, explainer: Explainer, toke
     np.testing.assert_allclose(found.input_error, error(rounded, x), rtol=0.01)
     np.testing.assert_allclose(found.output_error, error(rounded @ matrix.T, x @ matrix.T), rtol=0.01)
     assert 0 < found.input_error.max() < 0.05
+    assert found.input is None
+    one = explainer.matmul(PROMPT, 1, "qkv", position=3)
+    np.testing.assert_array_equal(one.values[0], found.values[3])
+    np.testing.assert_allclose(one.input, x[3], atol=EXACT)
+    np.testing.assert_allclose(one.input_error[0], found.input_error[3], rtol=1e-3)
+    np.testing.assert_allclose(one.output_error[0], found.output_error[3], rtol=1e-3)
     for name in MATMULS:
         assert explainer.matmul(PROMPT, 3, name).values.shape[1] == getattr(weights.layers[2], name).values.shape[1]
 
@@ -232,6 +239,8 @@ def test_cache_use_is_a_share_of_the_slot(model: Model, explainer: Explainer, to
         (lambda e: e.head(PROMPT, 1, 3), "head is 3: it must be a whole number, 1 to 2"),
         (lambda e: e.matmul(PROMPT, 1, "gate"), "name is 'gate': it must be one of qkv, out, up, down"),
         (lambda e: e.lens(PROMPT, position=99), "position is 99: it must be a whole number, 0 to 14"),
+        (lambda e: e.matmul(PROMPT, 1, "up", position=15), "position is 15: it must be a whole number, 0 to 14"),
+        (lambda e: e.raw_scores(PROMPT, top=0), "top is 0: it must be a whole number, 1 to 100"),
         (lambda e: e.lens(PROMPT, top=0), "top is 0: it must be a whole number, 1 to 100"),
         (lambda e: e.scores(PROMPT, SamplingParams(), top=101), "top is 101: it must be a whole number, 1 to 100"),
         (lambda e: e.scores(PROMPT, SamplingParams(logit_bias={4096: 1})), "logit_bias holds token 4096"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import os
@@ -159,11 +160,20 @@ def test_pieces_are_those_of_the_library(args: dict[str, Any], stories_dir: Path
             assert await ask("norms") == {"norms": as_json(explainer.norms(PROMPT))}
             shades = as_json(as_shades(explainer.attention(PROMPT, 4)))
             assert await ask("attention", layer=4) == {"layer": 4, "head": None, "weights": shades}
+            every = as_json(as_shades(explainer.attention_of_all(PROMPT)))
+            assert await ask("attention") == {"layer": None, "head": None, "weights": every}
+            assert every[3] == shades
             assert await ask("attention", layer=4, head=5) == {"layer": 4, "head": 5, "weights": shades[4:5]}
             assert await ask("lens") == as_json(explainer.lens(PROMPT))
             assert await ask("lens", position=2, top=3) == as_json(explainer.lens(PROMPT, 2, 3))
             rounded = as_json(explainer.matmul(PROMPT, 9, "up"))
             assert await ask("matmul", layer=9, name="up") == {"layer": 9, "name": "up", **rounded}
+            one = await ask("matmul", layer=9, name="up", position=2)
+            assert one == {"layer": 9, "name": "up", **as_json(explainer.matmul(PROMPT, 9, "up", 2))}
+            raw = await ask("logits", top=9)
+            assert raw["tokens"] == as_json(explainer.raw_scores(PROMPT, 9).tokens)
+            sent = np.frombuffer(base64.b64decode(raw["logits"]), "<f4")
+            np.testing.assert_array_equal(sent, explainer.logits(PROMPT))
             cache = await ask("cache")
             assert (cache["slots"], cache["used_positions"]) == (2, len(explainer.tokens(PROMPT)))
 
@@ -308,7 +318,7 @@ def test_explanations_need_a_key_where_text_does(
 
     async def check() -> None:
         async with replica({**args, "api_keys": tmp_path / "keys.txt"}) as (service, post):
-            for piece in ("tokens", "norms", "attention", "lens", "scores", "matmul", "cache"):
+            for piece in ("tokens", "norms", "attention", "lens", "logits", "scores", "matmul", "cache"):
                 for key in (None, "nonsense"):
                     status, _, body = await post(f"/explain/{piece}", key=key, prompt=PROMPT)
                     assert (status, body["error"]["code"]) == (401, "invalid_api_key")
@@ -335,6 +345,13 @@ def test_an_error_names_field_value_and_limit(args: dict[str, Any]) -> None:
         ("attention", {"prompt": "a", "layer": 17}, "layer is 17: it must be a whole number, 1 to 16"),
         ("attention", {"prompt": "a", "layer": 1, "head": 7}, "head is 7: it must be a whole number, 1 to 6"),
         ("attention", {"prompt": "a", "layer": -1}, "layer is -1: it must be a whole number, 1 to 16"),
+        ("attention", {"prompt": "a", "head": 1}, "layer is None: it must be a whole number, 1 to 16"),
+        (
+            "matmul",
+            {"prompt": "a", "layer": 1, "name": "up", "position": 2},
+            "position is 2: it must be a whole number",
+        ),
+        ("logits", {"prompt": "a", "top": 0}, "top is 0: it must be a whole number, 1 to 100"),
         ("matmul", {"prompt": "a", "layer": 1, "name": "gate"}, "name is 'gate': it must be one of qkv, out, up, down"),
         ("lens", {"prompt": "a", "position": 2}, "position is 2: it must be a whole number, 0 to 1"),
         ("lens", {"prompt": "a", "top": 101}, "top is 101: it must be a whole number, 1 to 100"),
@@ -344,7 +361,6 @@ def test_an_error_names_field_value_and_limit(args: dict[str, Any]) -> None:
         ("scores", {"prompt": "a", "logit_bias": {"4096": 1}}, "logit_bias holds token 4096: tokens are 0 to 4095"),
     ]
     of_http = [
-        ("attention", {"prompt": "a"}, "layer is "),
         ("attention", {"prompt": "a", "layer": "1"}, "layer is '1': input should be a valid integer"),
         ("scores", {"prompt": "a", "max_tokens": 2}, "max_tokens is not a field of this API"),
         ("norms", {"prompt": 5}, "prompt is of type int"),

@@ -34,6 +34,7 @@ from tinylm.serving.trace_context import TRACEPARENT, read_traceparent
 
 FULL_QUEUE_S = 0.05  # between two looks at a full queue
 PADDED = 64  # bytes
+ENGINE_REQUEST = b"x-engine-request"
 EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -109,7 +110,8 @@ class CompletionResponse(Response):
                 async with aclosing(completions.events()) as events:
                     async for event in events:
                         if not is_streaming:
-                            await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
+                            headers = [*EVENT_HEADERS, (ENGINE_REQUEST, self._engine_request(call))]
+                            await send({"type": "http.response.start", "status": 200, "headers": headers})
                             is_streaming = True
                         await send({"type": "http.response.body", "body": event, "more_body": not completions.ended})
             else:
@@ -118,6 +120,10 @@ class CompletionResponse(Response):
             await send({"type": "http.response.body", "body": _event(error_of(call)[1])})
         elif call.error is not None:
             await refused(call)(scope, receive, send)
+
+    def _engine_request(self, call: Call) -> bytes:
+        """Return where `/explain/batch` shows the first answer: the replica, and the number of the request in it."""
+        return f"{self._service.replica} {call.answers[0].progress.number}".encode()
 
     async def _read(self, call: Call) -> CompletionRequest:
         check_access(call, self._request, self._service)

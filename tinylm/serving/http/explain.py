@@ -30,7 +30,7 @@ class PromptBody(BaseModel):
 
 
 class AttentionBody(PromptBody):
-    layer: int
+    layer: int | None = None  # None means all layers
     head: int | None = None  # None means all heads of the layer
 
 
@@ -39,9 +39,14 @@ class LensBody(PromptBody):
     top: int | None = None
 
 
+class LogitsBody(PromptBody):
+    top: int | None = None
+
+
 class MatmulBody(PromptBody):
     layer: int
     name: str
+    position: int | None = None  # None means all tokens
 
 
 class ScoresBody(SamplingFields, PromptBody):
@@ -57,6 +62,7 @@ BODIES: dict[str, type[PromptBody]] = {
     "norms": PromptBody,
     "attention": AttentionBody,
     "lens": LensBody,
+    "logits": LogitsBody,
     "scores": ScoresBody,
     "matmul": MatmulBody,
     "cache": PromptBody,
