@@ -120,9 +120,10 @@ def over_http(response: pb.ExplainResponse) -> Any:
         case "norms":
             return {"norms": as_json(np.array(part.norms).reshape(-1, n))}
         case "attention":
-            head = part.head if part.HasField("head") else None
-            weights = np.frombuffer(part.weights, np.uint8).reshape(-1, n, n)
-            return {"layer": part.layer, "head": head, "weights": as_json(weights)}
+            layer, head = (getattr(part, name) if part.HasField(name) else None for name in ("layer", "head"))
+            shape = (-1, n, n) if layer is not None else (16, -1, n, n)
+            weights = np.frombuffer(part.weights, np.uint8).reshape(shape)
+            return {"layer": layer, "head": head, "weights": as_json(weights)}
         case "lens":
             top = [[Candidate(token(one.token), one.probability) for one in best.candidates] for best in part.top]
             ranks = np.array(part.ranks).reshape(-1, n)
@@ -135,9 +136,12 @@ def over_http(response: pb.ExplainResponse) -> Any:
             chosen = (token(part.greedy), token(part.chosen))
             return as_json(Scores(stages, tokens, logits, probabilities, *chosen, difference))
         case "matmul":
-            values, errors = np.frombuffer(part.values, np.int8).reshape(n, -1), (part.input_error, part.output_error)
-            rounded = RoundedInput(values, np.array(part.scales), *map(np.array, errors))
+            values = np.frombuffer(part.values, np.int8).reshape(len(part.scales), -1)
+            numbers = map(np.array, (part.scales, part.input_error, part.output_error))
+            rounded = RoundedInput(values, *numbers, np.array(part.input) if part.input else None)
             return {"layer": part.layer, "name": part.name, **as_json(rounded)}
+        case "logits":
+            return {"tokens": as_json([token(one) for one in part.tokens]), "logits": as_json(part.logits)}
         case "cache":
             positions = (part.slots, part.slot_positions, part.slot_bytes, part.used_positions, part.used_bytes)
             return as_json(CacheUse(part.arithmetic, *positions))
@@ -198,6 +202,7 @@ def test_both_clients_get_over_grpc_what_http_answers(args: dict[str, Any]) -> N
     cases: list[tuple[str, dict[str, Any]]] = [
         *[("tokens", {}), ("norms", {}), ("attention", {"layer": 4}), ("attention", {"layer": 4, "head": 5})],
         *[("lens", {}), ("lens", {"position": 0, "top": 3}), ("matmul", {"layer": 9, "name": "up"}), ("cache", {})],
+        *[("attention", {}), ("matmul", {"layer": 9, "name": "up", "position": 2}), ("logits", {"top": 9})],
     ]
 
     async def check() -> None:
