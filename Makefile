@@ -4,14 +4,14 @@ CONFIG ?= configs/train.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-SOAK_S ?= 20
+MINUTES ?= 60
 DEMO := configs/train-demo.yaml
 export TLS_CERT ?= tls/server.pem
 STAGES := prepare tokenizer encode run export
 
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup setup-dev serve tls certificate monitor test chaos clients walkthrough arm check format proto bench peers parts pictures docs train train-demo clean
+.PHONY: help setup setup-dev serve tls certificate monitor test chaos soak clients walkthrough arm check format proto bench peers parts pictures docs train train-demo clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -46,8 +46,12 @@ certificate: ## Make a self-signed certificate for localhost, to try TLS with; c
 test: $(VENV)/development ## Run every test but the slow ones of `make chaos`, `clients`, `walkthrough` and `arm`
 	$(BIN)/python -m pytest
 
-chaos: $(VENV)/development ## Kill parts of the service under load, for minutes (SOAK_S=20)
-	CHAOS_REPORT=docs/results/chaos.json CHAOS_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m chaos
+chaos: $(VENV)/development ## Kill parts of the service under load, for minutes
+	CHAOS_REPORT=docs/results/chaos.json $(BIN)/python -m pytest -m chaos
+	$(BIN)/python -m loadtest.bench.pages
+
+soak: $(VENV)/serving ## Mixed load on a disturbed service, with its memory (MINUTES=60); writes docs/results/mixed-hour.json
+	$(BIN)/python -m loadtest.bench.mixed_hour --minutes $(MINUTES) --out docs/results/mixed-hour.json
 	$(BIN)/python -m loadtest.bench.pages
 
 clients: $(VENV)/development ## Install programs of other people below .clients/ and try docs/clients.md with them

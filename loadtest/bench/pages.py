@@ -29,6 +29,18 @@ CHAOS_COLUMNS = {
     "healed_s": "healed, s",
     "memory_growth_mib": "memory, MiB",
 }
+GROWTHS = ("growth_kib_per_minute", "late_growth_kib_per_minute", "role_growth_kib_per_minute")
+MEMORY_COLUMNS = (
+    "processes",
+    "number",
+    "MiB after 5 minutes",
+    "MiB at the end",
+    "growth, KiB per minute",
+    "in the second half",
+    "of the mean",
+    "open files",
+    "threads",
+)
 # The names on the page of peers that have other names in results.
 PEER_LABELS = {
     "tinylm": "**TinyLM** (numba, int8)",
@@ -38,8 +50,12 @@ PEER_LABELS = {
 
 
 def operate_blocks(results: Path) -> dict[str, str]:
-    """Return the blocks of docs/operate.md: the faults and the misbehaving clients that were tried."""
-    return {"faults": _faults(results), "misbehaving": _misbehaving(results)}
+    """Return the blocks of docs/operate.md: faults, misbehaving clients, and memory under mixed load."""
+    return {
+        "faults": _faults(results),
+        "misbehaving": _misbehaving(results),
+        "mixed-hour": _mixed_hour(_read(results / "mixed-hour.json")),
+    }
 
 
 def _faults(results: Path) -> str:
@@ -70,6 +86,31 @@ def _misbehaving(results: Path) -> str:
             ]
         )
     return table(head, rows)
+
+
+def _mixed_hour(result: dict[str, Any]) -> str:
+    """Return the calls by their outcome, and the memory of each role of processes."""
+    calls, machine = result["calls"], result["machine"]
+    where = f"{result['date'][:10]}, {machine['processor']}, {machine['cores']} cores, {result['minutes']} minutes."
+    counts = table([*calls], [[f"{n:,}" for n in calls.values()]])
+    rows = [
+        [
+            role,
+            str(found["processes"]),
+            f"{found['settled']['mib']:.1f}",
+            f"{found['end']['mib']:.1f}",
+            *(_growth(found[name]) for name in GROWTHS),
+            f"{found['settled']['open_files']:.0f}, {found['end']['open_files']:.0f}",
+            f"{found['settled']['threads']:.0f}, {found['end']['threads']:.0f}",
+        ]
+        for role, found in result["memory"].items()
+        if found["end"]["minute"] == result["minutes"]
+    ]
+    return f"{where}\n\n{counts}\n\n{table(MEMORY_COLUMNS, rows)}"
+
+
+def _growth(kib_per_minute: float | None) -> str:
+    return "" if kib_per_minute is None else f"{kib_per_minute:+.1f}"
 
 
 def _chaos_cell(key: str, value: float | str | None) -> str:

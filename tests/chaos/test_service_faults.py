@@ -23,7 +23,6 @@ pytestmark = pytest.mark.chaos
 PROMPT, MAX_TOKENS, CLIENTS = "Once upon a time", 48, 4
 HEAL_LIMIT_S = 120
 BEFORE_S, AFTER_S = 3, 3  # of load, before the fault and after full health
-SOAK_S = float(os.environ.get("CHAOS_SOAK_S", "20"))
 GROWTH_MIB = 16  # permitted growth of a replica's memory: caches of gRPC and of the allocator
 Kill = Callable[[Service], list[int]]
 
@@ -159,22 +158,6 @@ def test_a_damaged_model_is_rolled_out(
     }
     assert figures["lost"] == 0, figures
     assert kept >= 3
-
-
-def test_a_long_load_leaves_memory_flat(service: Service, expected: str, faults: dict[str, dict]) -> None:
-    with load(service, expected) as running:
-        time.sleep(SOAK_S / 4)
-        began_at, before = time.perf_counter(), memory(service)
-        time.sleep(SOAK_S * 3 / 4)
-        after = memory(service)
-    growth = max(after[process] - before[process] for process in before)
-    faults[f"a load of {SOAK_S:.0f} s, nothing else"] = figures = {
-        **account(running.requests, began_at),
-        "memory_growth_mib": round(growth, 1),
-        "clients": CLIENTS,
-    }
-    assert figures["answered"] == figures["requests"], figures
-    assert growth < GROWTH_MIB
 
 
 def test_the_disk_is_full_while_a_model_is_written(tmp_path: Path, stories: LLM, faults: dict[str, dict]) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, get_args
 
 import typer
 import yaml
@@ -29,7 +29,7 @@ from loadtest.bench import services
 from loadtest.bench.mixed_hour import memory
 from loadtest.bench.mixed_hour.calls import KINDS, Caller, Keys
 from loadtest.bench.mixed_hour.disturbances import REPLICAS, Disturbances, exporters
-from loadtest.bench.mixed_hour.load import Load
+from loadtest.bench.mixed_hour.load import Account, Load
 from loadtest.options import require_at_least
 from tinylm.serving.keys import make_key
 from tinylm.system.files import check_file, write_file
@@ -87,9 +87,8 @@ def run(minutes: int, rate_per_s: float, period_min: float, out: Path | None) ->
 
 def _result(load: Load, caller: Caller, disturbances: Disturbances, taken: list[memory.Sample]) -> dict[str, Any]:
     table = load.table()
-    outcomes = dict.fromkeys(outcome for row in table.values() for outcome in row)
     return {
-        "calls": {outcome: sum(row.get(outcome, 0) for row in table.values()) for outcome in outcomes},
+        "calls": {outcome: load.total(outcome) for outcome in get_args(Account)},
         "unexpected": load.total("unexpected"),
         "retried_by_client": caller.n_retried,
         "memory": memory.summary(taken),

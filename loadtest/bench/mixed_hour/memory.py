@@ -137,8 +137,9 @@ def summary(taken: Sequence[Sample]) -> dict[str, dict[str, Any]]:
     """Return the figures of each role, those with most memory first.
 
     Values per process are means over the processes of the role in that minute. `growth_kib_per_minute` is that of the
-    process that grew most, of those that lived LIVED_MIN minutes, None if there was none. `role_growth_kib_per_minute`
-    is that of the mean process: it also shows growth where each process is soon replaced.
+    process that grew most, of those that lived LIVED_MIN minutes, None if there was none, and `late_growth_...` the
+    same in the second half of their lives. `role_growth_kib_per_minute` is that of the mean process: it also shows
+    growth where each process is soon replaced.
     """
     figures: dict[str, dict[str, Any]] = {}
     last = max((sample.minute for sample in taken), default=0)
@@ -148,8 +149,8 @@ def summary(taken: Sequence[Sample]) -> dict[str, dict[str, Any]]:
         settled = {minute: found for minute, found in minutes.items() if minute >= min(SETTLED_MIN, last)}
         lives = [[s for s in own if s.pid == pid] for pid in {s.pid for s in own}]
         long = [life for life in lives if life[-1].minute - life[0].minute >= LIVED_MIN]
-        growths = [slope([(s.minute, s.anonymous_kib) for s in life if s.minute >= life[0].minute + SETTLED_MIN])
-                   for life in long]  # fmt: skip
+        growths = [_growth(life, life[0].minute + SETTLED_MIN) for life in long]
+        late_growths = [_growth(life, (life[0].minute + life[-1].minute) / 2) for life in long]
         means = [(float(minute), mean(s.anonymous_kib for s in found)) for minute, found in settled.items()]
         figures[role] = {
             "processes_at_once": max(len(found) for found in minutes.values()),
@@ -158,11 +159,16 @@ def summary(taken: Sequence[Sample]) -> dict[str, dict[str, Any]]:
             "settled": _per_process(settled or minutes, first=True),
             "end": _per_process(minutes, first=False),
             "growth_kib_per_minute": round(max(growths), 1) if growths else None,
-            "median_growth_kib_per_minute": round(median(growths), 1) if growths else None,
+            "late_growth_kib_per_minute": round(max(late_growths), 1) if late_growths else None,
             "role_growth_kib_per_minute": round(slope(means), 1) if len(means) > 1 else None,
             "cpu_s": round(sum(life[-1].cpu_s for life in lives), 1),
         }
     return dict(sorted(figures.items(), key=lambda item: -item[1]["end"]["mib"]))
+
+
+def _growth(life: Sequence[Sample], minute: float) -> float:
+    """Return the growth of a process from this minute on, in KiB per minute."""
+    return slope([(s.minute, s.anonymous_kib) for s in life if s.minute >= minute])
 
 
 def _per_process(minutes: Mapping[int, Sequence[Sample]], first: bool) -> dict[str, float]:
