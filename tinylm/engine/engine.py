@@ -351,10 +351,12 @@ class Engine:
         """Give a request the token of a row of the batch. Return whether the answer has another token before it."""
         if request.first_token_at is None:
             request.first_token_at = time.monotonic()
-        batch, params, scores = self._runner.batch, request.params, []
-        if params.logprobs is not None:
-            logits = batch.logits[row : row + 1, : self.config.vocab_size]
-            scores = token_logprobs(logits, [token], params.logprobs)
+        batch, params = self._runner.batch, request.params
+        scores = (
+            []
+            if params.logprobs is None
+            else token_logprobs(batch.logits[row : row + 1, : self.config.vocab_size], [token], params.logprobs)
+        )
         if token in request.ends:
             request.ending = (token, scores[0]) if scores else None
             self._finish(request, "stop")
