@@ -175,7 +175,9 @@ TABLE: dict[str, str | Walk] = {
     r"make chaos": Walk(Until.AT_WORK, r"tests/chaos/\w+\.py \.", limit_s=400),
     r"make soak( MINUTES=\d+)?|python -m loadtest.bench.mixed_hour": Walk(Until.AT_WORK, r"minute 1: ", limit_s=400),
     r"make clients": Walk(Until.AT_WORK, r"tests/docs/test_clients\.py \.", limit_s=600),
-    r"make arm": Walk(Until.AT_WORK, r"collected \d+ items", refused=r"error: \S+ is not installed", limit_s=600),
+    r"(ARM_REQUESTS=\d+ )?make arm": Walk(
+        Until.AT_WORK, r"collected \d+ items", refused=r"error: \S+ is not installed", limit_s=600
+    ),
     r"make bench( ONLY=.*)?|python -m loadtest.bench.standard": Walk(Until.AT_WORK, BUSY, limit_s=400),
     r"make peers": Walk(Until.AT_WORK, r"Building wheel for llama|round 1", limit_s=900),
 }  # fmt: skip

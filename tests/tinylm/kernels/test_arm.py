@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.kernels import ROOT, computed_here, sampled_stories
+from helpers.kernels import ROOT, computed_here, outcome, sampled_stories, start_python
 
 from tinylm import LLM
-from tinylm.kernels.numba import arm
+from tinylm.kernels.numba import arm, emitter
 
 # --- without the processor
 
@@ -30,6 +30,74 @@ def test_a_system_without_the_function_reports_no_features():
     assert arm.reported_features("darwin", "arm64") == set()
 
 
+# The code of ARM's forms on this processor, with each instruction replaced by its definition in the ARM manual.
+DEFINED = """
+import re, sys
+from functools import reduce
+import numpy as np
+from llvmlite import ir
+from tinylm.kernels.numba import emitter
+from tinylm.kernels.numba.emitter import Emitter, I32
+
+form, file = sys.argv[1:]
+emitter.dot_product = lambda: form
+call = Emitter.call
+
+def sums(e, products, n):
+    parts = [e._shuffle(products, products, list(range(i, products.type.count, n))) for i in range(n)]
+    return reduce(e.b.add, parts)
+
+def defined(e, name, kind, *args):
+    match = re.match(r"llvm.aarch64.neon.(\\w+)", name)
+    if not match:
+        return call(e, name, kind, *args)
+    if match[1] == "saddlp":
+        return sums(e, e.b.sext(args[0], ir.VectorType(I32, 8)), 2)
+    total, *operands = args
+    first = e.b.sext if match[1] == "sdot" else e.b.zext
+    second = e.b.zext if match[1] == "udot" else e.b.sext
+    a, b = (extend(x, ir.VectorType(I32, 16)) for extend, x in zip((first, second), operands))
+    if match[1] == "usmmla":
+        rows = [list(range(8)), list(range(8, 16))]
+        a = e._shuffle(a, a, rows[0] + rows[0] + rows[1] + rows[1])
+        b = e._shuffle(b, b, rows[0] + rows[1] + rows[0] + rows[1])
+        return e.b.add(total, sums(e, e.b.mul(a, b), 8))
+    return e.b.add(total, sums(e, e.b.mul(a, b), 4))
+
+Emitter.call = defined
+"""
+PRODUCTS = """
+from helpers.kernels import Products, computed_here, extreme_tensors, random_tensors
+from tinylm import ModelConfig
+
+odd = ModelConfig(vocab_size=65, hidden_size=36, n_layers=1, n_heads=2, mlp_size=100)  # odd numbers of four inputs
+for config in (ModelConfig(n_layers=1), odd):
+    for tensors in (random_tensors(config, 1), extreme_tensors(config, 1)):
+        matrices = Products(config, tensors)
+        for n_tokens in (1, 2, 3, 7):
+            inputs = matrices.inputs(n_tokens, seed=n_tokens)
+            for ours, expected in zip(matrices.compute(*inputs), matrices.expected(*inputs), strict=True):
+                np.testing.assert_array_equal(ours, expected)
+"""
+SAVE = "np.savez(file, **computed_here())"
+ARM_FORMS = [form for form in emitter.FORMS if form.startswith("neon")]
+
+
+@pytest.mark.parametrize("form", ARM_FORMS)
+def test_matmuls_with_defined_instructions_equal_numpys(form, tmp_path):
+    outcome(start_python(DEFINED + PRODUCTS, form, "", NUMBA_CACHE_DIR=str(tmp_path)))
+
+
+@pytest.mark.arm
+@pytest.mark.parametrize("form", ARM_FORMS)
+def test_a_step_with_defined_instructions_computes_the_same(form, tmp_path):
+    file = tmp_path / "theirs.npz"
+    outcome(start_python(DEFINED + PRODUCTS + SAVE, form, str(file), NUMBA_CACHE_DIR=str(tmp_path)), timeout_s=3600)
+    theirs, ours = dict(np.load(file)), expected()[0]
+    for name in ("layer", "stories", "chosen", "products"):
+        np.testing.assert_array_equal(theirs[name], ours[name])
+
+
 # --- in an emulator
 
 # Processors of QEMU, and the form of dot products that each gets.
@@ -38,17 +106,10 @@ REQUESTS = int(os.environ.get("ARM_REQUESTS", "40"))
 STORIES = f"""
 import json, sys
 import numpy as np
-from helpers.kernels import Products, computed_here, extreme_tensors, random_tensors, sampled_stories
-from tinylm import LLM, ModelConfig
+{PRODUCTS}
+from helpers.kernels import sampled_stories
+from tinylm import LLM
 
-odd = ModelConfig(vocab_size=65, hidden_size=36, n_layers=1, n_heads=2, mlp_size=100)
-for config in (ModelConfig(n_layers=1), odd):
-    for tensors in (random_tensors(config, 1), extreme_tensors(config, 1)):
-        matrices = Products(config, tensors)
-        for n_tokens in (1, 2, 3, 7):
-            inputs = matrices.inputs(n_tokens, seed=n_tokens)
-            for ours, expected in zip(matrices.compute(*inputs), matrices.expected(*inputs), strict=True):
-                np.testing.assert_array_equal(ours, expected)
 np.savez(sys.argv[1], **computed_here())
 print(json.dumps(sampled_stories(LLM("models/stories-8m", kernels="numba"), {REQUESTS})))
 """
