@@ -1,6 +1,5 @@
 """configs/serve.yaml under load while its parts are killed, and what its callers notice."""
 
-import os
 import shutil
 import signal
 import subprocess
