@@ -182,8 +182,8 @@ def _execute(run: Run, program: Path, *arguments: str) -> None:
 def _version(program: Path) -> str:
     """Return the version of the package that a program is from."""
     code = f"import importlib.metadata; print(importlib.metadata.version({program.name!r}))"
-    command = [program.with_name("python"), "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    python = program.with_name("python")
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _json_lines(run: Run, rows: list[dict[str, Any]]) -> Path:

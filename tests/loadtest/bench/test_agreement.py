@@ -1,6 +1,7 @@
 """What `python -m loadtest.bench.agreement` computes of its rounds. `test_clients` runs it with the real programs."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -9,7 +10,7 @@ from helpers.http import json_server
 from hypothesis import given
 
 from loadtest.bench import agreement
-from loadtest.bench.agreement import REFERENCE, agreement_table, compare, from_records
+from loadtest.bench.agreement import REFERENCE, Run, agreement_table, compare, from_records
 from loadtest.load import Load, Mix
 
 NAMES = ("aiperf", "guidellm", REFERENCE)
@@ -34,10 +35,14 @@ def test_each_round_begins_with_another_program(dead_proxies: None, monkeypatch:
     """The model is read without a proxy."""
     asked: list[str] = []
 
-    def program(name: str) -> Any:
-        return lambda run: (asked.append(name), {name: float(len(run.model))})[1]
+    def program(name: str) -> Callable[[Run], dict[str, float]]:
+        def execute(run: Run) -> dict[str, float]:
+            asked.append(name)
+            return {name: float(len(run.model))}
 
-    monkeypatch.setattr(agreement, "GENERATORS", tuple(program(name) for name in NAMES))
+        return execute
+
+    monkeypatch.setattr(agreement, "GENERATORS", tuple(map(program, NAMES)))
     with json_server({"data": [{"id": "four"}]}) as (url, _):
         load = Load(url, Mix.parse("4", "n"), 1)
         assert agreement.measure(load, ("Once",), rounds=3) == [dict.fromkeys(NAMES, 4.0)] * 3
