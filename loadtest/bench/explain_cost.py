@@ -37,7 +37,7 @@ REPLICAS, CLIENTS, EXPLORERS, TOKENS = 4, 16, 3, 64
 WARMUP_S, PAUSE_S = 2.0, 1.0
 IDLE_ROUNDS = 20  # explanations of each kind without load
 PROMPT = "Once upon a time, there was a little dog who lived in a big house near the forest. " * 3
-PIECES: tuple[tuple[str, dict[str, int | str]], ...] = (
+PIECES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("tokens", {}),
     ("norms", {}),
     ("attention", {"layer": 8, "head": 1}),
@@ -56,7 +56,7 @@ class Asked:
     answered_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # piece -> times
     n_refused: int = 0
 
-    def ask(self, client: Client, piece: str, fields: Mapping[str, int | str]) -> float:
+    def ask(self, client: Client, piece: str, fields: Mapping[str, Any]) -> float:
         """Ask once. Return the seconds to wait before the next question. Raise ServiceError for other failures."""
         began_at = time.monotonic()
         try:
