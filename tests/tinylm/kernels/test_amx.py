@@ -24,7 +24,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinylm import LLM, ModelConfig
-from tinylm.kernels.numba import amx, emitter, ops
+from tinylm.kernels.numba import amx, emitter, make_cache, make_scratch, ops, prepare
 
 needs_tiles = pytest.mark.skipif(not amx.permitted(), reason="this CPU has no AMX tiles, or Linux refuses them")
 FORMS = [pytest.param(1, marks=needs_tiles, id="tiles"), pytest.param(amx.NEVER, id="vectors")]
@@ -74,6 +74,28 @@ def test_the_tiles_multiply():
     matrices.compute(*matrices.inputs(5, seed=0))
     assert any("tdpbusd" in code for code in ops.multiply_tiles.inspect_asm().values())
     assert amx.fewest_tokens() == amx.FEWEST_TOKENS
+
+
+@needs_tiles
+def test_attention_has_the_same_bits():
+    """For parts of prompts that begin anywhere in a block of the cache, beside sequences that decode."""
+    config, rng = ModelConfig(n_layers=1, context=80), np.random.default_rng(5)
+    shape = prepare(config, random_tensors(config, seed=5), "int8").shape
+    cache, scratch = make_cache(config, 3, "int8"), make_scratch(config, 120, 1)
+    for array in cache[:4]:
+        array[:] = rng.integers(0, 100, array.shape) if array.itemsize == 1 else rng.uniform(0, 0.1, array.shape)
+    for begin, end in [(0, 80), (3, 20), (13, 19), (15, 33), (16, 32), (30, 31)]:
+        positions = np.array([7, *range(begin, end), 79])
+        slots = np.array([0, *[1] * (end - begin), 2])
+        qkv = rng.normal(0, 1, scratch.wide.shape).astype(np.float32)
+        outs = []
+        for tile_tokens in (amx.FEWEST_TOKENS, amx.NEVER):
+            settings, out = scratch._replace(tile_tokens=tile_tokens), np.zeros_like(scratch.normed)
+            ops.attend_int8(qkv, len(slots), slots, positions, shape, cache, 0, settings, out)
+            outs.append(out.view(np.int32))
+        assert outs[0].any()
+        np.testing.assert_array_equal(*outs)
+    assert any("tdpbsud" in code for code in ops.attend_int8.inspect_asm().values()), "it compared vectors with vectors"
 
 
 @needs_tiles
