@@ -33,6 +33,7 @@ BURST_CALLS, BURST_CONNECTIONS = 500, 5  # 400 calls fill slots and queues of fi
 REFUSED_BEFORE_CANCEL = 20  # calls of a burst that are refused before the others are cancelled
 SETTLE_LIMIT_S = 300.0
 STREAMS_OF_A_KILL = 64  # all slots of four replicas
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}  # of the dashboard of a cluster that `tinylm serve` starts
 GONE = {code.name for code in RETRIED}  # how a stream may end whose replica is killed
 LIMIT_OF_CALLS_S = 2.0  # a call that is not a generation takes less
 
@@ -177,9 +178,6 @@ class Disturbances:
         if any(replica["state"] != "RUNNING" for replica in found):
             return []
         return [replica["pid"] for replica in found]
-
-
-NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
 
 
 def dashboard_url(service: RayService) -> str:
