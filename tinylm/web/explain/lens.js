@@ -32,7 +32,7 @@ part("lens", ["position", "layer"], () => lens(state.position), (found, get) => 
 function cell({ token, probability }, answer) {
   const made = make("span", { class: token.id === answer.id ? "candidate final" : "candidate" }, word(token), " ",
     make("span", { class: "muted" }, percent(probability)));
-  made.style.setProperty("--shade", `${Math.round(60 * probability)}%`);
+  made.style.setProperty("--shade", `${Math.round(40 * probability)}%`);
   return made;
 }
 
