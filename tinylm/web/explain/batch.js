@@ -2,7 +2,7 @@
 
 import { completions, get as getJson } from "../api.js";
 import { element } from "../charts.js";
-import { bar, byId, fill, make, say, percent } from "./dom.js";
+import { bar, byId, fill, percent, say } from "./dom.js";
 import { set, state } from "./state.js";
 
 const KEPT_MS = 600; // the service gives all readers the same view for 500 ms

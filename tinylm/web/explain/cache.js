@@ -1,6 +1,6 @@
 // The parts `cache` and `int8`: what serving stores, and in how many bytes.
 
-import { bar, byId, fill, fixed, make, percent, quoted, say, whole } from "./dom.js";
+import { bar, byId, fill, fixed, make, quoted, say, whole } from "./dom.js";
 import { showChooser } from "./chooser.js";
 import { part } from "./part.js";
 import { ask } from "./service.js";
