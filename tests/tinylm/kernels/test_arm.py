@@ -83,9 +83,10 @@ SAVE = "np.savez(file, **computed_here())"
 ARM_FORMS = [form for form in emitter.FORMS if form.startswith("neon")]
 
 
+@pytest.mark.arm
 @pytest.mark.parametrize("form", ARM_FORMS)
 def test_matmuls_with_defined_instructions_equal_numpys(form, tmp_path):
-    outcome(start_python(DEFINED + PRODUCTS, form, "", NUMBA_CACHE_DIR=str(tmp_path)))
+    outcome(start_python(DEFINED + PRODUCTS, form, "", NUMBA_CACHE_DIR=str(tmp_path)), timeout_s=3600)
 
 
 @pytest.mark.arm
