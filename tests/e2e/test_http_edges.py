@@ -14,8 +14,8 @@ import pytest
 from helpers.service import Service
 from openai import DefaultHttpxClient
 
-from tinylm.serving.http.live import KEPT_S
 from tinylm.serving.http.requests import MAX_BODY_BYTES
+from tinylm.serving.live import KEPT_S
 
 LIMIT_S = 60
 PROMPT = "Once upon a time"
