@@ -9,12 +9,13 @@ const waiting = []; // questions that have not been sent
 let answers = new Map(); // question -> promise, for one sentence
 let sentence = "";
 let sending = false;
+let whenBusy = () => {};
+let isBusy = false; // whether the reader knows that the service is busy
 
 /** The sentence has changed since the question. */
 export class Outdated extends Error {}
 
-/** `react` gets a message while the service is busy, and "" afterwards. */
-export let whenBusy = () => {};
+/** Let `react` get a message while the service is busy, and "" afterwards. */
 export const onBusy = (react) => (whenBusy = react);
 
 /** Return a promise of the answer to `POST /explain/PIECE` about the sentence. `later`: after all other questions. */
@@ -56,12 +57,14 @@ async function patiently({ piece, body }) {
   for (let tries = 1; ; tries++) {
     try {
       const answer = await post(`explain/${piece}`, body);
-      whenBusy("");
+      if (isBusy) whenBusy("");
+      isBusy = false;
       return answer;
     } catch (error) {
       if (body.prompt !== state.text) throw new Outdated();
       const wait_s = error.retryAfter_s;
       if (!(error instanceof ServiceError) || !BUSY.includes(error.status) || wait_s === null || tries === MOST_TRIES) throw error;
+      isBusy = true;
       whenBusy("The service is busy with requests. Trying again …");
       await new Promise((resolve) => setTimeout(resolve, 1000 * wait_s));
       if (body.prompt !== state.text) throw new Outdated();
