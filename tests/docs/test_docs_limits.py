@@ -76,7 +76,7 @@ def test_the_serving_page_has_the_limits_of_the_code() -> None:
         "requests with a higher priority that overtake a waiting one": MAX_OVERTAKEN,
         "an explanation": f"{explanations.ANSWER_WITHIN_S:.0f} s",
         "a step of the engine": f"{args.stalled_s:.0f} s",
-        "running calls when a replica stops": f"{deployment['graceful_shutdown_timeout_s']} s",
+        "running calls when a replica stops, in a rollout too": f"{deployment['graceful_shutdown_timeout_s']} s",
         "open streams after a reload of HAProxy": f"{variables['RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S']} s",
         "an idle connection over HTTP": f"{http.keep_alive_timeout_s} s",
         "a changed key file, until the service reads it": f"{keys.LOOK_AGAIN_S:.0f} s",
