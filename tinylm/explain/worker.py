@@ -3,9 +3,9 @@
     python -m tinylm.explain.worker models/stories-8m int8
 
 The arguments are the model directory and the precision. Each line of standard input is a question, a JSON object. An
-answer on standard output is a line with "ok" or "wrong" and a number of bytes, and then these bytes: the piece in the
-form of the question, or the message of a ValueError. The process ends when its input ends, or when it gets no question
-for IDLE_S.
+answer on standard output is a line with "ok" or "wrong", a number of bytes, and the CPU time of this process until now
+in microseconds. Then these bytes follow: the piece in the form of the question, or the message of a ValueError. The
+process ends when its input ends, or when it gets no question for IDLE_S.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import select
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def answer(explainer: Explainer, line: bytes) -> bytes:
         kind, content = OK, encoded(question["piece"], found, question["n_tokens"], question["form"])
     except ValueError as error:
         kind, content = WRONG, str(error).encode()
-    return b"%s %d\n%s" % (kind, len(content), content)
+    return b"%s %d %d\n%s" % (kind, len(content), time.process_time_ns() // 1000, content)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from tinylm.serving.service import Service
 
 LARGEST_NICENESS = 19
+# An answer shows that others need the cores if it takes more than this times its CPU time, and so many seconds.
+BUSY_MACHINE, BUSY_MACHINE_S = 2.0, 0.05
+REST = 15.0  # times the time of such an answer, before the next one
 ANSWER_WITHIN_S = 60.0  # an answer takes 0.1 s, but much longer when other programs use all cores
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -89,13 +93,21 @@ class Explanations:
         self._engine = engine
         self._process: subprocess.Popen[bytes] | None = None
         self._under_way: asyncio.Future[tuple[bytes, bytes]] | None = None
+        self._cpu_s = 0.0  # of the process
+        self._rests_until = 0.0  # by time.monotonic
 
     def check_idle(self) -> None:
-        """Raise Busy if another explanation runs in this replica, or if no slot of the engine is free."""
+        """Raise Busy if another explanation runs in this replica, no slot is free, or the process rests.
+
+        It rests after each answer on a machine whose cores are in use, also by other replicas. The lowest priority
+        alone is not enough: the process slows other cores through the memory and the caches that they share.
+        """
         if self._under_way is not None and not self._under_way.done():
             raise Busy("this replica works at another explanation")
         if self._engine.n_waiting > 0 or self._engine.n_running >= self._engine.n_slots:
             raise Busy(f"requests use all {self._engine.n_slots} slots of this replica")
+        if time.monotonic() < self._rests_until:
+            raise Busy("the machine is busy, and the last one was a short time ago")
 
     async def ask(self, question: Mapping[str, Any]) -> bytes:
         """Return the answer of `tinylm.explain.worker` to a question.
@@ -130,6 +142,7 @@ class Explanations:
         source, target = self._process.stdout, self._process.stdin
         if source is None or target is None:
             raise RuntimeError("the process has no pipes")
+        began_at = time.monotonic()
         try:
             target.write(question + b"\n")
             target.flush()
@@ -138,16 +151,23 @@ class Explanations:
             head = []
         if not head:
             raise Busy("its process has ended")
-        kind, size = head[0], int(head[1])
+        kind, size, cpu_s = head[0], int(head[1]), int(head[2]) / 1e6
         content = source.read(size)
         if len(content) < size:
             raise Busy("its process has ended")
+        self._rest(time.monotonic() - began_at, cpu_s - self._cpu_s)
+        self._cpu_s = cpu_s
         return kind, content
+
+    def _rest(self, took_s: float, cpu_s: float) -> None:
+        if took_s > BUSY_MACHINE * cpu_s + BUSY_MACHINE_S:
+            self._rests_until = time.monotonic() + REST * took_s
 
     def _start(self) -> subprocess.Popen[bytes]:
         package = str(Path(tinylm.__file__).parents[1])  # Ray can import it from a directory that is not in PYTHONPATH
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+        self._cpu_s = 0.0
         process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         give_lowest_priority(process.pid)  # from here, so that its imports have it too
         return process

@@ -36,10 +36,13 @@ def test_each_line_is_answered_until_the_input_ends(stories_dir: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    output, answers = io.BytesIO(done.stdout), []
+    output, answers, cpu_us = io.BytesIO(done.stdout), [], [0]
     while head := output.readline():
-        kind, size = head.decode().split()
+        kind, size, used = head.decode().split()
         answers.append((kind, output.read(int(size))))
+        cpu_us.append(int(used))
+    assert cpu_us == sorted(cpu_us)
+    assert 0 < cpu_us[1] <= cpu_us[-1]
     norms = explainer.norms(PROMPT)
     message = pb.ExplainResponse(n_tokens=n_tokens, norms=pb.ExplainResponse.Norms(norms=norms.ravel().tolist()))
 

@@ -24,11 +24,14 @@ from ray import serve
 from tinylm import LLM, SamplingParams
 from tinylm.client import AsyncClient, Client, ServiceError
 from tinylm.client.wire import PIECES
+from tinylm.engine import Engine
 from tinylm.explain.engine_answer import Difference
 from tinylm.explain.explainer import Explainer
 from tinylm.explain.forms import as_json
 from tinylm.explain.results import CacheUse, Candidate, Lens, RoundedInput, Scores, StageReport, Token, as_shades
 from tinylm.llm import load
+from tinylm.serving.calls import Busy
+from tinylm.serving.explanations import Explanations
 from tinylm.serving.grpc.methods import GrpcMethods
 from tinylm.serving.http.app import build_http_app
 from tinylm.serving.keys import make_key
@@ -57,6 +60,8 @@ def args(stories_dir: Path) -> dict[str, Any]:
 async def replica(args: dict[str, Any]) -> AsyncIterator[tuple[Service, Post]]:
     """Yield a service, and a function that sends a request to its HTTP application."""
     service = Service(AppArgs(**args))
+    # Other programs may use the cores of this machine meanwhile.
+    service.explanations._rest = lambda took_s, cpu_s: None  # type: ignore[method-assign]
     app = build_http_app(service)
 
     async def post(path: str, *, key: str | None = None, **fields: object) -> tuple[int, dict[str, str], Any]:
@@ -251,6 +256,16 @@ def test_a_busy_replica_names_the_time_to_a_grpc_client(args: dict[str, Any]) ->
             assert answers[0] == answers[1]
 
     asyncio.run(check())
+
+
+def test_the_process_rests_on_a_busy_machine(stories_dir: Path) -> None:
+    _, model = load(stories_dir, "numba", "int8")
+    explanations = Explanations(stories_dir, "int8", Engine(model, n_slots=2))
+    explanations._rest(took_s=1.9, cpu_s=1.0)
+    explanations.check_idle()
+    explanations._rest(took_s=2.06, cpu_s=1.0)
+    with pytest.raises(Busy, match="the machine is busy, and the last one was a short time ago: try again in 1 s"):
+        explanations.check_idle()
 
 
 def test_an_explanation_is_refused_when_the_replica_is_busy(args: dict[str, Any]) -> None:
