@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 LARGEST_NICENESS = 19
 # An answer shows that others need the cores if it takes more than this times its CPU time, and so many seconds.
 BUSY_MACHINE, BUSY_MACHINE_S = 2.0, 0.05
-REST = 15.0  # times the time of such an answer, before the next one
+REST, LONGEST_REST_S = 15.0, 5.0  # before the next one: times the time of such an answer
 ANSWER_WITHIN_S = 60.0  # an answer takes 0.1 s, but much longer when other programs use all cores
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -161,7 +161,7 @@ class Explanations:
 
     def _rest(self, took_s: float, cpu_s: float) -> None:
         if took_s > BUSY_MACHINE * cpu_s + BUSY_MACHINE_S:
-            self._rests_until = time.monotonic() + REST * took_s
+            self._rests_until = time.monotonic() + min(REST * took_s, LONGEST_REST_S)
 
     def _start(self) -> subprocess.Popen[bytes]:
         package = str(Path(tinylm.__file__).parents[1])  # Ray can import it from a directory that is not in PYTHONPATH
