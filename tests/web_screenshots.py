@@ -23,6 +23,7 @@ from helpers.browser import DESKTOP, chromium, visit
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before this directory, whose `tinylm` has only tests
 from tinylm.system.machine import describe
 
 PROMPTS = ("Once upon a time", "The little dog", "It was raining, and Tom was sad.")
