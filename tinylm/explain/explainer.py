@@ -1,12 +1,12 @@
 """Answer questions about what the model computes for a short prompt, with the reference kernels.
 
-Each question runs the part of the forward pass that it needs. Layers and heads are numbered from 1, and positions from
+Questions about the same prompt share one forward pass. Layers and heads are numbered from 1, and positions from
 0, the boundary in front of the prompt. Shapes: T tokens with the boundary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -27,6 +27,7 @@ from tinylm.tokenizer import Tokenizer
 
 MAX_TOKENS = 64  # of a prompt, without the boundary
 MAX_TOP = 100  # tokens to report in a distribution
+N_KEPT = 4  # prompts whose layers are kept; the longest prompt takes 8 MB
 MATMULS = ("qkv", "out", "up", "down")  # of a layer, in the order of the forward pass
 
 
@@ -68,6 +69,7 @@ class Explainer:
         self._engine = Engine(reference, n_slots=1)  # it checks settings and draws random numbers, as for a request
         self._batch = Batch.empty(self.config, n_slots=1, n_tokens=MAX_TOKENS + 1, n_rows=1)
         self._cache = kernels.make_cache(self.config, 1, reference.precision)
+        self._kept = lru_cache(N_KEPT)(self._run)
 
     def tokens(self, prompt: str) -> list[Token]:
         """Return the tokens of the prompt, with the boundary."""
@@ -76,12 +78,12 @@ class Explainer:
     def norms(self, prompt: str) -> np.ndarray:
         """Return the length of the residual stream, (layers + 1, T): after the embedding and after each layer."""
         ids = self._ids(prompt)
-        streams = [kernels.embed(self._weights, np.array(ids)), *(layer.output for layer in self._run(ids))]
+        streams = [kernels.embed(self._weights, np.array(ids)), *(layer.output for layer in self.layers(prompt))]
         return np.linalg.norm(np.stack(streams), axis=-1)
 
-    def layers(self, prompt: str) -> Iterator[kernels.LayerRun]:
-        """Run the prompt through the model, and yield what each layer computes."""
-        return self._run(self._ids(prompt))
+    def layers(self, prompt: str) -> list[kernels.LayerRun]:
+        """Return what each layer computes for the prompt. The arrays belong to the explainer."""
+        return self._kept(tuple(self._ids(prompt)))
 
     def attention(self, prompt: str, layer: int) -> np.ndarray:
         """Return the attention of a layer's heads, (heads, T, T) float32.
@@ -89,11 +91,11 @@ class Explainer:
         [h, i, j] is the share that token i takes from token j. Raise ValueError for a layer that the model does not
         have.
         """
-        return self._shares(self._layer(self._ids(prompt), layer), layer)
+        return self._shares(self._layer(prompt, layer))
 
     def attention_of_all(self, prompt: str) -> np.ndarray:
         """Return the attention of all heads of all layers, (layers, heads, T, T), each layer as `attention` does."""
-        return np.stack([self._shares(run, layer) for layer, run in enumerate(self.layers(prompt), 1)])
+        return np.stack([self._shares(run) for run in self.layers(prompt)])
 
     def head(self, prompt: str, layer: int, head: int) -> np.ndarray:
         """Return the attention of one head, (T, T), as `attention` does. Raise ValueError for an unknown head."""
@@ -109,7 +111,7 @@ class Explainer:
         position = len(ids) - 1 if position is None else position
         _check("position", position, 0, len(ids) - 1)
         self._check_top(top)
-        logits = [kernels.unembed(self._weights, layer.output) for layer in self._run(ids)]  # (T, vocab) each
+        logits = [kernels.unembed(self._weights, layer.output) for layer in self.layers(prompt)]  # (T, vocab) each
         answers = logits[-1].argmax(axis=1)  # (T,)
         every = np.arange(len(ids))
         ranks = [1 + np.count_nonzero(of_layer > of_layer[every, answers][:, None], axis=1) for of_layer in logits]
@@ -138,8 +140,7 @@ class Explainer:
 
     def logits(self, prompt: str) -> np.ndarray:
         """Return the scores of the next token after the prompt, (vocab,) float32."""
-        *_, last = self.layers(prompt)
-        return kernels.unembed(self._weights, last.output[-1:])[0]
+        return kernels.unembed(self._weights, self.layers(prompt)[-1].output[-1:])[0]
 
     def raw_scores(self, prompt: str, top: int = 100) -> RawScores:
         """Return the scores of all tokens before all settings, and the `top` tokens with the highest scores.
@@ -164,7 +165,7 @@ class Explainer:
         """
         if name not in MATMULS:
             raise ValueError(f"name is {name!r}: it must be one of {', '.join(MATMULS)}")
-        x = getattr(self._layer(self._ids(prompt), layer), name)  # (T, in)
+        x = getattr(self._layer(prompt, layer), name)  # (T, in)
         if position is not None:
             _check("position", position, 0, len(x) - 1)
             x = x[position : position + 1]
@@ -182,23 +183,22 @@ class Explainer:
     def _ids(self, prompt: str) -> list[int]:
         return read_prompt(prompt, self.tokenizer, self.config)
 
-    def _run(self, ids: list[int]) -> Iterator[kernels.LayerRun]:
+    def _run(self, ids: tuple[int, ...]) -> list[kernels.LayerRun]:
         n, batch = len(ids), self._batch
         batch.ids[:n], batch.positions[:n] = ids, np.arange(n)
-        return kernels.run_layers(self._weights, self._cache, batch, n, kernels.embed(self._weights, batch.ids[:n]))
+        x = kernels.embed(self._weights, batch.ids[:n])  # (T, hidden)
+        return list(kernels.run_layers(self._weights, self._cache, batch, n, x))
 
-    def _shares(self, run: kernels.LayerRun, layer: int) -> np.ndarray:
-        """Return the attention (heads, T, T) of the layer that `run` belongs to."""
+    def _shares(self, run: kernels.LayerRun) -> np.ndarray:
+        """Return the attention (heads, T, T) of a layer."""
         n, heads = len(run.queries), self.config.n_heads
-        keys = self._cache.keys[layer - 1, 0, :, :n]  # (heads, T, head_dim)
         # With the identity matrix as values, attention returns its own weights.
         identity = np.broadcast_to(np.eye(n, dtype=np.float32), (heads, n, n))
-        return kernels.attention(run.queries, keys, identity).transpose(1, 0, 2)
+        return kernels.attention(run.queries, run.keys.transpose(1, 0, 2), identity).transpose(1, 0, 2)
 
-    def _layer(self, ids: list[int], layer: int) -> kernels.LayerRun:
-        """Run the tokens up to a layer, and return what it computes."""
+    def _layer(self, prompt: str, layer: int) -> kernels.LayerRun:
         _check("layer", layer, 1, self.config.n_layers)
-        return next(run for number, run in enumerate(self._run(ids), 1) if number == layer)
+        return self.layers(prompt)[layer - 1]
 
     def _check_top(self, top: int) -> None:
         _check("top", top, 1, min(MAX_TOP, self.config.vocab_size))

@@ -55,11 +55,12 @@ class Weights(NamedTuple):
 
 
 class LayerRun(NamedTuple):
-    """What one layer computes for T tokens: the inputs of its four matmuls, its queries and its output."""
+    """What one layer computes for T tokens: the inputs of its four matmuls, its queries, keys and output."""
 
     qkv: np.ndarray  # (T, hidden): the input of the matmul with `Layer.qkv`; the same for `out`, `up` and `down`
-    queries: np.ndarray  # (T, heads, head_dim): rotated; with precision "int8" also rounded
-    out: np.ndarray  # (T, hidden): the next layer overwrites it
+    queries: np.ndarray  # (T, heads, head_dim): rotated; with precision "int8" also rounded; the same for `keys`
+    keys: np.ndarray  # (T, heads, head_dim)
+    out: np.ndarray  # (T, hidden)
     up: np.ndarray  # (T, hidden)
     down: np.ndarray  # (T, mlp)
     output: np.ndarray  # (T, hidden): the residual stream after the layer
@@ -181,14 +182,13 @@ def embed(weights: Weights, ids: np.ndarray) -> np.ndarray:
 def run_layers(weights: Weights, cache: KVCache, batch: Batch, n_tokens: int, x: np.ndarray) -> Iterator[LayerRun]:
     """Run the batch's tokens through the layers, and yield what each layer computes. `tinylm.explain` shows it.
 
-    x: (T, hidden), the embedding of the tokens. The next layer overwrites what `LayerRun` says.
+    x: (T, hidden), the embedding of the tokens.
     """
     config, rounds = weights.config, weights.rounds
     slots, positions = batch.slots[:n_tokens], batch.positions[:n_tokens]  # (T,) each
     starts = [t for t in range(n_tokens) if t == 0 or slots[t] != slots[t - 1]]  # the first token of each sequence
     chunks = list(zip(starts, [*starts[1:], n_tokens], strict=True))
     cos, sin = weights.cos[positions], weights.sin[positions]  # (T, head_dim)
-    attended = np.empty((n_tokens, config.n_heads, config.head_dim), np.float32)
     for layer, keys, values in zip(weights.layers, cache.keys, cache.values, strict=True):
         qkv_input = rms_norm(x, layer.attention_norm, config.norm_eps)  # (T, hidden)
         qkv = linear(qkv_input, layer.qkv, rounds)  # (T, 3 * hidden)
@@ -197,6 +197,7 @@ def run_layers(weights: Weights, cache: KVCache, batch: Batch, n_tokens: int, x:
         q, k, v = rotated[:, : config.n_heads], rotated[:, config.n_heads :], qkv[:, 2 * config.n_heads :]
         if rounds:
             q, k, v = (rounded * scale for rounded, scale in map(round_to_int8, (q, k, v)))  # (T, heads, head_dim)
+        attended = np.empty((n_tokens, config.n_heads, config.head_dim), np.float32)
         for first, last in chunks:
             slot, start, end = slots[first], positions[first], positions[last - 1] + 1
             keys[slot, :, start:end] = k[first:last].transpose(1, 0, 2)  # (heads, n, head_dim)
@@ -207,7 +208,7 @@ def run_layers(weights: Weights, cache: KVCache, batch: Batch, n_tokens: int, x:
         up_input = rms_norm(x, layer.mlp_norm, config.norm_eps)  # (T, hidden)
         down_input = gelu(linear(up_input, layer.up, rounds))  # (T, mlp)
         x = x + linear(down_input, layer.down, rounds)
-        yield LayerRun(qkv_input, q, out_input, up_input, down_input, x)
+        yield LayerRun(qkv_input, q, k, out_input, up_input, down_input, x)
 
 
 def unembed(weights: Weights, x: np.ndarray) -> np.ndarray:

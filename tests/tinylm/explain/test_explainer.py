@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tinylm import ModelConfig, SamplingParams
 from tinylm.engine import Engine
 from tinylm.explain.engine_answer import EngineAnswer, difference
-from tinylm.explain.explainer import MATMULS, MAX_TOKENS, Explainer, cache_use
+from tinylm.explain.explainer import MATMULS, MAX_TOKENS, N_KEPT, Explainer, cache_use
 from tinylm.explain.forms import as_json
 from tinylm.explain.results import Scores, as_shades
 from tinylm.kernels import numpy as kernels
@@ -55,6 +55,23 @@ def text_of(tokenizer: Tokenizer) -> Callable[[int], str]:
         return found
 
     return text
+
+
+def test_other_prompts_change_no_answer(model: Model, explainer: Explainer, tokenizer: Tokenizer) -> None:
+    def answers(explainer: Explainer, prompt: str) -> list[np.ndarray]:
+        return [
+            explainer.norms(prompt),
+            explainer.attention_of_all(prompt),
+            explainer.lens(prompt).ranks,
+            explainer.logits(prompt),
+            *(explainer.matmul(prompt, 2, name).values for name in MATMULS),
+        ]
+
+    prompts = [" ".join(["The dog", *["saw a dog and"] * n, "ran"]) for n in range(N_KEPT + 2)]
+    alone = {prompt: answers(Explainer(tokenizer, model), prompt) for prompt in prompts}
+    for prompt in [*prompts, *reversed(prompts), prompts[0], prompts[-1], prompts[0]]:
+        for found, expected in zip(answers(explainer, prompt), alone[prompt], strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_tokens_have_their_bytes(explainer: Explainer, tokenizer: Tokenizer) -> None:
