@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from tinylm.serving.service import Service
 
 LARGEST_NICENESS = 19
-# An answer shows that others need the cores if it takes more than this times its CPU time, and so many seconds.
-BUSY_MACHINE, BUSY_MACHINE_S = 2.0, 0.05
-REST, LONGEST_REST_S = 15.0, 5.0  # before the next one: times the time of such an answer
+# An answer is slow if it takes more than this times its CPU time, and so many seconds: others need the cores.
+SLOW, SLOW_S = 2.0, 0.05
+REST, LONGEST_REST_S = 15.0, 10.0  # after two slow answers in succession: times the time of the second
 ANSWER_WITHIN_S = 60.0  # an answer takes 0.1 s, but much longer when other programs use all cores
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -94,13 +94,15 @@ class Explanations:
         self._process: subprocess.Popen[bytes] | None = None
         self._under_way: asyncio.Future[tuple[bytes, bytes]] | None = None
         self._cpu_s = 0.0  # of the process
+        self._was_slow = False  # the last answer
         self._rests_until = 0.0  # by time.monotonic
 
     def check_idle(self) -> None:
         """Raise Busy if another explanation runs in this replica, no slot is free, or the process rests.
 
-        It rests after each answer on a machine whose cores are in use, also by other replicas. The lowest priority
-        alone is not enough: the process slows other cores through the memory and the caches that they share.
+        It rests while the machine's cores are in use, also by other replicas: after each slow answer but the first, as
+        a browser that draws a page can delay one. The lowest priority alone is not enough: the process slows other
+        cores through the memory and the caches that they share.
         """
         if self._under_way is not None and not self._under_way.done():
             raise Busy("this replica works at another explanation")
@@ -160,7 +162,8 @@ class Explanations:
         return kind, content
 
     def _rest(self, took_s: float, cpu_s: float) -> None:
-        if took_s > BUSY_MACHINE * cpu_s + BUSY_MACHINE_S:
+        was_slow, self._was_slow = self._was_slow, took_s > SLOW * cpu_s + SLOW_S
+        if was_slow and self._was_slow:
             self._rests_until = time.monotonic() + min(REST * took_s, LONGEST_REST_S)
 
     def _start(self) -> subprocess.Popen[bytes]:
