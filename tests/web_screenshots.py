@@ -91,8 +91,7 @@ def take_explanation(browser: Browser, url: str) -> bytes:
 
 def wait_for_explanation(page: Page) -> None:
     """Wait until the overview is complete, and the page has asked what its parts need."""
-    expect(page.locator("[data-mini=next] .word")).to_be_attached(timeout=60_000)
-    expect(page.locator("[data-says=embedding]")).to_contain_text("numbers", timeout=60_000)
+    expect(page.locator("#overview")).to_have_attribute("aria-busy", "false", timeout=60_000)
     page.wait_for_load_state("networkidle")
 
 

@@ -81,6 +81,7 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
 
 
 def wait_for_overview(page: Page) -> None:
+    expect(page.locator("#overview")).to_have_attribute("aria-busy", "false")
     for name, caption in (("next", ".word"), ("lens", "i"), ("scores", ".bar-of")):
         expect(page.locator(f"[data-mini={name}] {caption}").first).to_be_attached()
     expect(page.locator("[data-says=embedding]")).to_have_text(re.compile(r"^\d+ numbers"))

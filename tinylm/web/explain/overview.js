@@ -35,17 +35,19 @@ export function startOverview() {
 }
 
 async function askAll() {
+  const { tokens } = state;
+  byId("overview").ariaBusy = "true";
   Object.assign(shown, { embedding: null, attention: null, lens: null });
-  const asked = [
+  const drawn = [
     raw(true),
     attention(true).then(({ weights }) => ((shown.attention = weights), drawHead())),
     lens(undefined, true).then((found) => ((shown.lens = found), drawLens())),
     embedding(true).then(({ values }) => ((shown.embedding = values), drawEmbedding())),
-    norms(true), // this and the following are for the parts alone
-    neurons(true),
-    ...ROUNDED.map((name) => rounded(name, true)),
   ];
-  for (const one of asked) one.catch((error) => { if (!(error instanceof Outdated)) console.warn(error.message); });
+  const for_parts = [norms(true), neurons(true), ...ROUNDED.map((name) => rounded(name, true))];
+  for (const one of [...drawn, ...for_parts]) one.catch((error) => { if (!(error instanceof Outdated)) console.warn(error.message); });
+  await Promise.allSettled(drawn);
+  if (tokens === state.tokens) byId("overview").ariaBusy = "false";
 }
 
 function drawTokens() {

@@ -5,6 +5,7 @@ import { state } from "./state.js";
 
 const BUSY = [429, 503];
 const MOST_TRIES = 20;
+const AT_ONCE = ["cache"]; // needs no computation, so it waits for no other question
 const waiting = []; // questions that have not been sent
 let answers = new Map(); // question -> promise, for one sentence
 let sentence = "";
@@ -32,7 +33,8 @@ export function ask(piece, fields = {}, later = false) {
     const question = { name, piece, body: { ...fields, prompt: sentence }, resolve, reject, of: answers };
     promise.catch(() => question.of.delete(name)); // so that the next one to ask tries again
     answers.set(name, promise);
-    if (later) waiting.push(question);
+    if (AT_ONCE.includes(piece)) patiently(question).then(resolve, reject);
+    else if (later) waiting.push(question);
     else waiting.unshift(question);
     send();
   }
