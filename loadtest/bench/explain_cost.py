@@ -2,8 +2,9 @@
 
     python -m loadtest.bench.explain_cost --out docs/results/explain-cost.json
 
-Clients send requests for text with and without explorers beside them, in the order A B B A. Explorers ask for all kinds
-of explanations in turn. Each asks again after its answer, or after the time that a refusal names.
+Clients send requests for text with and without explorers beside them, in the order A B B A. An explorer asks for all
+kinds of explanations of one prompt in turn, then of the next prompt. It asks again after its answer, or after the time
+that a refusal names.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import count, islice
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Optional
@@ -36,7 +37,7 @@ CONFIG = Path("configs/serve.yaml")
 REPLICAS, CLIENTS, EXPLORERS, TOKENS = 4, 16, 3, 64
 WARMUP_S, PAUSE_S = 2.0, 1.0
 IDLE_ROUNDS = 20  # explanations of each kind without load
-PROMPT = "Once upon a time, there was a little dog who lived in a big house near the forest. " * 3
+WORDS = ("Once upon a time, there was a little dog who lived in a big house near the forest. " * 3).split()
 PIECES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("tokens", {}),
     ("norms", {}),
@@ -56,11 +57,11 @@ class Asked:
     answered_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # piece -> times
     n_refused: int = 0
 
-    def ask(self, client: Client, piece: str, fields: Mapping[str, Any]) -> float:
+    def ask(self, client: Client, prompt: str, piece: str, fields: Mapping[str, Any]) -> float:
         """Ask once. Return the seconds to wait before the next question. Raise ServiceError for other failures."""
         began_at = time.monotonic()
         try:
-            client.explain(PROMPT, piece, **fields)
+            client.explain(prompt, piece, **fields)
         except ServiceError as error:
             if error.retry_after_s is None:
                 raise
@@ -98,12 +99,11 @@ def explorers(address: str, n: int) -> Iterator[Asked]:
     ends, asked, failures = threading.Event(), [Asked() for _ in range(n)], list[Exception]()
 
     def explore(number: int) -> None:
-        pieces = cycle(PIECES[number:] + PIECES[:number])
+        rounds = ((prompt, *piece) for prompt in prompts(number) for piece in PIECES)
         try:
             with Client(address, retries=0) as client:
                 while not ends.is_set():
-                    piece, fields = next(pieces)
-                    ends.wait(asked[number].ask(client, piece, fields))
+                    ends.wait(asked[number].ask(client, *next(rounds)))
         except Exception as error:
             failures.append(error)
 
@@ -123,14 +123,21 @@ def explorers(address: str, n: int) -> Iterator[Asked]:
         raise RuntimeError(f"an explorer failed: {failures[0]}")
 
 
+def prompts(number: int) -> Iterator[str]:
+    """Yield an explorer's prompts without end. Each begins one word later than the last one."""
+    for first in count(number * len(WORDS) // EXPLORERS):
+        first %= len(WORDS)
+        yield " ".join(WORDS[first:] + WORDS[:first])
+
+
 def ask_alone(address: str, rounds: int) -> Asked:
     """Ask for each kind of explanation without load. The first round starts the explaining processes."""
     with Client(address) as client:
-        for number in range(rounds + 1):
+        for number, prompt in enumerate(islice(prompts(0), rounds + 1)):
             if number <= 1:
                 asked = Asked()
             for piece, fields in PIECES:
-                asked.ask(client, piece, fields)
+                asked.ask(client, prompt, piece, fields)
     return asked
 
 
