@@ -28,13 +28,8 @@ from tinylm.system.files import can_create
 from tinylm.system.proxies import without_proxy_for_loopback
 
 # For Ray, unless the user's environment sets them: normal priority for workers (Ray's default is nice 15), no usage
-# reports, and for a cluster of its own a dashboard that needs no token (it listens on loopback). On a busy machine, a
-# proxy can need longer to start than the 5 s after which Serve kills it by default. Then the whole start would fail.
-RAY = {
-    "RAY_worker_niceness": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # `serve run` waits no longer than that either
-}
+# reports, and for a cluster of its own a dashboard that needs no token (it listens on loopback).
+RAY = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 OWN_CLUSTER = {"RAY_AUTH_MODE": "disabled"}
 HAPROXY_FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
@@ -53,7 +48,6 @@ METRICS_PORTS = {
 FALLBACK_PORTS = {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500, "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": 9500}
 REPLICA_PORTS = {"HTTP": 30_000, "GRPC": 40_000}  # the first of each kind
 PORTS_OF_A_SERVICE, MAX_SERVICES = 100, 100
-PORT_QUARANTINE_S = 60
 MAX_SOCKET_PATH = 107  # bytes, of Linux
 # What Ray and HAProxy add to a temporary directory.
 RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
@@ -189,12 +183,13 @@ def _replica_ports(grpc_port: int) -> dict[str, str]:
     In a common range, a replica could get the port of another service's replica that has just ended. That service's
     HAProxy would then send it calls.
 
-    Serve uses the port of a replica that has ended again after the quarantine. Its own value is an hour, because an old
-    HAProxy with open streams could send calls to another application on that port. Here all ports of the range belong
-    to one application. With an hour, no replica could start any more after 100 have ended within it.
+    Serve uses the port of a replica that has ended again after the quarantine in the service's config. Its own value is
+    an hour, because an old HAProxy with open streams could send calls to another application on that port. Here all
+    ports of the range belong to one application. With an hour, no replica could start any more after 100 have ended
+    within it.
     """
     offset = grpc_port % MAX_SERVICES * PORTS_OF_A_SERVICE
-    ports = {"RAY_SERVE_PORT_QUARANTINE_S": str(PORT_QUARANTINE_S)}
+    ports = {}
     for kind, first in REPLICA_PORTS.items():
         ports[f"RAY_SERVE_DIRECT_INGRESS_MIN_{kind}_PORT"] = str(first + offset)
         ports[f"RAY_SERVE_DIRECT_INGRESS_MAX_{kind}_PORT"] = str(first + offset + PORTS_OF_A_SERVICE - 1)

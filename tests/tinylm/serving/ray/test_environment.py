@@ -82,7 +82,7 @@ def test_serve_reads_every_variable() -> None:
     source = Path(constants.__file__).read_text(encoding="utf-8")
     with environment.service_environment(9000, 16, has_haproxy=True) as variables:
         names = [name for name in variables if name.startswith("RAY_SERVE_") and name not in os.environ]
-    assert "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S" in names
+    assert "RAY_SERVE_HAPROXY_METRICS_PORT" in names
     assert [name for name in names if f'"{name}"' not in source] == []
 
 
