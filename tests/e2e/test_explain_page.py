@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.browser import DESKTOP, barriers, chromium, visit
-from helpers.service import Service
+from helpers.browser import DESKTOP, LAYOUT_SHIFT, barriers, visit
 from openai import DefaultHttpxClient
 from playwright.sync_api import Browser, Page, expect
 
@@ -23,7 +22,6 @@ SENTENCE = "Once upon a time, there was a little"
 PARTS = ("tokens", "embedding", "layer", "lens", "scores", "sampling", "next", "cache", "int8", "batch")
 MINUS = "\N{MINUS SIGN}"
 BUSY = "503"  # a refused question is an error in the browser's log
-HEALTHY_WITHIN_S = 60
 PHONE = {"width": 390, "height": 844}
 NARROW = {"width": 320, "height": 640}
 SETTINGS: list[dict[str, Any]] = [
@@ -45,25 +43,8 @@ CHOOSE = """async ([settings, ids]) => {
   return { greedy, stages: stages.map(of_ids) };
 }"""
 CODE = """async () => (await import("./explain/questions.js")).QUESTIONS.map(({ code, part }) => [...code, part])"""
-LAYOUT_SHIFT = """() => new Promise(resolve => {
-  const sum = list => list.getEntries().reduce((total, entry) => total + entry.value, 0);
-  new PerformanceObserver(list => resolve(sum(list))).observe({ type: "layout-shift", buffered: true });
-  setTimeout(() => resolve(0), 1000);  // nothing moved
-})"""
 expect.set_options(timeout=30_000)  # ms; only ends a wait that would never end
 pytestmark = pytest.mark.parametrize("shared_service", ["serve.yaml"], indirect=True)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def url(shared_service: Service) -> str:
-    shared_service.wait_until_healthy(HEALTHY_WITHIN_S)
-    return f"{shared_service.url}/"
 
 
 @contextmanager

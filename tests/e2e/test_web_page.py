@@ -5,8 +5,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from helpers.browser import DESKTOP, chromium, visit
-from helpers.service import Service
+from helpers.browser import DESKTOP, LAYOUT_SHIFT, visit
 from openai import DefaultHttpxClient
 from playwright.sync_api import Browser, Page, expect
 
@@ -15,18 +14,12 @@ from tinylm import LLM, SamplingParams
 PROMPT = "The little dog"
 PARAMS = SamplingParams(max_tokens=40, seed=7, logprobs=5)
 LEVELS = [0.5, 0.25, 0.1, 0.03]  # the same as in story.js
-HEALTHY_WITHIN_S = 60
 WIDEST = {"th": "WMWMWMWM", "td span": "1024/1024", "td:nth-child(3)": "1,024", "td:nth-child(4)": "123,456"}
 FILL_AND_MEASURE = """values => {
   for (const [cell, text] of Object.entries(values))
     document.querySelectorAll(`#replicas ${cell}`).forEach(found => found.textContent = text);
   return document.documentElement.scrollWidth;
 }"""
-LAYOUT_SHIFT = """() => new Promise(resolve => {
-  const sum = list => list.getEntries().reduce((total, entry) => total + entry.value, 0);
-  new PerformanceObserver(list => resolve(sum(list))).observe({ type: "layout-shift", buffered: true });
-  setTimeout(() => resolve(0), 1000);  // nothing moved
-})"""
 LEVELS_AND_STYLES = "tokens => tokens.map(token => [token.dataset.level, getComputedStyle(token).textDecoration])"
 EDGE_AND_PAPER = "field => [getComputedStyle(field).borderTopColor, getComputedStyle(document.body).backgroundColor]"
 SHOW_ALTERNATIVES = """async top => {
@@ -34,18 +27,6 @@ SHOW_ALTERNATIVES = """async top => {
   showAlternatives(document.querySelector("#story .token:last-child"), -1, top);
 }"""
 pytestmark = pytest.mark.parametrize("shared_service", ["serve.yaml"], indirect=True)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def url(shared_service: Service) -> str:
-    shared_service.wait_until_healthy(HEALTHY_WITHIN_S)
-    return f"{shared_service.url}/"
 
 
 @pytest.fixture

@@ -18,6 +18,11 @@ RUN_AXE = """async tags => {
   const found = violations.flatMap(({ id, nodes }) => nodes.map(node => [id, node.target, node.failureSummary]));
   return { found, n_passed: passes.length };
 }"""
+LAYOUT_SHIFT = """() => new Promise(resolve => {
+  const sum = list => list.getEntries().reduce((total, entry) => total + entry.value, 0);
+  new PerformanceObserver(list => resolve(sum(list))).observe({ type: "layout-shift", buffered: true });
+  setTimeout(() => resolve(0), 1000);  // nothing moved
+})"""
 
 
 @contextmanager
