@@ -6,6 +6,7 @@ import socket
 import time
 from collections import defaultdict
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ import psutil
 
 from loadtest.load import Load
 from tinylm.client import CHANNEL_OPTIONS, call_metadata
+from tinylm.engine.async_engine import THREAD_NAME
 from tinylm.v1 import tinylm_pb2 as pb
 from tinylm.v1.tinylm_pb2_grpc import TinyLMStub
 
@@ -76,13 +78,30 @@ class CpuMeter:
         return {"cores": round(sum(by_role.values()), 3), "by_role": by_role}
 
     def _cpu_s(self) -> dict[tuple[int, str], float]:
-        """Return the CPU seconds of each process so far by (pid, role): replicas, proxy, server, or ray (the rest)."""
+        """Return the CPU seconds of each process so far by (pid, role).
+
+        The roles are replicas, proxy, server, and ray (the rest). "engines" are the threads of replicas that step their
+        engines. On Linux, "replicas" is without them.
+        """
         used: dict[tuple[int, str], float] = {}
         for process in self._processes:
             with suppress(psutil.Error):  # the process ended, and its time is lost
-                times = process.cpu_times()
-                used[process.pid, role(process)] = times.user + times.system
+                times, its_role = process.cpu_times(), role(process)
+                total = times.user + times.system
+                if its_role == "replicas":
+                    used[process.pid, "engines"] = _engine_s(process)
+                    total -= used[process.pid, "engines"]
+                used[process.pid, its_role] = total
         return used
+
+
+def _engine_s(process: psutil.Process) -> float:
+    """Return the CPU seconds of the thread that steps the engine, 0 if no thread has its name."""
+    for thread in process.threads():
+        with suppress(OSError):  # the thread ended, or this is not Linux
+            if Path(f"/proc/{process.pid}/task/{thread.id}/comm").read_text().strip() == THREAD_NAME:
+                return thread.user_time + thread.system_time
+    return 0.0
 
 
 def find(server: str) -> tuple[list[psutil.Process], str | None]:

@@ -53,13 +53,17 @@ def ray_http(config: Path, replicas: int) -> Iterator[str]:
 
 
 @contextmanager
-def ray_service(config: Path, replicas: int) -> Iterator[RayService]:
-    """Do the same as `ray_serve`. Yield what is needed to find the service's parts."""
+def ray_service(config: Path, replicas: int, tree: Path | None = None) -> Iterator[RayService]:
+    """Do the same as `ray_serve`. Yield what is needed to find the service's parts.
+
+    tree: the checkout whose code serves; None is this one.
+    """
     with tempfile.TemporaryDirectory(prefix="lt-", dir="/tmp", ignore_cleanup_errors=True) as directory:
         path, grpc_port, http_port = with_own_ports(config, Path(directory), replicas)
         command = ["-m", "tinylm.cli", "serve", "--config", str(path), "--wait-s", str(START_LIMIT_S)]
         log, own = Path(directory) / "log", {"RAY_TMPDIR": directory}
-        with _process(command, log, "TinyLM is ready", {**own, "PYTHONUNBUFFERED": "1"}):
+        code = {"PYTHONPATH": str(tree)} if tree else {}
+        with _process(command, log, "TinyLM is ready", {**own, **code, "PYTHONUNBUFFERED": "1"}, tree):
             yield RayService(path, grpc_port, http_port, Path(directory), log, own)
 
 
@@ -138,14 +142,18 @@ def with_own_ports(config: Path, directory: Path, replicas: int | None = None) -
 
 
 @contextmanager
-def _process(command: Sequence[str], log: Path, ready: str, environment: Mapping[str, str] = {}) -> Iterator[None]:
+def _process(
+    command: Sequence[str], log: Path, ready: str, environment: Mapping[str, str] = {}, directory: Path | None = None
+) -> Iterator[None]:
     """Run Python with these arguments until the end of the block, which begins when its output contains `ready`.
 
+    directory: where it runs; None is the current one.
     Raises RuntimeError with the end of its output if it does not become ready in time.
     """
     with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, *command],
+            cwd=directory,
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **environment},

@@ -215,7 +215,9 @@ def test_the_load_test_counts_every_answer(service: Service, protocol: str, mode
     assert ("ttft_ms" in run) == bool(mode)
     if protocol == "grpc":
         assert sum(run["replicas"].values()) == run["requests"]
-        assert {"replicas", "proxy"} <= set(run["server"]["by_role"])
+        by_role = run["server"]["by_role"]
+        assert {"replicas", "proxy"} <= set(by_role)
+        assert by_role["engines"] > 0
 
 
 # The short form of tests/chaos. The last test replaces a replica.

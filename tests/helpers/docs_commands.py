@@ -168,6 +168,8 @@ TABLE: dict[str, str | Walk] = {
     r"python -m loadtest.bench.arm_estimate": ESTIMATE,
     r"python -m loadtest.bench.revisions": "tests/loadtest/bench/test_revisions.py::"
     "test_the_command_compares_a_revision_with_itself",
+    r"python -m loadtest.bench.service_revisions": "tests/loadtest/bench/test_service_revisions.py::"
+    "test_the_command_compares_a_revision_with_itself",
     r"make parts": Walk(Until.END, "whole step", rewrites=(RESULTS, "docs/engine.md")),
     r"make pictures": Walk(Until.END, "how-it-works.md", rewrites=(RESULTS, IMAGES, "docs/how-it-works.md")),
     r"make proto": Walk(Until.END),
