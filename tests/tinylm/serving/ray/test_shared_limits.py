@@ -234,5 +234,6 @@ def test_replicas_share_a_real_actor_until_its_owner_ends(monkeypatch: pytest.Mo
         assert sum(ray.get([replica.admitted.remote(5) for replica in others])) == 3
         actor = ray.get_actor("tinylm-limits-test")
         assert ray.get(actor.reserve.remote("t", "alice", THREE.limits, 1)).kind == "requests"
+        assert not actor._ray_enable_task_events, "Ray's head keeps a record of each call"
     finally:
         ray.shutdown()
