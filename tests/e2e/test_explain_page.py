@@ -216,10 +216,43 @@ def test_a_wrong_sentence_is_an_error_and_the_page_still_works(browser: Browser,
         wait_for_overview(page)
         page.get_by_label("The sentence", exact=True).fill(" dog" * 65)
         page.get_by_role("button", name="Follow it").click()
-        expect(page.get_by_role("alert")).to_contain_text("prompt has 65 tokens: it must have 1 to 64")
+        expect(page.get_by_role("alert")).to_contain_text("The sentence has 65 tokens: it must have 1 to 64")
+        page.get_by_label("The sentence", exact=True).fill("")
+        page.get_by_role("button", name="Follow it").click()
+        expect(page.get_by_role("alert")).to_have_text("Type a sentence first.")
         type_sentence(page, SENTENCE)
         expect(page.get_by_role("alert")).to_be_hidden()
         open_part(page, "tokens")
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=lambda size: str(size["width"]))
+def test_the_mark_lies_on_the_picked_token(browser: Browser, url: str, size: dict[str, int]) -> None:
+    with explain(browser, url, viewport=size) as page:
+        type_sentence(page, "Tom ate the")
+        open_part(page, "next")
+        for number in (0.0, 0.02, 0.25, 0.48, 0.5, 0.9, 0.999):
+            page.get_by_label("Random number").fill(str(number))
+            expect(page.locator("#random-output")).to_have_text(f"{number:.3f}")
+            picked, line = (page.locator(at).bounding_box() for at in (".shares .picked", ".shares"))
+            place = line["x"] + number * line["width"]
+            assert picked["x"] - 2 <= place <= picked["x"] + picked["width"] + 2, number
+
+
+def test_the_address_has_the_part_and_the_sentence(browser: Browser, url: str) -> None:
+    with visit(browser, f"{url}explain", expected_errors="400", origin=url) as page:
+        wait_for_overview(page)
+        page.locator("#lens summary").click()
+        page.wait_for_function("location.hash.startsWith('#lens&text=One%20day')")
+        page.locator("#lens summary").click()
+        page.wait_for_function("location.hash.startsWith('#text=One%20day')")
+        page.evaluate("location.hash = '#scores&text=The%20sun'")  # as a reader who pastes a link
+        expect(page.get_by_label("The sentence", exact=True)).to_have_value("The sun")
+        expect(page.locator("#scores")).to_have_attribute("open", "")
+        wait_for_overview(page)
+        too_long = "%20dog" * 65
+        page.evaluate(f"location.hash = '#text={too_long}'")
+        expect(page.get_by_role("alert")).to_contain_text("The sentence has 65 tokens")
+        assert page.evaluate("location.hash") == f"#text={too_long}"
 
 
 # --- the batch
@@ -256,6 +289,14 @@ def test_the_reader_s_request_is_in_the_batch_under_load(page: Page, url: str) -
     assert sum(shares) == pytest.approx(100, abs=1.5)
 
 
+def test_the_reader_s_request_shares_steps_with_the_others_of_the_page(page: Page) -> None:
+    """Even on a service without load."""
+    open_part(page, "batch")
+    page.get_by_role("button", name="Send it with 15 others").click()
+    about = page.locator("#batch [data-is=about]")
+    expect(about).to_contain_text(re.compile(r"It shared \d+ of them, with up to \d+ others? at once"))
+
+
 # --- for everybody
 
 
@@ -283,6 +324,14 @@ def test_the_tour_can_be_finished_from_the_keyboard(browser: Browser, url: str) 
 
             return answer
 
+        def from_the_end(selector: str) -> Callable[[], None]:
+            def answer() -> None:
+                tab_to(selector)
+                press("End")
+                try_until_solved(selector, "ArrowLeft", 16)()
+
+            return answer
+
         def write(text: str) -> Callable[[], None]:
             def answer() -> None:
                 tab_to("#sentence", "Shift+Tab")
@@ -298,7 +347,7 @@ def test_the_tour_can_be_finished_from_the_keyboard(browser: Browser, url: str) 
             try_until_solved("#embedding .chooser input", "ArrowLeft", 8),
             try_until_solved("[name=one-head]", "ArrowRight", 96),
             try_until_solved("#layer .chooser input", "ArrowLeft", 8),
-            try_until_solved("#layer-number", "ArrowRight", 16),
+            from_the_end("#layer-number"),
             try_until_solved("[name=layer-of-lens]", "ArrowDown", 16),
             write("One day, Tom ate a"),
             try_until_solved("#slider-temperature", "ArrowRight", 40),
@@ -323,6 +372,40 @@ def test_the_tour_can_be_finished_from_the_keyboard(browser: Browser, url: str) 
             press("Enter")
         expect(page.locator("#busy")).to_have_text("You have finished the tour.")
         expect(page.locator("#tour-start")).to_be_focused()
+
+
+def test_the_layer_that_adds_the_most_is_the_service_s(page: Page, url: str, http: DefaultHttpxClient) -> None:
+    sentence = "The sun"  # the first layer adds the most
+    type_sentence(page, sentence)
+    lengths = np.array(ask(http, url, "norms", prompt=sentence)["norms"])[:, -1]
+    expected = 1 + int(np.diff(lengths).argmax())
+    go_to_question(page, 6)
+    for layer in (expected % 16 + 1, expected):
+        expect(page.locator("#tour-result")).to_be_empty()
+        page.get_by_label("Layer", exact=True).fill(str(layer))
+        expect(page.locator("#layer")).to_have_attribute("aria-busy", "false")
+    expect(page.locator("#tour-result")).to_contain_text("Yes.")
+
+
+@pytest.mark.parametrize("number", [9, 11])
+def test_a_question_without_an_answer_uses_the_first_sentence(page: Page, number: int) -> None:
+    """After this sentence, one token has most of the probability at every setting."""
+    first = page.get_by_label("The sentence", exact=True).input_value()
+    type_sentence(page, "One day, Tom went to the park with")
+    go_to_question(page, number)
+    expect(page.get_by_label("The sentence", exact=True)).to_have_value(first)
+    page.get_by_role("button", name="Show me").click()
+    expect(page.locator("#tour-result")).to_contain_text("Yes.")
+
+
+def go_to_question(page: Page, number: int) -> None:
+    page.get_by_role("button", name="Start the tour").click()
+    for skipped in range(1, number):
+        expect(page.locator("#tour-number")).to_have_text(f"Question {skipped} of 15")
+        expect(page.locator("[aria-busy=true]")).to_have_count(0)
+        page.locator("#tour-next").click()
+    expect(page.locator("#tour-number")).to_have_text(f"Question {number} of 15")
+    expect(page.locator("[aria-busy=true]")).to_have_count(0)
 
 
 def test_every_question_names_code_that_exists(page: Page) -> None:

@@ -8,6 +8,8 @@ import { set, state } from "./state.js";
 const KEPT_MS = 600; // the service gives all readers the same view for 500 ms
 const N_LOOKS = 4;
 const OWN_TOKENS = 120;
+const MOST_TOKENS = 180; // of the other requests; with a prompt of 64 tokens they fit into the context
+const CALLS = 4; // a browser has few connections to a server, so one call has several of the other requests
 const WIDEST = 28; // px of a step
 const [ROW, GAP, TIMES] = [14, 3, 46]; // px of a slot, between slots, of the times below
 const PARTS = { prepare_s: "fill the batch", model_s: "the model", results_s: "give out tokens" };
@@ -27,7 +29,7 @@ async function run(n_others) {
   try {
     await getJson("explain/batch"); // from now on, steps are recorded
     await pause(KEPT_MS);
-    for (let i = 0; i < n_others; i++) other(i, stop.signal);
+    for (let call = 0; call < CALLS; call++) others(Math.ceil((n_others - call) / CALLS), call, stop.signal);
     const found = await findOwn(stop.signal);
     if (found) show(found);
     else say(get("about"), "The steps of your request were over before the page could look. Try again.");
@@ -40,13 +42,14 @@ async function run(n_others) {
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** A request of another reader. Whether it succeeds does not matter. */
-async function other(number, signal) {
-  const body = { prompt: state.text, max_tokens: 40 + 12 * (number % 10), ignore_eos: true, seed: number };
+/** Send `n` requests of other readers in one call. Whether it succeeds does not matter. */
+async function others(n, call, signal) {
+  if (n < 1) return;
+  const body = { prompt: Array(n).fill(state.text), max_tokens: MOST_TOKENS - 20 * call, ignore_eos: true, seed: call };
   try {
     for await (const _ of completions(body, signal));
   } catch {
-    // it was refused or stopped
+    // the call was refused or stopped
   }
 }
 
@@ -85,7 +88,12 @@ function show({ id, steps, slots, number }) {
   const sorted = steps.map((step) => step.prepare_s + step.model_s + step.results_s).sort((a, b) => a - b);
   const waiting = Math.max(...steps.map((step) => step.n_waiting));
   const shared = mine.filter(({ shares }) => shares.length > 1).length;
-  say(get("about"), `Your request is number ${number} of its replica. It is in ${mine.length} of the last ${steps.length} steps, and shared ${shared} of them, with up to ${most - 1} others at once. Half of the steps took less than ${ms(sorted[sorted.length >> 1])}. ${waiting ? `Up to ${waiting} requests waited for a slot.` : "No request waited for a slot."}`);
+  say(get("about"), [
+    `Your request is number ${number} of its replica. It is in ${mine.length} of the last ${steps.length} steps.`,
+    shared ? `It shared ${shared} of them, with up to ${most - 1} ${most === 2 ? "other" : "others"} at once.` : "It was alone in all of them.",
+    `Half of the steps took less than ${ms(sorted[sorted.length >> 1])}.`,
+    waiting ? `Up to ${waiting} ${waiting === 1 ? "request" : "requests"} waited for a slot.` : "No request waited for a slot.",
+  ].join(" "));
   say(get("replica"), id);
   get("timeline").hidden = get("times").hidden = get("requests").hidden = false;
   get("steps").replaceChildren(timeline(steps, slots, number, Math.min(WIDEST, get("steps").clientWidth / steps.length)));

@@ -81,7 +81,7 @@ function showMarked(get, weights) {
     input.parentElement.classList.toggle("marked", best.some(({ layer, head }) => input.value === `${layer}.${head}`));
   }
   const list = best.map(({ layer, head, share }) => `layer ${layer} head ${head}: ${percent(share)}`).join(", ");
-  say(get("marked"), !kind ? "" : best.length ? `On average, ${list}.` : "No token of the sentence occurs twice.");
+  say(get("marked"), !kind ? "" : best.length ? `On average, ${list}.` : "This sentence has nothing of this kind.");
 }
 
 byId("mark").addEventListener("change", () => {
@@ -105,7 +105,9 @@ function showHead(get, rows) {
   row.style.setProperty("--tall", 1 / n);
   get("head").replaceChildren(frame);
   const [kind, share] = Object.keys(KINDS).map((kind) => [kind, shareOf(kind, rows, ids())]).sort((a, b) => b[1] - a[1])[0];
-  say(get("head-about"), `On average, this head reads ${percent(share)} from ${KINDS[kind]}.`);
+  const [most] = reads(rows, state.position);
+  const [reader, read] = [state.position, most.position].map((position) => quoted(state.tokens[position]));
+  say(get("head-about"), `On average, this head reads ${percent(share)} from ${KINDS[kind]}. ${capital(reader)} reads most from ${reader === read ? "itself" : read} (${percent(most.share)}).`);
 }
 
 function showReads(get, rows) {
@@ -121,11 +123,12 @@ function showNeurons(get, { values: [row] }) {
   const most = Math.max(...row.map(Math.abs));
   const n_rows = Math.ceil(row.length / NEURONS_IN_A_ROW);
   const n_on = row.filter((value) => value > 0).length;
-  const strong = row.filter((value) => value > most / 2).length;
+  const strong = row.filter((value) => value > Math.max(...row) / 2).length;
   const canvas = picture(`${row.length} neurons of layer ${state.layer}`, n_rows, NEURONS_IN_A_ROW,
     (i, j) => (row[i * NEURONS_IN_A_ROW + j] ?? 0) / most);
   get("neurons").replaceChildren(canvas);
-  say(get("neurons-about"), `For ${quoted(state.tokens[state.position])}, GELU lets ${n_on} of ${row.length} neurons of layer ${state.layer} through. ${strong} are above half of the strongest.`);
+  const about_strong = n_on ? ` ${strong} of them are above half of the strongest.` : "";
+  say(get("neurons-about"), `For ${quoted(state.tokens[state.position])}, ${n_on} of ${row.length} neurons of layer ${state.layer} are positive.${about_strong} GELU lets little of the others through.`);
 }
 
 function showLengths(get, lengths) {
@@ -139,8 +142,10 @@ function showLengths(get, lengths) {
     element("line", { x1: x(state.layer), x2: x(state.layer), y1: 0, y2: 50, "vector-effect": "non-scaling-stroke" }));
   chart.setAttribute("aria-label", `The length grows from ${whole(of_token[0])} to ${whole(of_token.at(-1))}`);
   get("norms").replaceChildren(chart);
-  say(get("norms-about"), `After the embedding, the length is ${of_token[0].toPrecision(2)}; after layer ${state.layer}, ${of_token[state.layer].toPrecision(3)}. Each layer adds to the vector.`);
+  say(get("norms-about"), `After the embedding, the length is ${of_token[0].toPrecision(2)}; after layer ${state.layer}, ${of_token[state.layer].toPrecision(3)}. This layer changed it by ${signed(of_token[state.layer] - of_token[state.layer - 1])}.`);
 }
+
+const signed = (number) => `${number < 0 ? "−" : "+"}${Math.abs(number).toPrecision(2)}`;
 
 byId("layer-number").addEventListener("input", (event) => set({ layer: Number(event.target.value) }));
 on(["layer"], () => (byId("layer-output").value = state.layer));

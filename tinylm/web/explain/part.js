@@ -20,8 +20,11 @@ export function part(id, names, load, show) {
     try {
       const data = await load();
       if (run !== latest) return;
-      const aloud = details.contains(document.activeElement) ? "polite" : "off"; // several parts can be open
-      for (const finding of details.querySelectorAll(".finding")) finding.ariaLive = aloud;
+      const focus = document.activeElement;
+      for (const finding of details.querySelectorAll(".finding")) {
+        const is_its_part = details.contains(focus) && (!finding.dataset.of || finding.dataset.of === focus.id);
+        finding.ariaLive = is_its_part ? "polite" : "off"; // several parts can be open
+      }
       show(data, get);
       details.querySelector(".body > .error")?.remove();
     } catch (error) {
@@ -32,7 +35,11 @@ export function part(id, names, load, show) {
     }
     details.setAttribute("aria-busy", "false");
   };
-  details.addEventListener("toggle", redraw);
+  details.addEventListener("toggle", () => {
+    if (details.open) remember(id);
+    else if (shown === id) remember("");
+    redraw();
+  });
   scheme.addEventListener("change", redraw); // the colours of pictures
   on(["tokens", ...names], redraw);
 }
@@ -40,6 +47,7 @@ export function part(id, names, load, show) {
 /** Write part and sentence into the address, so that a copied link shows both. The server never sees this end of an address. */
 export function remember(id = shown) {
   shown = id;
+  if (!state.text) return; // the address may have a sentence that the service has not accepted yet
   const text = `text=${encodeURIComponent(state.text)}`;
   history.replaceState(null, "", `#${shown ? `${shown}&` : ""}${text}`);
 }

@@ -6,17 +6,26 @@ import { rankedBy, shareOf } from "./heads.js";
 import { attention, norms } from "./layer.js";
 import { lens, settledAfter } from "./lens.js";
 import { cacheNow, rounded, ROUNDED } from "./cache.js";
-import { best, last, resetSettings, stage } from "./sampling.js";
+import { best, last, resetSettings, stage, wouldBe } from "./sampling.js";
 import { follow, take } from "./sentence.js";
 import { set, state } from "./state.js";
 import { embedding, similar } from "./tokens.js";
 
 const CLEARLY = 0.6; // share of a head that reads from one kind of token
 const RARE = "The astrolabe";
+const TOP_PS = Array.from({ length: 19 }, (_, i) => Number((0.95 - 0.05 * i).toFixed(2))); // of the slider, below 1
 const [TOKENIZER, KERNELS] = ["tinylm/tokenizer.py", "tinylm/kernels/numpy.py"];
 const end = () => state.tokens.length - 1;
 const ids = () => state.tokens.map((token) => token.id);
 const toEnd = () => set({ position: end() });
+/** Set the sampler. Use the first sentence if this one has no answer, which is a state of the sampler for which `test` is true. */
+async function prepare(changes, answers, test) {
+  resetSettings();
+  setting(changes);
+  if (state.logits && !answers.some((answer) => test(wouldBe(answer)))) await follow(byId("sentence").defaultValue);
+}
+const unlikely = ({ probabilities }) => Math.max(...probabilities) < 0.25;
+const few = ({ n_kept }) => n_kept > 1 && n_kept <= 5;
 const setting = (changes) => set({ settings: { ...state.settings, ...changes } });
 const slide = (id, value) => {
   byId(id).value = value;
@@ -28,8 +37,8 @@ let before = {}; // what the question found at its beginning
 const largest = (values) => values.indexOf(Math.max(...values));
 const nearest = async () => similar((await embedding()).values, end())[0]?.position;
 const longestAfter = async () => {
-  const lengths = (await norms()).norms.slice(1).map((row) => row[end()]);
-  return 1 + largest(lengths.map((length, i) => (i ? length - lengths[i - 1] : 0)));
+  const lengths = (await norms()).norms.map((row) => row[end()]); // the first one is after the embedding
+  return 1 + largest(lengths.slice(1).map((length, i) => length - lengths[i]));
 };
 const settles = async () => settledAfter((await lens(end())).ranks.map((row) => row[end()]));
 const roughest = async () => {
@@ -62,7 +71,7 @@ export const QUESTIONS = [
       toEnd();
     },
     solved: async () => state.position === (await nearest()), show: async () => set({ position: await nearest() }),
-    say: () => "Training moved tokens that are used in the same way into similar directions.",
+    say: () => "Training moved tokens that are used in the same way closer together. In a short sentence, even the nearest one can be quite different.",
     code: [KERNELS, "embed"],
   },
   {
@@ -84,7 +93,7 @@ export const QUESTIONS = [
   },
   {
     part: "layer", ask: "Which layer adds the most to the length of the last token's vector?", hint: "Move the layer, and look at the curve of the length.",
-    begin: () => set({ position: end(), layer: 2 }),
+    begin: async () => set({ position: end(), layer: (await longestAfter()) === 2 ? 3 : 2 }),
     solved: async () => state.position === end() && state.layer === (await longestAfter()),
     show: async () => set({ position: end(), layer: await longestAfter() }),
     say: () => "Layers only add. What an early layer wrote stays in the vector unless a later layer writes the opposite.",
@@ -108,13 +117,10 @@ export const QUESTIONS = [
   },
   {
     part: "sampling", ask: "At which temperature does the first token fall below 25 %?", hint: "Move the temperature up.",
-    begin: () => {
-      resetSettings();
-      setting({ top_p: 1, temperature: 0.5 });
-    },
-    solved: () => state.choice && Math.max(...last().probabilities) < 0.25 && state.settings.temperature > 0.5,
+    begin: () => prepare({ top_p: 1, temperature: 0.5 }, [{ temperature: 2 }], unlikely),
+    solved: () => state.choice && unlikely(last()) && state.settings.temperature > 0.5,
     show: () => setting({ temperature: 2 }),
-    say: () => "Temperature divides the scores. Above 1 their differences shrink, so unlikely tokens gain.",
+    say: () => "Temperature divides the scores. A higher temperature makes their differences smaller, so unlikely tokens gain.",
     code: [KERNELS, "soften"],
   },
   {
@@ -126,11 +132,9 @@ export const QUESTIONS = [
   },
   {
     part: "sampling", ask: "Which top p keeps at most five tokens, and more than one?", hint: "Leave the other limits off, and move top p down.",
-    begin: () => setting({ temperature: 1, top_p: 1, top_k: 0, min_p: 0 }),
-    solved: () => state.choice && state.settings.top_p < 1 && state.settings.top_k === 0 && last().n_kept > 1 && last().n_kept <= 5,
-    show: async () => {
-      for (let top_p = 0.95; top_p > 0.05 && last().n_kept > 5; top_p -= 0.05) setting({ top_p: Number(top_p.toFixed(2)) });
-    },
+    begin: () => prepare({ temperature: 1, top_p: 1 }, TOP_PS.map((top_p) => ({ top_p })), few),
+    solved: () => state.choice && state.settings.top_p < 1 && state.settings.top_k === 0 && few(last()),
+    show: () => setting({ top_p: TOP_PS.find((top_p) => few(wouldBe({ top_p }))) }),
     say: () => "Top p keeps few tokens when the model is sure and many when it is not. Top k keeps the same number always.",
     code: [KERNELS, "keep"],
   },
@@ -156,7 +160,7 @@ export const QUESTIONS = [
     begin: () => set({ matmul: "qkv" }),
     solved: async () => state.matmul === (await roughest()),
     show: async () => set({ matmul: await roughest() }),
-    say: () => "One large number makes the scale large, and then small numbers have few steps. All scores together change by far less than their differences.",
+    say: () => "One large number makes the scale large. Then small numbers have few steps.",
     code: [KERNELS, "round_to_int8"],
   },
   {

@@ -17,6 +17,7 @@ const SLIDERS = [
 const STAGES = { model: "all", repetition_penalty: "penalty", temperature: "temperature", top_k: "top k", top_p: "top p", min_p: "min p" };
 const PART_OF_A_CHARACTER = 0xff; // no character has this byte in UTF-8
 const N_ROWS = 10;
+const LEAST_SHOWN = 0.002; // share of the line that has a segment of its own
 const LEAST_LABEL = 0.06; // share of the line that has room for a word
 
 /** The scores of the next token. */
@@ -32,12 +33,13 @@ export async function useScores() {
   set({ logits: numbers, names });
 }
 
-function rechoose() {
-  if (!state.logits) return set({ choice: null });
+function chosenBy(settings) {
   const [, ...after_boundary] = state.tokens;
   const seen = new Set(after_boundary.map((token) => token.id));
-  set({ choice: choose(state.logits, seen, state.settings, state.uniform) });
+  return choose(state.logits, seen, settings, state.uniform);
 }
+
+const rechoose = () => set({ choice: state.logits && chosenBy(state.settings) });
 
 on(["logits", "settings", "uniform"], rechoose);
 on(["choice"], nameThePicked);
@@ -52,6 +54,8 @@ async function nameThePicked() {
 
 export const stage = (name) => state.choice.stages.find((one) => one.name === name);
 export const last = () => state.choice.stages.at(-1);
+/** Return what `last` would return after these changes of the settings. */
+export const wouldBe = (changes) => chosenBy({ ...state.settings, ...changes }).stages.at(-1);
 export const nameOf = (id) => state.names.get(id) ?? { id, text: `token ${id}`, bytes: [PART_OF_A_CHARACTER] };
 
 /** Return ids of the most likely tokens at a stage that have a probability. */
@@ -127,7 +131,7 @@ part("next", ["choice", "names"], useScoresOnce, (_, get) => {
   const own = make("div", { class: "shares", "aria-hidden": true });
   let rest = 0;
   for (const [id, share] of probabilities.entries()) {
-    if (share < 0.002) {
+    if (share < LEAST_SHOWN && id !== picked.id) {
       rest += share;
       continue;
     }

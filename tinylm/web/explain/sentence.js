@@ -18,8 +18,10 @@ onBusy((message) => say(status, message));
 export async function follow(text, message = "") {
   field.value = text;
   error.hidden = true;
+  say(status, "");
   const run = ++latest;
   try {
+    if (!text) throw new Error("Type a sentence first.");
     const { tokens } = await post("explain/tokens", { prompt: text });
     if (run !== latest) return;
     const names = new Map(tokens.map((token) => [token.id, token]));
@@ -29,7 +31,7 @@ export async function follow(text, message = "") {
     await useScores();
   } catch (mistake) {
     if (mistake instanceof Outdated || run !== latest) return;
-    error.textContent = mistake.message;
+    error.textContent = mistake.message.replace(/^prompt /, "The sentence ");
     error.hidden = false;
   }
 }

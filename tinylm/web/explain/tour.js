@@ -62,6 +62,7 @@ async function check() {
   card.classList.add("solved");
   say(result, `Yes. ${question.say()}`);
   result.scrollIntoView({ block: "nearest" });
+  if (document.activeElement === byId("sentence")) next.focus(); // it is far from the question
   const [file, name] = question.code;
   code.replaceChildren("In the code: ", make("code", {}, name), " in ", make("code", {}, file));
   code.hidden = false;
