@@ -28,8 +28,13 @@ from tinylm.system.files import can_create
 from tinylm.system.proxies import without_proxy_for_loopback
 
 # For Ray, unless the user's environment sets them: normal priority for workers (Ray's default is nice 15), no usage
-# reports, and for a cluster of its own a dashboard that needs no token (it listens on loopback).
-RAY = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# reports, and for a cluster of its own a dashboard that needs no token (it listens on loopback). Ray never forgets the
+# metrics of a replica that has ended, so Serve's own histograms get 6 bounds instead of 19. TinyLM has its own ones.
+RAY = {
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_REQUEST_LATENCY_BUCKETS_MS": "10,50,200,1000,5000,30000",
+}
 OWN_CLUSTER = {"RAY_AUTH_MODE": "disabled"}
 HAPROXY_FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
