@@ -3,8 +3,9 @@
     python -m loadtest.bench.agreement --out docs/results/agreement.json
 
 Each sends the same prompts, streamed over HTTP, and asks for the same number of tokens with `ignore_eos`. They run one
-after the other, several times. Without `--server`, a service with one replica runs meanwhile. `make clients` installs
-the other two.
+after the other, several times. Without `--server`, a service with one replica runs meanwhile, on Linux on half of the
+cores. The programs have the other half, so that one that needs more CPU time does not slow the service. `make clients`
+installs the other two.
 
 Each divides the time from a request's first message with text to its last one by a number of tokens. This load
 generator divides by the tokens after the first message. guidellm 0.8.1 and aiperf 0.13.0 divide by all tokens but one,
@@ -21,8 +22,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -37,7 +38,7 @@ from loadtest.load import Load, Mix
 from loadtest.options import command_errors, require_at_least
 from loadtest.results import result_file
 from tinylm.system.files import check_file
-from tinylm.system.machine import describe
+from tinylm.system.machine import allowed_cores, describe
 from tinylm.system.proxies import DIRECT, without_proxy_for_loopback
 
 PROGRAMS = Path(".clients").absolute()  # where `make clients` installs
@@ -134,6 +135,24 @@ def loadtest(run: Run) -> dict[str, float]:
 GENERATORS: tuple[Callable[[Run], dict[str, float]], ...] = (guidellm, aiperf, loadtest)
 
 
+@contextmanager
+def own_service() -> Iterator[str]:
+    """Run a service on half of the cores, and this thread and its new processes on the others. Yield its URL."""
+    cores = allowed_cores()
+    half = len(cores) // 2
+    if not half or not hasattr(os, "sched_setaffinity"):
+        with services.ray_http(CONFIG, replicas=1) as url:
+            yield url
+        return
+    os.sched_setaffinity(0, cores[:half])
+    try:
+        with services.ray_http(CONFIG, replicas=1) as url:
+            os.sched_setaffinity(0, cores[half:])
+            yield url
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def measure(load: Load, prompts: tuple[str, ...], rounds: int) -> list[dict[str, float]]:
     """Return for each round, by figure, the median time between tokens in ms. Rounds begin with different programs."""
     with DIRECT.open(f"{load.server.rstrip('/')}/v1/models", timeout=10) as response:
@@ -215,7 +234,7 @@ def main(
         if missing := [str(path) for path in (GUIDELLM, AIPERF, TOKENIZER) if not path.exists()]:
             raise ValueError(f"{', '.join(missing)} is missing: run make clients first")
         settings = {"concurrency": concurrency, "requests": requests, "max_tokens": max_tokens}
-        with nullcontext(server) if server else services.ray_http(CONFIG, replicas=1) as url:
+        with nullcontext(server) if server else own_service() as url:
             load = Load(url, Mix((max_tokens,), (1.0,)), concurrency, prompt_words=Mix((prompt_words,), (1.0,)))
             workload = Workload(load)
             found = measure(load, tuple(workload[turn].prompt for turn in range(requests)), rounds)
