@@ -51,7 +51,7 @@ class Program:
     @property
     def package(self) -> str:
         """Return the name of the package, as in `pip install 'openai==1.40.*'`: openai."""
-        return re.split("[=<>]", shlex.split(self.install, comments=True)[2])[0]
+        return re.split(r"[=<>\[]", shlex.split(self.install, comments=True)[2])[0]
 
     @property
     def directory(self) -> Path:
@@ -70,9 +70,9 @@ class Program:
         done = self.directory / "installed"
         if not done.exists():
             self.directory.mkdir(parents=True, exist_ok=True)
-            for name, target in (("protos", ROOT / "protos"), ("exports", CACHE / "exports")):
-                (self.directory / name).unlink(missing_ok=True)
-                (self.directory / name).symlink_to(target)
+            for target in (ROOT / "protos", ROOT / "evals", CACHE / "exports"):
+                (self.directory / target.name).unlink(missing_ok=True)
+                (self.directory / target.name).symlink_to(target)
             if self.install.startswith("pip"):
                 subprocess.run([sys.executable, "-m", "venv", "--clear", self.directory / "venv"], check=True)
             self._run(["bash", "-c", self.install], INSTALL_LIMIT_S, **os.environ, PIP_CONSTRAINT=str(_torch()))

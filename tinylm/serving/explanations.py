@@ -162,6 +162,8 @@ class Explanations:
         return kind, content
 
     def _rest(self, took_s: float, cpu_s: float) -> None:
+        if took_s <= SLOW_S:
+            return  # too short to tell
         was_slow, self._was_slow = self._was_slow, took_s > SLOW * cpu_s + SLOW_S
         if was_slow and self._was_slow:
             self._rests_until = time.monotonic() + min(REST * took_s, LONGEST_REST_S)

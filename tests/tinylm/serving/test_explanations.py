@@ -264,6 +264,7 @@ def test_the_process_rests_on_a_busy_machine(stories_dir: Path) -> None:
     for took_s in (2.06, 1.9, 2.06):  # one slow answer is not enough
         explanations._rest(took_s, cpu_s=1.0)
         explanations.check_idle()
+    explanations._rest(took_s=0.04, cpu_s=0.001)  # an answer that needs next to nothing says nothing
     explanations._rest(took_s=2.06, cpu_s=1.0)
     with pytest.raises(Busy, match="the machine is busy, and the last one was a short time ago: try again in 1 s"):
         explanations.check_idle()

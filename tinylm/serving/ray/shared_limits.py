@@ -37,8 +37,9 @@ def open_counter(application: str) -> Any:
     This blocks while Ray's head does not answer. A synchronous actor executes the calls of one replica in their order.
     Ray's head would keep a record of each call, so these are off, as for the actors of Serve.
     """
-    actor = ray.remote(num_cpus=0, enable_task_events=False)(RateLimiter)
-    return actor.options(name=f"tinylm-limits-{application}", get_if_exists=True).remote()
+    actor = ray.remote(num_cpus=0)(RateLimiter)
+    name = f"tinylm-limits-{application}"
+    return actor.options(name=name, get_if_exists=True, enable_task_events=False).remote()
 
 
 class SharedLimits:
