@@ -3,9 +3,9 @@
     python -m loadtest.bench.agreement --out docs/results/agreement.json
 
 Each sends the same prompts, streamed over HTTP, and asks for the same number of tokens with `ignore_eos`. They run one
-after the other, several times. Without `--server`, a service with one replica runs meanwhile, on Linux on half of the
-cores. The programs have the other half, so that one that needs more CPU time does not slow the service. `make clients`
-installs the other two.
+after the other, several times. Without `--server`, a service with one replica runs meanwhile. Its engine takes 10 ms
+for each step, so that a program that needs much CPU time, or another one on the machine, does not slow it. `make
+clients` installs the other two.
 
 Each divides the time from a request's first message with text to its last one by a number of tokens. This load
 generator divides by the tokens after the first message. guidellm 0.8.1 and aiperf 0.13.0 divide by all tokens but one,
@@ -30,15 +30,16 @@ from statistics import median
 from typing import Annotated, Any, Optional
 
 import typer
+import yaml
 
-from loadtest.bench import services
+from loadtest.bench import paced_engine, services
 from loadtest.bench.markdown import table
 from loadtest.generator.workload import Workload
 from loadtest.load import Load, Mix
 from loadtest.options import command_errors, require_at_least
 from loadtest.results import result_file
 from tinylm.system.files import check_file
-from tinylm.system.machine import allowed_cores, describe
+from tinylm.system.machine import describe
 from tinylm.system.proxies import DIRECT, without_proxy_for_loopback
 
 PROGRAMS = Path(".clients").absolute()  # where `make clients` installs
@@ -137,20 +138,15 @@ GENERATORS: tuple[Callable[[Run], dict[str, float]], ...] = (guidellm, aiperf, l
 
 @contextmanager
 def own_service() -> Iterator[str]:
-    """Run a service on half of the cores, and this thread and its new processes on the others. Yield its URL."""
-    cores = allowed_cores()
-    half = len(cores) // 2
-    if not half or not hasattr(os, "sched_setaffinity"):
-        with services.ray_http(CONFIG, replicas=1) as url:
-            yield url
-        return
-    os.sched_setaffinity(0, cores[:half])
-    try:
-        with services.ray_http(CONFIG, replicas=1) as url:
-            os.sched_setaffinity(0, cores[half:])
-            yield url
-    finally:
-        os.sched_setaffinity(0, cores)
+    """Run a service whose engine has constant steps. Yield its URL."""
+    values = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    variables = values["controller_options"]["runtime_env"]["env_vars"]
+    variables["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = f"{paced_engine.__name__}.begin"
+    with tempfile.TemporaryDirectory(prefix="la-") as directory:
+        config = Path(directory, CONFIG.name)
+        config.write_text(yaml.safe_dump(values), encoding="utf-8")
+        with services.ray_service(config, replicas=1, tree=Path.cwd()) as service:
+            yield f"http://localhost:{service.http_port}"
 
 
 def measure(load: Load, prompts: tuple[str, ...], rounds: int) -> list[dict[str, float]]:
@@ -221,7 +217,7 @@ def main(
         Optional[str], typer.Option(metavar="URL", help="http://HOST:PORT of a running service; default: a new one.")
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at once. More than the slots keep all slots busy.")] = 32,
-    requests: Annotated[int, typer.Option(help="Requests of each run.")] = 320,
+    requests: Annotated[int, typer.Option(help="Requests of each run.")] = 160,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 192,
     prompt_words: Annotated[int, typer.Option(help="Words of each prompt.")] = 32,
     rounds: Annotated[int, typer.Option(help="Runs of each program.")] = 5,
@@ -233,7 +229,8 @@ def main(
         require_at_least(1, max_tokens=max_tokens, prompt_words=prompt_words)
         if missing := [str(path) for path in (GUIDELLM, AIPERF, TOKENIZER) if not path.exists()]:
             raise ValueError(f"{', '.join(missing)} is missing: run make clients first")
-        settings = {"concurrency": concurrency, "requests": requests, "max_tokens": max_tokens}
+        step_ms = None if server else 1000 * paced_engine.STEP_S
+        settings = {"step_ms": step_ms, "concurrency": concurrency, "requests": requests, "max_tokens": max_tokens}
         with nullcontext(server) if server else own_service() as url:
             load = Load(url, Mix((max_tokens,), (1.0,)), concurrency, prompt_words=Mix((prompt_words,), (1.0,)))
             workload = Workload(load)
