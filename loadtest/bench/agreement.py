@@ -3,7 +3,7 @@
     python -m loadtest.bench.agreement --out docs/results/agreement.json
 
 Each sends the same prompts, streamed over HTTP, and asks for the same number of tokens with `ignore_eos`. They run one
-after the other, several times. Without `--server`, a service with one replica runs meanwhile. Its engine takes 10 ms
+after the other, several times. Without `--server`, a service with one replica runs meanwhile. Its engine takes 20 ms
 for each step, so that a program that needs much CPU time, or another one on the machine, does not slow it. `make
 clients` installs the other two.
 
@@ -217,7 +217,7 @@ def main(
         Optional[str], typer.Option(metavar="URL", help="http://HOST:PORT of a running service; default: a new one.")
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at once. More than the slots keep all slots busy.")] = 32,
-    requests: Annotated[int, typer.Option(help="Requests of each run.")] = 160,
+    requests: Annotated[int, typer.Option(help="Requests of each run.")] = 80,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 192,
     prompt_words: Annotated[int, typer.Option(help="Words of each prompt.")] = 32,
     rounds: Annotated[int, typer.Option(help="Runs of each program.")] = 5,

@@ -14,7 +14,7 @@ from ray.serve.exceptions import RayServeException
 
 from tinylm.serving.ray import internals
 
-STEP_S = 0.01  # several times a step's own time
+STEP_S = 0.02  # many times a step's own time
 
 
 def begin() -> None:
