@@ -220,7 +220,7 @@ def main(
     requests: Annotated[int, typer.Option(help="Requests of each run.")] = 80,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 192,
     prompt_words: Annotated[int, typer.Option(help="Words of each prompt.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Runs of each program.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Runs of each program.")] = 3,
 ) -> None:
     """Measure a service with guidellm, aiperf and this load generator, one after the other."""
     with command_errors():

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from loadtest.bench import speed_page
+from loadtest.bench.agreement import agreement_table
 from loadtest.bench.markdown import fill, table
 from tinylm.system.files import write_file
 
@@ -120,12 +121,20 @@ def _chaos_cell(key: str, value: float | str | None) -> str:
 
 
 def clients_blocks(results: Path) -> dict[str, str]:
-    """Return the block of docs/clients.md: the programs that were tried, and when."""
+    """Return the blocks of docs/clients.md: the programs that were tried, and what load generators measured."""
     rows = [
         [row["program"], f"{row['package']} {row['version']}", row["date"][:10], "works" if row["passed"] else "fails"]
         for row in _read(results / "clients.json")["programs"]
     ]
-    return {"programs": table(["program", "package", "tried on", "result"], rows)}
+    found = _read(results / "agreement.json")
+    machine, rounds = found["machine"], len(found["rounds_ms"])
+    load = (
+        f"steps of {found['step_ms']:g} ms, {found['concurrency']} requests at once, answers of {found['max_tokens']} "
+        f"tokens, {rounds} rounds"
+    )
+    where = f"{found['date'][:10]}, {machine['processor']}, {machine['cores']} cores: {load}."
+    programs = table(["program", "package", "tried on", "result"], rows)
+    return {"programs": programs, "agreement": f"{where}\n\n{agreement_table(found)}"}
 
 
 def use_blocks(results: Path) -> dict[str, str]:
@@ -146,7 +155,7 @@ def use_blocks(results: Path) -> dict[str, str]:
 
 
 def engine_blocks(results: Path) -> dict[str, str]:
-    """Return the blocks of docs/engine.md: the parts of a step, `tinylm bench`, AMX tiles, other engines, and ARM."""
+    """Return the blocks of docs/engine.md: parts of a step, `tinylm bench`, AMX, revisions, engines, and ARM."""
     bench = _read(results / "bench.json")
     decode = [
         [
@@ -164,6 +173,9 @@ def engine_blocks(results: Path) -> dict[str, str]:
         "parts": _parts(_read(results / "parts.json")["microseconds"]),
         "decode": table(head, decode),
         "tiles": _tiles(_read(results / "tiles.json")),
+        "leaner-step": _revisions(_read(results / "leaner-step.json")["forms"]),
+        "service": _service(_read(results / "service-revisions.json")),
+        "parts-of-an-answer": _parts_of_an_answer(_read(results / "service-revisions.json")),
         "peers": _peers(_read(results / "peers.json")),
         "arm": _arm(_read(results / "arm-estimate.json")["processors"]),
     }
@@ -189,6 +201,42 @@ def _tiles(result: dict[str, Any]) -> str:
         for case, row in result["cases"].items()
     ]
     return table(["step", "vectors, ms", "tiles, ms", "ratio"], rows)
+
+
+def _revisions(forms: dict[str, dict[str, Any]]) -> str:
+    """forms: form of the kernels -> its comparison with an earlier revision."""
+    head = ["form", "step", "earlier, ms", "now, ms", "ratio", "of the bandwidth", "of the peak"]
+    rows = []
+    for form, result in forms.items():
+        for case, row in result["cases"].items():
+            shares = [f"{row[key]:.0%}" if key in row else "" for key in ("of_bandwidth", "of_peak")]
+            rows.append(
+                [f"`{form}`", case, f"{row['old_ms']:.3f}", f"{row['new_ms']:.3f}", f"{row['ratio']:.2f}", *shares]
+            )
+    return table(head, rows)
+
+
+def _service(result: dict[str, Any]) -> str:
+    names = {"requests_per_s": "requests/s", "p50_ms": "latency p50, ms", "p99_ms": "latency p99, ms"}
+    rows = [
+        [label, f"{result[key]['old']:.1f}", f"{result[key]['new']:.1f}", f"{result[key]['ratio']:.2f}"]
+        for key, label in names.items()
+    ]
+    return table(["", "earlier", "now", "ratio"], rows)
+
+
+def _parts_of_an_answer(result: dict[str, Any]) -> str:
+    names = {
+        "engines": "the engine's thread",
+        "replicas": "the rest of the replica: gRPC, tokens to text, Ray",
+        "proxy": "HAProxy and its manager",
+        "ray": "other processes of Ray",
+        "load generator": "the load generator",
+    }
+    times = {label: result["cpu_ms_new"][part] for part, label in names.items()}
+    total = sum(times.values())
+    rows = [[label, f"{ms:.2f}", f"{ms / total:.0%}"] for label, ms in times.items()]
+    return table(["part", "CPU ms of an answer", "share"], rows)
 
 
 def _arm(processors: dict[str, dict[str, Any]]) -> str:

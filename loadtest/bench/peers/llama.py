@@ -5,7 +5,8 @@ favours it. The vocabulary has no texts, since the comparison exchanges token id
 
 Compile it with -march=native throughout (see "peers" in pyproject.toml). GGML_NATIVE alone is not enough: with GCC 12
 some of its kernels return without `vzeroupper`, and samplers compiled for plain x86-64 then take ten times as long.
-Samplers in the graph, a float32 cache, and different types for keys and values were slower.
+Samplers in the graph, a float32 cache, and different types for keys and values were slower. Its AMX kernels end the
+process with this model, so it runs without them, and then also without tiles of weights.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from loadtest.bench.peers.model import float32_tensors
 from loadtest.bench.peers.runner import TEMPERATURE, TOP_P, Case, Settings
 
 BATCH_TOKENS = 2048  # at most in one call
+SYSTEM = llama.llama_print_system_info().decode().strip(" |")
+HAS_AMX = "AMX_INT8 = 1" in SYSTEM
 KV_TYPES = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
 
 
@@ -41,7 +44,7 @@ def _model(directory: Path, kind: str, repack: bool) -> Any:
     if not path.exists():
         write_gguf(path, *float32_tensors(directory), gguf.GGMLQuantizationType[kind])
     params = llama.llama_model_default_params()
-    params.use_extra_bufts = repack
+    params.use_extra_bufts = repack and not HAS_AMX
     model = llama.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise RuntimeError(f"llama.cpp cannot load {path}")
@@ -82,7 +85,7 @@ class _Batch:
 
 
 class LlamaQ8:
-    version = f"llama-cpp-python {llama.__version__}, {llama.llama_print_system_info().decode().strip(' |')}"
+    version = f"llama-cpp-python {llama.__version__}, {SYSTEM}"
     kind = "Q8_0"
     repacks = False  # whether it has kernels for tiles of weights of this kind
 
