@@ -25,7 +25,7 @@ def begin() -> None:
         return
     from tinylm.engine import Engine
 
-    Engine.step = paced(Engine.step)  # type: ignore[method-assign]
+    Engine.step = paced(Engine.step)  # type: ignore[assignment, method-assign]
 
 
 def paced(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
