@@ -212,7 +212,7 @@ def test_a_refused_question_is_asked_again(browser: Browser, url: str) -> None:
 
 
 def test_a_wrong_sentence_is_an_error_and_the_page_still_works(browser: Browser, url: str) -> None:
-    with visit(browser, f"{url}explain", expected_errors="400", origin=url) as page:
+    with visit(browser, f"{url}explain", expected_errors=f"400|{BUSY}", origin=url) as page:
         wait_for_overview(page)
         page.get_by_label("The sentence", exact=True).fill(" dog" * 65)
         page.get_by_role("button", name="Follow it").click()
@@ -239,7 +239,7 @@ def test_the_mark_lies_on_the_picked_token(browser: Browser, url: str, size: dic
 
 
 def test_the_address_has_the_part_and_the_sentence(browser: Browser, url: str) -> None:
-    with visit(browser, f"{url}explain", expected_errors="400", origin=url) as page:
+    with visit(browser, f"{url}explain", expected_errors=f"400|{BUSY}", origin=url) as page:
         wait_for_overview(page)
         page.locator("#lens summary").click()
         page.wait_for_function("location.hash.startsWith('#lens&text=One%20day')")

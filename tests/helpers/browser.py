@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def chromium() -> Iterator[Browser]:
 def visit(browser: Browser, url: str, expected_errors: str = "", origin: str = "", **options: object) -> Iterator[Page]:
     """Open the page in a new session. At the end, check that it used no other server and logged no error.
 
-    origin: what the URLs of all requests begin with; without it, `url`.
+    origin: what the URLs of all requests begin with; without it, `url`. expected_errors: a regular expression.
     """
     context = browser.new_context(**{"viewport": DESKTOP, **options})  # type: ignore[arg-type]
     context.set_default_timeout(30_000)
@@ -59,7 +60,7 @@ def visit(browser: Browser, url: str, expected_errors: str = "", origin: str = "
         context.close()
     foreign = [other for other in requested if not other.startswith(origin or url)]
     assert not foreign, foreign  # pytest shows no values of assertions in helpers
-    unexpected = [error for error in errors if not expected_errors or expected_errors not in error]
+    unexpected = [error for error in errors if not expected_errors or not re.search(expected_errors, error)]
     assert not unexpected, unexpected
 
 

@@ -149,7 +149,7 @@ def test_retries_end_with_an_error_that_names_the_address(ask, streamed: bool, s
 @whole_and_streamed
 def test_all_attempts_share_one_timeout(ask, streamed: bool, server: Scripted, address: str):
     server.acts = [Act(0, Code.UNAVAILABLE)]
-    with pytest.raises(ServiceError, match="UNAVAILABLE"):
+    with pytest.raises(ServiceError, match=r"UNAVAILABLE|DEADLINE_EXCEEDED"):  # the last attempt can be under way
         ask(address, streamed, [], timeout_s=1.0, retries=1000)
     given = server.timeouts_s
     assert 2 <= len(given) < 8, "pauses become longer"
