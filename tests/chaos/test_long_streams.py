@@ -97,7 +97,7 @@ def test_streams_survive_reloads_and_end_with_their_replica(
 
     cut = {number: why for number, (_, why) in enumerate(outcomes) if why is not None}
     assert len(cut) == held[victim], (held, victim, cut)
-    assert set(cut.values()) <= {"IncompleteRead", *(code.name for code in RETRIED)}
+    assert set(cut.values()) <= {"IncompleteRead", "500", *(code.name for code in RETRIED)}
     for number, (text, _) in enumerate(outcomes):
         assert expected[number].startswith(text) if number in cut else text == expected[number]
 
@@ -175,6 +175,8 @@ def read_http(port: int, prompt: str) -> Outcome:
     with closing(HTTPConnection("localhost", port, timeout=LIMIT_S)) as connection:
         connection.request("POST", "/v1/completions", json.dumps(fields), {"content-type": "application/json"})
         response = connection.getresponse()
+        if response.status == 500:  # from HAProxy: the replica ended before its first token
+            return "", "500"
         assert response.status == 200
         try:
             body, why = response.read(), None
