@@ -189,7 +189,7 @@ def test_load_generators_measure_the_same_load(service: Service, exports: None, 
     result = json.loads(out.read_text(encoding="utf-8"))
     assert all(value > 0 for value in result["median_ms"].values())
     calls = [line for line in service.call_lines() if line.get("completion_tokens") == n_tokens]  # of no other test
-    assert len(calls) == 3 * n_requests
+    assert len(calls) == 3 * n_requests, [(line["asctime"], line["prompt_tokens"]) for line in calls]
     assert all(count % 3 == 0 for count in Counter(line["prompt_tokens"] for line in calls).values())
 
 
