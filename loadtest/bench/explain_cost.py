@@ -124,7 +124,7 @@ def explorers(address: str, n: int) -> Iterator[Asked]:
 
 
 def prompts(number: int) -> Iterator[str]:
-    """Yield an explorer's prompts without end. Each begins one word later than the last one."""
+    """Yield an explorer's prompts without end. Each begins one word later than the one before."""
     for first in count(number * len(WORDS) // EXPLORERS):
         first %= len(WORDS)
         yield " ".join(WORDS[first:] + WORDS[:first])

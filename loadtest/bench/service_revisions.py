@@ -2,8 +2,8 @@
 
     python -m loadtest.bench.service_revisions bf112a5 --out docs/results/service-revisions.json
 
-Both services run all the time, and one of them gets load, in the order A B B A. The CPU time of an answer is the time
-that a part used in a measurement, divided by the answers. Early revisions give the engines' threads no name, so their
+Both services run all the time. They get load in turn: old, new, new, old. The CPU time of an answer is the time that a
+part used in a measurement, divided by the number of answers. Early revisions give the engines' threads no name. Their
 time counts as the replicas'.
 """
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tinylm.serving.service import Service
 
 LARGEST_NICENESS = 19
-# An answer is slow if it takes more than this times its CPU time, and so many seconds: others need the cores.
+# An answer is slow if it takes SLOW times its CPU time and SLOW_S seconds more. Then others need the cores.
 SLOW, SLOW_S = 2.0, 0.05
 REST, LONGEST_REST_S = 60.0, 20.0  # after two slow answers in succession: times the time of the second
 ANSWER_WITHIN_S = 60.0  # an answer takes 0.1 s, but much longer when other programs use all cores
