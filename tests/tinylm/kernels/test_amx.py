@@ -139,9 +139,10 @@ assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(room), 
 FORK = """
 import os
 child = os.fork()
-print(json.dumps([llm.model.arithmetic, sampled_stories(llm, 12)]), flush=True)
+line = json.dumps([llm.model.arithmetic, sampled_stories(llm, 12)])
 if child:
-    assert os.waitpid(child, 0)[1] == 0
+    assert os.waitpid(child, 0)[1] == 0  # both compute at once, but print one after the other: they share a pipe
+print(line, flush=True)
 """
 
 
