@@ -31,7 +31,7 @@ class Loops:
         self._workload = Workload(load)
 
     async def closed(self, n_clients: int, begin: float, requests: int | None) -> None:
-        """Run clients until `begin` + duration, or until they have sent `requests` calls after `begin`."""
+        """Run clients from the warm-up to `begin` + duration, or until they have sent `requests` calls after `begin`."""
         end = begin + self._load.duration_s if requests is None else math.inf
         left = math.inf if requests is None else requests
         turn = self._first - self._step
@@ -49,6 +49,8 @@ class Loops:
                 if record.status != "OK":
                     await asyncio.sleep(ERROR_PAUSE_S)
 
+        while (pause := begin - self._load.warmup_s - time.monotonic()) > 0:
+            await asyncio.sleep(pause)
         await asyncio.gather(*(client(number) for number in range(n_clients)))
 
     async def open(self, times: np.ndarray) -> None:

@@ -41,3 +41,18 @@ def test_an_error_of_a_caller_ends_the_run(run: Callable[[Loops], Awaitable[None
 
     with pytest.raises(RuntimeError, match="broken"):
         asyncio.run(main())
+
+
+class InstantCaller:
+    async def ask(self, request: Request, record: CallRecord, connection: int) -> None:
+        record.status = "OK"
+        await asyncio.sleep(0)
+
+
+def test_a_closed_loop_without_warm_up_sends_exactly_its_requests() -> None:
+    """Also if there is time before it begins."""
+    loops = Loops(Load("localhost:1", Mix.parse("4", "n"), 2, requests=6, warmup_s=0), InstantCaller(), 0, 1)
+    begin = time.monotonic() + 0.05
+    asyncio.run(loops.closed(2, begin, 6))
+    assert sorted(record.turn for record in loops.ended) == [0, 1, 2, 3, 4, 5]
+    assert min(record.sent_at for record in loops.ended) >= begin
