@@ -31,7 +31,7 @@ class Loops:
         self._workload = Workload(load)
 
     async def closed(self, n_clients: int, begin: float, requests: int | None) -> None:
-        """Run clients from the warm-up to `begin` + duration, or until they have sent `requests` calls after `begin`."""
+        """Warm up, and run clients until `begin` + duration, or until they have sent `requests` calls after `begin`."""
         end = begin + self._load.duration_s if requests is None else math.inf
         left = math.inf if requests is None else requests
         turn = self._first - self._step
