@@ -210,8 +210,6 @@ def _revisions(forms: dict[str, dict[str, Any]]) -> str:
     for form, result in forms.items():
         for case, row in result["cases"].items():
             shares = [f"{row[key]:.0%}" if key in row else "" for key in ("of_bandwidth", "of_peak")]
-            if form == "avx2":
-                shares[1] = ""  # the peak is measured with instructions that this form does not use
             rows.append(
                 [f"`{form}`", case, f"{row['old_ms']:.3f}", f"{row['new_ms']:.3f}", f"{row['ratio']:.2f}", *shares]
             )

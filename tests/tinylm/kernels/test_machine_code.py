@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.kernels import computed_here, outcome, row_errors, scale_of, start_python
 
-from tinylm.kernels.numba import emitter
+from tinylm.kernels.numba import emitter, simd
 from tinylm.kernels.numba.emitter import BYTES, FORMS, I64, INTS, LANES
 from tinylm.kernels.numba.jit import compiled
 from tinylm.kernels.numba.layout import CACHE_LINE, HUGE_PAGE, aligned_zeros
@@ -81,6 +82,20 @@ def test_every_instruction_set_computes_the_same(tmp_path):
     assert scale_of(other["stories"] - ours["stories"]) < 0.02 * scale_of(ours["stories"])
     lost = ours["stories"].max(axis=1) - ours["stories"][np.arange(256), other["chosen"]]
     assert lost.max() < 0.1, "a greedy token that is not the most likely one here"
+
+
+@pytest.mark.skipif(not FORMS["avx2"] <= emitter.cpu_features(), reason="this CPU lacks the instructions")
+def test_the_peak_multiplies_for_each_sum(monkeypatch):
+    """A compiler computes equal products once. The peak would then be one of additions."""
+    monkeypatch.setattr(emitter, "dot_product", lambda: "avx2")
+
+    @compiled
+    def rounds(n, out):
+        return simd.multiply_adds(n, out)
+
+    n_products = rounds(3, np.arange(LANES, dtype=np.int32))
+    (assembly,) = rounds.inspect_asm().values()
+    assert len(re.findall(r"pmaddwd\t|vpdpwssd\t", assembly)) >= n_products / 16  # the second one also adds
 
 
 # --- memory

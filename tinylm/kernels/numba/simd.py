@@ -512,19 +512,25 @@ def put_sums(e, scratch, query, width, out, out_at):
 def multiply_adds(e, n, out):
     """Compute n rounds of independent dot products at the processor's full speed.
 
-    Write the sums to out (LANES,) int32. Otherwise the compiler would remove the computation. Return the number of
-    products of bytes in a round.
+    Write the sums to out (LANES,) int32. Otherwise the compiler would remove the computation. It would also compute
+    equal products of words only once, so these get other operands in each sum and round. Return the number of products
+    of bytes in a round.
     """
     pairs = e.form == "neon-i8mm"
     kind = ir.VectorType(I32, 2 * LANES) if pairs else e.sums
+    of_words = kind is not INTS and not pairs
     wide = kind is not INTS and e.form.startswith("neon")
     totals = e.totals(kind, 16 if e.form == "avx512-vnni" else 2 if wide else 4)
     unsigned = e.b.bitcast(e.load(out, I64(0), INTS), BYTES)  # a value that is unknown when this is compiled
     inputs, rows = e.load(out, I64(0), ir.VectorType(I8, 16)), e.rows_of_eight(unsigned, unsigned)
-    with cgutils.for_range(e.b, n):
-        for total in totals:
+    with cgutils.for_range(e.b, n) as loop:
+        signed = unsigned
+        if of_words:
+            signed = e.b.bitcast(e.splat(e.b.trunc(loop.index, I32)), BYTES)
+        for number, total in enumerate(totals):
             before = e.b.load(total)
-            after = e.dot_pairs(before, inputs, rows) if pairs else e.dot_centered(before, unsigned, unsigned)
+            other = e.b.xor(unsigned, ir.Constant(BYTES, [number] * 4 * LANES)) if of_words else unsigned
+            after = e.dot_pairs(before, inputs, rows) if pairs else e.dot_centered(before, other, signed)
             e.b.store(after, total)
     results = [part for total in map(e.b.load, totals) for part in (e.of_pairs(total) if pairs else [e.folded(total)])]
     e.store(reduce(e.b.add, results), out, I64(0))
