@@ -17,18 +17,26 @@ from tinylm.serving.ray import internals
 STEP_S = 0.02  # many times a step's own time
 
 
+Step = Callable[[Any], Any]  # of an engine
+
+
 def begin() -> None:
+    replace_steps(paced)
+
+
+def replace_steps(changed: Callable[[Step], Step]) -> None:
+    """Let the engine of this process use `changed(step)` in place of its step. Serve's proxies have no engine."""
     internals.set_grpc_limits()  # the committed configs name it in the same variable
     try:
         serve.get_replica_context()
-    except RayServeException:  # Serve's proxies call this too, and have no engine
+    except RayServeException:  # a proxy
         return
     from tinylm.engine import Engine
 
-    Engine.step = paced(Engine.step)  # type: ignore[assignment, method-assign]
+    Engine.step = changed(Engine.step)  # type: ignore[assignment, method-assign]
 
 
-def paced(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def paced(step: Step) -> Step:
     """Return a step that ends STEP_S after its beginning, or later if `step` itself takes longer."""
 
     def paced_step(engine: Any) -> Any:
