@@ -153,5 +153,5 @@ $(VENV)/bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/peers: pyproject.toml constraints.txt | $(VENV)/bin/python
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-march=native -DCMAKE_CXX_FLAGS=-march=native -DLLAVA_BUILD=OFF" \
-		$(PIP) --no-binary llama-cpp-python --editable '.[serve,peers]'
+		$(PIP) --no-binary llama-cpp-python --editable '.[serve,bench,peers]'
 	touch $@

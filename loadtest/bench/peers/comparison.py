@@ -22,7 +22,7 @@ from loadtest.bench.peers.runner import Case, Measurement, Settings
 from tinylm.config import ModelConfig
 from tinylm.terminal.output import PlainConsole
 
-INSTALL = "pip install -e '.[peers]'"
+INSTALL = "pip install -e '.[bench,peers]'"
 OURS, LLAMA = "tinylm", "llama.cpp"
 Rates = dict[str, dict[str, float]]
 
