@@ -2,8 +2,9 @@
 
     python -m loadtest.bench.revisions bf112a5 --out docs/results/leaner-step.json
 
-The other revision gets a git worktree. Each form has one process per revision, and both measure in alternating rounds.
-The times are CPU seconds of the thread, as in `tinylm bench`. The texts are sampled with the same seeds.
+The other revision gets a git worktree. In each round, a new process of each revision measures: where the memory of a
+process lies changes its times, too. The order is A B B A. The times are CPU seconds of the thread, as in
+`tinylm bench`. The texts are sampled with the same seeds.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -110,33 +112,52 @@ class Worker:
 
 
 def compare(
-    old: Worker, new: Worker, batches: list[int], prompts: list[int], rounds: int, texts: int
-) -> dict[str, Any]:
-    """Return the times of each case and round, the new revision's shares of the core's limits, and equal texts."""
-    cases: dict[str, dict[str, Any]] = {}
-    for _ in range(rounds):
-        for name, worker in (("old", old), ("new", new)):
-            report = worker.ask(batches=batches, prompts=prompts)
-            for row in report["decode"]:
-                case = cases.setdefault(f"decode {row['batch']}", {"old": [], "new": []})
-                case[name].append(row["step_ms"])
-                case["of_bandwidth"], case["of_peak"] = row["share_of_bandwidth"], row["share_of_peak"]
-            for row in report["prefill"]:
-                case = cases.setdefault(f"prompt of {row['prompt_tokens']}", {"old": [], "new": []})
-                case[name].append(row["first_token_ms"])
-                multiply_adds = row["prompt_tokens"] * worker.of_layers + worker.of_logits
-                case["of_peak"] = multiply_adds / row["first_token_ms"] / report["peak_gmac_per_s"] / 1e6
-    pairs = zip(old.ask(texts=texts), new.ask(texts=texts), strict=True)
-    return {"cases": cases, "texts": texts, "equal_texts": sum(a == b for a, b in pairs)}
+    trees: Mapping[str, Path], form: str, batches: list[int], prompts: list[int], rounds: int, texts: int
+) -> dict[str, Any] | None:
+    """Return the times of each case and round, the new revision's shares of the core's limits, and equal texts.
+
+    trees: "old" and "new" -> the directory of that revision. Return None if this CPU does not have the form.
+    """
+    cases: dict[str, dict[str, list[float]]] = {}
+    for number in range(rounds):
+        for name in sorted(trees, reverse=number % 2 == 0):
+            with Worker(trees[name], FORMS[form]) as worker:
+                if form not in worker.arithmetic.replace("numba, ", "").split(", "):
+                    return None
+                report = worker.ask(batches=batches, prompts=prompts)
+            for case, figures in _figures(worker, report).items():
+                lists = cases.setdefault(case, defaultdict(list))
+                lists[name].append(figures.pop("step_ms"))
+                if name == "new":
+                    for key, share in figures.items():
+                        lists[key].append(share)
+    answers = []
+    for tree in trees.values():
+        with Worker(tree, FORMS[form]) as worker:
+            answers.append(worker.ask(texts=texts))
+    return {"cases": cases, "texts": texts, "equal_texts": sum(a == b for a, b in zip(*answers, strict=True))}
 
 
-def summary(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return each case's median times, the median of the rounds' ratios, and the shares of the core's limits."""
+def _figures(worker: Worker, report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return for each case the step's time in ms, and its shares of the core's limits."""
+    figures = {}
+    for row in report["decode"]:
+        shares = {"of_bandwidth": row["share_of_bandwidth"], "of_peak": row["share_of_peak"]}
+        figures[f"decode {row['batch']}"] = {"step_ms": row["step_ms"], **shares}
+    for row in report["prefill"]:
+        multiply_adds = row["prompt_tokens"] * worker.of_layers + worker.of_logits
+        of_peak = multiply_adds / row["first_token_ms"] / report["peak_gmac_per_s"] / 1e6
+        figures[f"prompt of {row['prompt_tokens']}"] = {"step_ms": row["first_token_ms"], "of_peak": of_peak}
+    return figures
+
+
+def summary(cases: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Return each case's median times, the median of the rounds' ratios, and the median shares of the limits."""
     rows = {}
     for name, case in cases.items():
         ratio = median(old / new for old, new in zip(case["old"], case["new"], strict=True))
         row = {"old_ms": median(case["old"]), "new_ms": median(case["new"]), "ratio": ratio}
-        row |= {key: case[key] for key in ("of_bandwidth", "of_peak") if key in case}
+        row |= {key: median(case[key]) for key in ("of_bandwidth", "of_peak") if key in case}
         rows[name] = {key: round(value, 4) for key, value in row.items()}
     return rows
 
@@ -159,13 +180,11 @@ def main(
             check_file(out)
         results: dict[str, dict[str, Any]] = {}
         with worktree(revision) as tree:
+            trees = {"old": tree, "new": Path.cwd()}
             for form in forms.split(","):
-                with ExitStack() as stack:
-                    old, new = (stack.enter_context(Worker(t, FORMS[form])) for t in (tree, Path.cwd()))
-                    if form not in new.arithmetic.replace("numba, ", "").split(", "):
-                        continue  # this CPU has no such instructions
-                    results[form] = compare(old, new, sizes, lengths, rounds, texts)
-                    _show(form, results[form])
+                if result := compare(trees, form, sizes, lengths, rounds, texts):
+                    results[form] = result
+                    _show(form, result)
     if out:
         command = f"python -m loadtest.bench.revisions {revision} --out docs/results/leaner-step.json"
         facts = {**describe(), "command": command, "other_revision": revision, "load_average": os.getloadavg()[0]}
