@@ -151,7 +151,9 @@ $(VENV)/bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[serve,bench]'
 	touch $@ $(VENV)/serving
 
+# Without AMX: llama.cpp's kernels for it end the process with this model.
+LLAMA_FLAGS = -march=native $(if $(shell grep -m 1 -w amx_tile /proc/cpuinfo 2>/dev/null),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 $(VENV)/peers: pyproject.toml constraints.txt | $(VENV)/bin/python
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS=-march=native -DCMAKE_CXX_FLAGS=-march=native -DLLAVA_BUILD=OFF" \
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_BUILD_TYPE=Release '-DCMAKE_C_FLAGS=$(LLAMA_FLAGS)' '-DCMAKE_CXX_FLAGS=$(LLAMA_FLAGS)' -DLLAVA_BUILD=OFF" \
 		$(PIP) --no-binary llama-cpp-python --editable '.[serve,bench,peers]'
 	touch $@

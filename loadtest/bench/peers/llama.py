@@ -3,10 +3,10 @@
 Its weights are Q8_0 or Q4_0 throughout, the embedding included. Its activation relu(x)^2 is cheaper than GELU, which
 favours it. The vocabulary has no texts, since the comparison exchanges token ids only.
 
-Compile it with -march=native throughout (see "peers" in pyproject.toml). GGML_NATIVE alone is not enough: with GCC 12
+Compile it with -march=native throughout, as `make peers` does. GGML_NATIVE alone is not enough: with GCC 12
 some of its kernels return without `vzeroupper`, and samplers compiled for plain x86-64 then take ten times as long.
 Samplers in the graph, a float32 cache, and different types for keys and values were slower. Its AMX kernels end the
-process with this model, so it runs without them, and then also without tiles of weights.
+process with this model, so it must be compiled without them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from loadtest.bench.peers.runner import TEMPERATURE, TOP_P, Case, Settings
 
 BATCH_TOKENS = 2048  # at most in one call
 SYSTEM = llama.llama_print_system_info().decode().strip(" |")
-HAS_AMX = "AMX_INT8 = 1" in SYSTEM
 KV_TYPES = {"f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
 
 
@@ -38,13 +37,15 @@ def _silence(level: int, text: bytes, data: Any) -> None:
 
 @cache
 def _model(directory: Path, kind: str, repack: bool) -> Any:
+    if "AMX_INT8 = 1" in SYSTEM:
+        raise RuntimeError("llama.cpp has AMX kernels, which end the process: compile it as `make peers` does")
     llama.llama_log_set(_silence, None)
     llama.llama_backend_init()
     path = directory.with_name(f"{directory.name}.{kind}.gguf")
     if not path.exists():
         write_gguf(path, *float32_tensors(directory), gguf.GGMLQuantizationType[kind])
     params = llama.llama_model_default_params()
-    params.use_extra_bufts = repack and not HAS_AMX
+    params.use_extra_bufts = repack
     model = llama.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise RuntimeError(f"llama.cpp cannot load {path}")
