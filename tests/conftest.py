@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile("tinylm", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.register_profile("ci", settings.get_profile("tinylm"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "tinylm")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as for a job in the background; processes would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

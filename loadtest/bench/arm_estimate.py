@@ -41,6 +41,7 @@ N_TOKENS = (1, 2, 4)
 # Instruction -> products of bytes that it computes, with registers of 256 bits on x86.
 PRODUCTS = {"sdot": 16, "usdot": 16, "usmmla": 32, "smull": 8, "smull2": 8, "vpmaddwd": 16}
 ROUNDS = 1000  # of the loop that llvm-mca simulates
+OLDEST = 17  # the first LLVM with these processors
 
 
 def compile_loop(cpu: str, triple: str, features: str, form: str, n_tokens: int) -> str:
@@ -106,12 +107,20 @@ def simulate(program: str, loop: list[str], cpu: str, triple: str, features: str
 
 
 def find_program() -> str:
-    """Return the name of the newest llvm-mca. Raise RuntimeError if there is none of LLVM 17 to 30."""
-    names = [f"llvm-mca-{version}" for version in range(30, 16, -1)]
-    for name in [*names, "llvm-mca"]:
-        if shutil.which(name):
+    """Return the name of an llvm-mca of at least OLDEST. Raise RuntimeError if there is none."""
+    for name in [*(f"llvm-mca-{version}" for version in range(30, OLDEST - 1, -1)), "llvm-mca"]:
+        if shutil.which(name) and _version(name) >= OLDEST:
             return name
-    raise RuntimeError("llvm-mca is not installed: install LLVM 17 or later, on Debian with `apt-get install llvm-22`")
+    raise RuntimeError(
+        f"there is no llvm-mca of LLVM {OLDEST} or later: install it, on Debian with `apt-get install llvm-22`"
+    )
+
+
+def _version(program: str) -> int:
+    """Return the major version of LLVM that a program names, or 0."""
+    ended = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"LLVM version (\d+)", ended.stdout)
+    return int(found[1]) if found else 0
 
 
 def estimate(program: str) -> dict[str, dict[str, Any]]:
