@@ -242,9 +242,9 @@ def test_the_address_has_the_part_and_the_sentence(browser: Browser, url: str) -
     with visit(browser, f"{url}explain", expected_errors=f"400|{BUSY}", origin=url) as page:
         wait_for_overview(page)
         page.locator("#lens summary").click()
-        page.wait_for_function("location.hash.startsWith('#lens&text=One%20day')")
+        expect(page).to_have_url(re.compile("explain#lens&text=One%20day"))
         page.locator("#lens summary").click()
-        page.wait_for_function("location.hash.startsWith('#text=One%20day')")
+        expect(page).to_have_url(re.compile("explain#text=One%20day"))
         page.evaluate("location.hash = '#scores&text=The%20sun'")  # as a reader who pastes a link
         expect(page.get_by_label("The sentence", exact=True)).to_have_value("The sun")
         expect(page.locator("#scores")).to_have_attribute("open", "")
