@@ -2,8 +2,8 @@
 
     python -m loadtest.bench.revisions bf112a5 --out docs/results/leaner-step.json
 
-The other revision gets a git worktree. In each round, a new process of each revision measures: where the memory of a
-process lies changes its times, too. The order is A B B A. The times are CPU seconds of the thread, as in
+The other revision gets a git worktree. Each round starts a new process of each revision, because the place of a
+process's memory changes its times. The order is old, new, new, old. The times are CPU seconds of the thread, as in
 `tinylm bench`. The texts are sampled with the same seeds.
 """
 
@@ -139,7 +139,7 @@ def compare(
 
 
 def _figures(worker: Worker, report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return for each case the step's time in ms, and its shares of the core's limits."""
+    """Return by case the time of a step in ms, and its shares of the core's limits."""
     figures = {}
     for row in report["decode"]:
         shares = {"of_bandwidth": row["share_of_bandwidth"], "of_peak": row["share_of_peak"]}

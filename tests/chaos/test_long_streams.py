@@ -152,7 +152,7 @@ def streaming(service: Service, slow_while: Path) -> Iterator[Callable[[list[str
 
 
 def ended(streams: list[Future[Outcome]]) -> dict[int, Outcome]:
-    """Return the outcomes so far, by the number of the stream."""
+    """Return the outcomes of the streams that have ended, by their places in the list."""
     return {number: stream.result() for number, stream in enumerate(streams) if stream.done()}
 
 

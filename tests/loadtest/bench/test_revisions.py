@@ -57,9 +57,8 @@ def test_an_impossible_comparison_is_refused_in_one_line(
 
 def test_ratios_are_medians_of_pairs() -> None:
     """Pairs measured in the same round share its noise. The ratio of the medians would be 5."""
-    row = summary({"decode 1": {"old": [1.0, 5.0, 30.0], "new": [1.0, 1.0, 10.0], "of_peak": [0.4, 0.9, 0.5]}})[
-        "decode 1"
-    ]
+    case = {"old": [1.0, 5.0, 30.0], "new": [1.0, 1.0, 10.0], "of_peak": [0.4, 0.9, 0.5]}
+    row = summary({"decode 1": case})["decode 1"]
     assert row == {"old_ms": 5.0, "new_ms": 1.0, "ratio": 3.0, "of_peak": 0.5}
 
 
