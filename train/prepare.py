@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +27,13 @@ from tinylm.terminal.output import say
 from train.config import Collection, ConfigError, TrainConfig, run_stage
 from train.data.progress import progress
 from train.data.sources import Row, is_dataset_id, matching_files, read_rows
+from train.release.copying import words
 
 SPLITS = ("train", "validation")
 SCHEMA = pa.schema([(name, pa.string()) for name in ("text", "collection", "source", "author", "licence")])
 ROWS_PER_WRITE = 1000
 MIN_CHARS = 64  # shorter documents are dropped
+OPENING_WORDS = 12  # that `same_opening` compares
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")  # with the byte-order mark
 _TRAILING_SPACE = re.compile(r"[ \t\xa0]+\n")
@@ -143,8 +146,11 @@ def _write_collection(
     counts = {split: Counts() for split in SPLITS}
     pending: dict[str, list[Row]] = {split: [] for split in SPLITS}
     writers = {s: pq.ParquetWriter(directory / f"{collection.name}.{s}.parquet", SCHEMA) for s in SPLITS}
+    is_repeated = repeated_openings(collection.same_opening)
     for row in _documents(collection, config):
         is_held_out = not collection.weight or is_validation(row["source"], share, config.seed)
+        if not is_held_out and is_repeated(row["text"]):
+            continue
         split = "validation" if is_held_out else "train"
         counts[split].add(row)
         pending[split].append(row)
@@ -162,6 +168,22 @@ def _write_collection(
                 f"of {n_usable} usable in {collection.source!r} (validation_share is {share})"
             )
     return counts
+
+
+def repeated_openings(limit: int | None) -> Callable[[str], bool]:
+    """Return a function that says of a text whether `limit` earlier ones began with the same words.
+
+    It ignores case and punctuation. A model copies the openings that it reads often. Without a limit, nothing is
+    repeated.
+    """
+    seen: Counter[str] = Counter()
+
+    def is_repeated(text: str) -> bool:
+        opening = " ".join(words(text)[:OPENING_WORDS])
+        seen[opening] += 1
+        return limit is not None and seen[opening] > limit
+
+    return is_repeated
 
 
 def _documents(collection: Collection, config: TrainConfig) -> Iterator[dict[str, str]]:

@@ -215,6 +215,22 @@ def test_minimum_and_max_documents_filter_rows(tmp_path: Path):
     assert texts(prepared(tmp_path / "w", path, max_documents=30)) == sorted(STORIES[:30])
 
 
+@pytest.mark.parametrize("limit", [1, 3])
+def test_same_opening_limits_the_training_documents_that_begin_alike(tmp_path: Path, limit: int):
+    """Case and punctuation do not count, held-out documents stay, and the thirteenth word may differ."""
+    opening = "once upon a time there was a girl named lily she liked"
+    alike = [f"{opening if n % 2 else opening.capitalize() + ':'} {n} {story}" for n, story in enumerate(STORIES)]
+    path = write_parquet(tmp_path / "t.parquet", {"text": alike + STORIES})
+    without, rows = prepared(tmp_path / "w", path), prepared(tmp_path / "l", path, same_opening=limit)
+    kept = {split: [row["text"] for row in rows if row["split"] == split] for split in SPLITS}
+    assert kept["validation"] == [row["text"] for row in without if row["split"] == "validation"]
+    assert not set(kept["train"]) - {row["text"] for row in without if row["split"] == "train"}
+    assert sum(text in alike for text in kept["train"]) == limit
+    assert texts([row for row in without if row["text"] in STORIES]) == sorted(
+        text for of_split in kept.values() for text in of_split if text in STORIES
+    )
+
+
 def broken_sources(directory: Path) -> dict[str, tuple[dict, str]]:
     """Write unusable sources; return for each file the collection's settings and a part of the expected error."""
     (directory / "empty.parquet").write_bytes(b"")
