@@ -47,7 +47,7 @@ class Collection(_Section):
     text_column: str = "text"
     source_column: str = "source"  # documents with the same value stay together; without it, each document is a source
     minimum: dict[str, float] = {}  # keep only rows whose column is at least this
-    same_opening: int | None = Field(default=None, ge=1)  # train on at most so many documents with the same first 12 words
+    same_opening: int | None = Field(default=None, ge=1)  # most training documents with the same first 12 words
 
 
 class Prepare(_Section):
