@@ -63,5 +63,6 @@ def test_ratios_are_medians_of_pairs() -> None:
 
 
 def test_a_worker_that_dies_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "tinylm.py").write_text("raise SystemExit(1)")
     with pytest.raises(RuntimeError, match="ended before it answered"):
-        Worker(tmp_path, ())  # an empty directory has no TinyLM
+        Worker(tmp_path, ())
