@@ -1,6 +1,6 @@
 """Compare the engine's steps and texts with those of another revision, for each form of the compiled kernels.
 
-    python -m loadtest.bench.revisions bf112a5 --out docs/results/leaner-step.json
+    python -m loadtest.bench.revisions 267bb1e --out docs/results/leaner-step.json
 
 The other revision gets a git worktree. Each round starts a new process of each revision, because the place of a
 process's memory changes its times. The order is old, new, new, old. Both use this revision's model. The times are CPU
