@@ -171,17 +171,18 @@ def _write_collection(
 
 
 def repeated_openings(limit: int | None) -> Callable[[str], bool]:
-    """Return a function that says of a text whether `limit` earlier ones began with the same words.
+    """Return a function of a text: True if at least `limit` earlier texts began with the same OPENING_WORDS words.
 
-    It ignores case and punctuation. A model copies the openings that it reads often. Without a limit, nothing is
-    repeated.
+    It ignores case and punctuation. Without a limit, it returns False. A model copies the openings that it reads often.
     """
     seen: Counter[str] = Counter()
 
     def is_repeated(text: str) -> bool:
+        if limit is None:
+            return False
         opening = " ".join(words(text)[:OPENING_WORDS])
         seen[opening] += 1
-        return limit is not None and seen[opening] > limit
+        return seen[opening] > limit
 
     return is_repeated
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,9 @@ def test_a_missing_key_is_named(path: Path, key: str):
     path.write_text(yaml.safe_dump({name: value for name, value in MINIMAL.items() if name != key}), encoding="utf-8")
     with pytest.raises(ConfigError, match=f"{key}: Field required"):
         load_config(path)
+
+
+def test_the_released_config_has_the_hash_of_the_released_model():
+    """A setting that is added later must not change it, or the config would no longer be the model's."""
+    evaluation = json.loads((ROOT / "models/stories-8m/evaluation.json").read_text())
+    assert load_config(ROOT / "configs/stories-8m.yaml").sha256 == evaluation["config_sha256"]
