@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.browser import DESKTOP, LAYOUT_SHIFT, barriers, visit
 from openai import DefaultHttpxClient
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from tinylm import LLM
 
@@ -295,6 +295,19 @@ def test_the_reader_s_request_shares_steps_with_the_others_of_the_page(page: Pag
     page.get_by_role("button", name="Send it with 15 others").click()
     about = page.locator("#batch [data-is=about]")
     expect(about).to_contain_text(re.compile(r"It shared \d+ of them, with up to \d+ others? at once"))
+
+
+def test_a_late_look_still_finds_the_request(page: Page) -> None:
+    """A slow browser looks when all requests have ended. The last steps hold them until others come."""
+
+    def answer_late(route: Route) -> None:
+        time.sleep(2)  # a request takes less than half a second
+        route.continue_()
+
+    open_part(page, "batch")
+    page.route("**/explain/batch", answer_late)
+    page.get_by_role("button", name="Send it with 15 others").click()
+    expect(page.locator("#batch [data-is=about]")).to_contain_text(re.compile(r"It shared \d+ of them"))
 
 
 # --- for everybody

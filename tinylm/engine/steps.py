@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import Literal, NamedTuple
 
-N_KEPT = 32  # steps
+N_KEPT = 64  # steps
 WATCHED_S = 10.0  # after the last look
 
 

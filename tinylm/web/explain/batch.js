@@ -6,10 +6,11 @@ import { bar, byId, fill, percent, say } from "./dom.js";
 import { set, state } from "./state.js";
 
 const KEPT_MS = 600; // the service gives all readers the same view for 500 ms
-const N_LOOKS = 4;
+const N_TRIES = 4; // under load, the view can be too old, or the steps of the request over
+// On an idle service, the last 64 steps hold the reader's request even when all have ended: the others end soon after it.
 const OWN_TOKENS = 120;
-const MOST_TOKENS = 180; // of the other requests; with a prompt of 64 tokens they fit into the context
-const CALLS = 4; // a browser has few connections to a server, so one call has several of the other requests
+const OTHERS_TOKENS = [140, 135, 130, 125]; // one number for each call; with a prompt of 64 tokens they fit into the context
+const CALLS = OTHERS_TOKENS.length; // a browser has few connections to a server, so one call has several of the other requests
 const WIDEST = 28; // px of a step
 const [ROW, GAP, TIMES] = [14, 3, 46]; // px of a slot, between slots, of the times below
 const PARTS = { prepare_s: "fill the batch", model_s: "the model", results_s: "give out tokens" };
@@ -25,19 +26,30 @@ async function run(n_others) {
   if (details.getAttribute("aria-busy") === "true") return;
   details.setAttribute("aria-busy", "true");
   say(get("about"), "Sending …");
-  const stop = new AbortController();
   try {
     await getJson("explain/batch"); // from now on, steps are recorded
-    await pause(KEPT_MS);
-    for (let call = 0; call < CALLS; call++) others(Math.ceil((n_others - call) / CALLS), call, stop.signal);
-    const found = await findOwn(stop.signal);
+    let found = null;
+    for (let i = 0; i < N_TRIES && !found; i++) {
+      await pause(KEPT_MS);
+      found = await sendAndLook(n_others);
+    }
     if (found) show(found);
     else say(get("about"), "The steps of your request were over before the page could look. Try again.");
   } catch (error) {
     say(get("about"), error.message);
   }
-  stop.abort();
   details.setAttribute("aria-busy", "false");
+}
+
+/** Return what `findOwn` does, with `n_others` further requests under way. */
+async function sendAndLook(n_others) {
+  const stop = new AbortController();
+  try {
+    for (let call = 0; call < CALLS; call++) others(Math.ceil((n_others - call) / CALLS), call, stop.signal);
+    return await findOwn(stop.signal);
+  } finally {
+    stop.abort();
+  }
 }
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
@@ -45,7 +57,7 @@ const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 /** Send `n` requests of other readers in one call. Whether it succeeds does not matter. */
 async function others(n, call, signal) {
   if (n < 1) return;
-  const body = { prompt: Array(n).fill(state.text), max_tokens: MOST_TOKENS - 20 * call, ignore_eos: true, seed: call };
+  const body = { prompt: Array(n).fill(state.text), max_tokens: OTHERS_TOKENS[call], ignore_eos: true, seed: call };
   try {
     for await (const _ of completions(body, signal));
   } catch {
@@ -53,7 +65,7 @@ async function others(n, call, signal) {
   }
 }
 
-/** Send the reader's request. Return its replica and number once the steps hold it, or null. */
+/** Send the reader's request, and look once at the steps. Return its replica and number, or null if none holds it. */
 async function findOwn(signal) {
   const body = { prompt: state.text, max_tokens: OWN_TOKENS, ignore_eos: true };
   let own = null;
@@ -68,14 +80,10 @@ async function findOwn(signal) {
   let over = false;
   ended.then(() => (over = true), () => (over = true));
   while (n_chunks < 2 && !over) await pause(5);
-  for (let look = 0; look < N_LOOKS; look++) {
-    if (look) await pause(KEPT_MS);
-    const { replicas } = await getJson("explain/batch");
-    const replica = replicas.find(({ id, steps }) => id === own?.id && steps.some(holds(own.number)));
-    if (replica) return { ...replica, number: own.number };
-    if (over && !own) await ended; // throws why it was refused
-  }
-  return null;
+  if (over && !own) await ended; // throws why it was refused
+  const { replicas } = await getJson("explain/batch");
+  const replica = replicas.find(({ id, steps }) => id === own?.id && steps.some(holds(own.number)));
+  return replica ? { ...replica, number: own.number } : null;
 }
 
 const holds = (number) => ({ shares }) => shares.some(({ request }) => request === number);
