@@ -7,9 +7,9 @@ import { set, state } from "./state.js";
 
 const KEPT_MS = 600; // the service gives all readers the same view for 500 ms
 const N_TRIES = 4; // under load, the view can be too old, or the steps of the request over
-// On an idle service, the last 64 steps hold the reader's request even when all have ended: the others end soon after it.
+// On an idle service, the recorded steps hold the reader's request even when all have ended: the others end soon after it.
 const OWN_TOKENS = 120;
-const OTHERS_TOKENS = [140, 135, 130, 125]; // one number for each call; with a prompt of 64 tokens they fit into the context
+const OTHERS_TOKENS = [140, 135, 130, 125]; // for each call; with a prompt of 64 tokens they fit into the context
 const CALLS = OTHERS_TOKENS.length; // a browser has few connections to a server, so one call has several of the other requests
 const WIDEST = 28; // px of a step
 const [ROW, GAP, TIMES] = [14, 3, 46]; // px of a slot, between slots, of the times below
