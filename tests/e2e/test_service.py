@@ -254,7 +254,7 @@ def test_no_request_breaks_the_service(service: Service) -> None:
 
 
 def test_a_full_queue_refuses_and_loses_no_call(service: Service) -> None:
-    statuses = fault_actions.fill_queue(service.address, 800, max_tokens=200)
+    statuses = fault_actions.fill_queue(service.address, 800)
     assert set(statuses) == {"OK", "RESOURCE_EXHAUSTED"}, statuses
     assert statuses["OK"] >= 4 * 16
 

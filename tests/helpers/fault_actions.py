@@ -21,10 +21,12 @@ METHODS = ("Generate", "GenerateStream", "Tokenize", "GetModelInfo", "Explain")
 OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))  # each channel has its own connection
 
 
-def fill_queue(address: str, calls: int, max_tokens: int = 250) -> Counter[str]:
-    """Ask for `calls` long answers at once."""
-    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=max_tokens, temperature=0)
+def fill_queue(address: str, calls: int) -> Counter[str]:
+    """Ask for `calls` answers at once, each as long as the context."""
+    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=250, temperature=0, ignore_eos=True)
     channels = [grpc.insecure_channel(address, options=OPTIONS) for _ in range(-(-calls // STREAMS))]
+    for channel in channels:  # on a busy machine, the service would answer the first calls while the others connect
+        grpc.channel_ready_future(channel).result(LIMIT_S)
     stubs = itertools.cycle([TinyLMStub(channel) for channel in channels])
     futures = [next(stubs).Generate.future(request, metadata=METADATA, timeout=LIMIT_S) for _ in range(calls)]
     statuses = Counter(future.code().name for future in futures)
@@ -35,8 +37,8 @@ def fill_queue(address: str, calls: int, max_tokens: int = 250) -> Counter[str]:
 
 def cancel(address: str, calls: int) -> Counter[str]:
     """Cancel `calls` streams: before the first message, at it, or after some."""
-    # The model does not end this text early. A story could end before its caller leaves.
-    request = pb.GenerateRequest(prompt="la la la la la la la la", max_tokens=230, temperature=0)
+    # No answer may end before its caller leaves.
+    request = pb.GenerateRequest(prompt="Once upon a time", max_tokens=250, temperature=0, ignore_eos=True)
     statuses: Counter[str] = Counter()
     numbers = iter(range(calls))
     lock = threading.Lock()
