@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tinylm.system.machine import processor
 from tinylm.tokenizer import Tokenizer
 from train.config import ConfigError, TrainConfig
+from train.core import amx
 from train.core.checkpoint import Checkpoint, load_start
 from train.core.model import GPT
 from train.core.optimizers import lr_factor, make_optimizers
@@ -92,7 +93,8 @@ class Trainer:
             self.model = GPT(config.shape, seed=config.seed)
         self.model.to(device)
         self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY)).eval()
-        self._optimizers = make_optimizers(self.model, run)
+        with_tiles = run.compile and run.bfloat16 and device.type == "cpu" and amx.library() is not None
+        self._optimizers = make_optimizers(self.model, run, with_tiles)
         self.step, self._wall_before_s, self._started_at = 0, 0.0, time.monotonic()
         self._machine = machine_name(device, self.ranks.world)
         if checkpoint is not None:
@@ -100,7 +102,7 @@ class Trainer:
         self._parallel = nn.parallel.DistributedDataParallel(self.model) if self.ranks.world > 1 else None
         self._cross_entropy = cross_entropy
         if run.compile:
-            self.model.compile_blocks()
+            self.model.compile_blocks(with_tiles)
             self._cross_entropy = torch.compile(cross_entropy)
         self._lr_factor = 0.0  # of the last step
         self._peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from train.config import Run
+from train.core import amx
 from train.core.model import GPT
 from train.core.ranks import Ranks
 
@@ -24,12 +25,15 @@ NEWTON_SCHULZ_STEPS = 5
 FINAL_LR = 0.02  # share of the peak learning rate at the last step
 
 
-def make_optimizers(model: GPT, run: Run) -> list[Optimizer]:
-    """Return Muon for the blocks' matrices, and AdamW without decay for the embedding and the norms."""
+def make_optimizers(model: GPT, run: Run, with_tiles: bool = False) -> list[Optimizer]:
+    """Return Muon for the blocks' matrices, and AdamW without decay for the embedding and the norms.
+
+    with_tiles: Muon uses AMX.
+    """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     return [
-        Muon(matrices, run.muon_lr, MUON_MOMENTUM, run.weight_decay, bfloat16=run.bfloat16),
+        Muon(matrices, run.muon_lr, MUON_MOMENTUM, run.weight_decay, run.bfloat16, with_tiles),
         torch.optim.AdamW(others, lr=run.adamw_lr, betas=ADAMW_BETAS, weight_decay=0.0),
     ]
 
@@ -51,10 +55,16 @@ class Muon(Optimizer):
     """
 
     def __init__(
-        self, matrices: Iterable[Tensor], lr: float, momentum: float, weight_decay: float, bfloat16: bool = False
+        self,
+        matrices: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        bfloat16: bool = False,
+        with_tiles: bool = False,
     ) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._bfloat16 = bfloat16
+        self._bfloat16, self._with_tiles = bfloat16, with_tiles
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # there is no closure to call
@@ -69,7 +79,8 @@ class Muon(Optimizer):
                 torch._foreach_lerp_(averages, gradients, 1 - momentum)
                 if ranks.rank == owner:
                     nesterov = torch.stack(torch._foreach_lerp(gradients, averages, momentum))
-                    update = orthogonalize(nesterov, self._bfloat16 or nesterov.is_cuda).contiguous()
+                    bfloat16 = self._bfloat16 or nesterov.is_cuda
+                    update = orthogonalize(nesterov, bfloat16, self._with_tiles).contiguous()
                 else:
                     update = share[0].new_empty((len(share), *share[0].shape))
                 # The ranks send this update while the next one is computed.
@@ -100,12 +111,18 @@ def _shares(matrices: Sequence[Tensor], world: int) -> Iterator[tuple[int, list[
             yield owner, alike[owner::world]
 
 
-def orthogonalize(matrices: Tensor, bfloat16: bool = False) -> Tensor:
-    """Return matrices (B, M, N) with the same singular vectors and singular values near 1 (Newton-Schulz iteration)."""
+def orthogonalize(matrices: Tensor, bfloat16: bool = False, with_tiles: bool = False) -> Tensor:
+    """Return matrices (B, M, N) with the same singular vectors and singular values near 1 (Newton-Schulz iteration).
+
+    with_tiles: use AMX where the sizes fit.
+    """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if x.shape[-1] >= 2 * x.shape[-2] and not bfloat16:
+    if with_tiles and bfloat16 and all(size % amx.MULTIPLE == 0 for size in x.shape[1:]):
+        x = x.bfloat16().contiguous()
+        amx.newton_schulz(x, COEFFICIENTS, NEWTON_SCHULZ_STEPS)
+    elif x.shape[-1] >= 2 * x.shape[-2] and not bfloat16:
         x = _iterate_gram(x @ x.mT) @ x
     else:
         x = _iterate(x.bfloat16() if bfloat16 else x)
