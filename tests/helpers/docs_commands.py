@@ -174,6 +174,7 @@ TABLE: dict[str, str | Walk] = {
     r"make pictures": Walk(Until.END, "how-it-works.md", rewrites=(RESULTS, IMAGES, "docs/how-it-works.md")),
     r"make proto": Walk(Until.END),
     r"python -m (loadtest.bench.pages|docs.making.page)": Walk(Until.END),
+    r"python -m docs.making.releases": "tests/docs/test_releases.py::test_a_release_equals_itself",
     r"make chaos": Walk(Until.AT_WORK, r"tests/chaos/\w+\.py \.", limit_s=400),
     r"make soak( MINUTES=\d+)?|python -m loadtest.bench.mixed_hour": Walk(Until.AT_WORK, r"minute 1: ", limit_s=400),
     r"make clients": Walk(Until.AT_WORK, r"tests/docs/test_clients\.py \.", limit_s=600),
