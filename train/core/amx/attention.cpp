@@ -1,7 +1,7 @@
 // Causal attention with rotary positions, forward and backward. `amx/__init__.py` describes the functions.
 //
-// Each head of each row is one task. A head has 32 dimensions, so one instruction multiplies 16 queries by 16 keys. The scores
-// of a head stay in the processor's cache; backward computes them again (Dao et al. 2022).
+// Each head of each row is one task. A head has 32 dimensions, so one instruction multiplies 16 queries by 16 keys. The
+// scores of a head stay in the processor's cache; backward computes them again (Dao et al. 2022).
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -18,7 +18,7 @@ constexpr float SCALE = 0.25503487f;  // log2(e) / sqrt(D): the weight of a scor
 constexpr float LN_2 = 0.69314718f;
 constexpr float MASKED = -1e30f;
 
-// The places of a head's arrays. The heads' queries, keys and values of a token lie side by side, as in (n, 3, heads, D).
+// The places of a head's arrays. A token has queries, keys and values side by side: (n, 3, heads, D).
 struct Head {
   int64_t n, heads, row, head;
   int64_t q(int64_t t) const { return (row * n + t) * 3 * heads * D + head * D; }
@@ -44,11 +44,13 @@ struct Angles {
     store(to, _mm512_fmadd_ps(a, c, _mm512_mul_ps(b, s)), _mm512_fmsub_ps(b, c, _mm512_mul_ps(a, s)));
   }
 
-  static __m512 scaled(const float* from, float factor) { return _mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(factor)); }
+  static __m512 scaled(const float* from, float factor) {
+    return _mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(factor));
+  }
 };
 
-// Turn the first n scores of a query into weights e^(score - largest). Keys from `allowed` on are masked. Return log2 of the sum
-// of all e^score.
+// Turn the first n scores of a query into weights e^(score - largest). Keys from `allowed` on are masked. Return log2
+// of the sum of all e^score.
 float soften(float* scores, bf16* weights, int64_t n, int64_t allowed, float* inverse_sum) {
   for (int64_t c = n - SIDE; c < n; c += 16) {  // only the last square has keys after the query
     const __mmask16 mask = c + 16 <= allowed ? 0xFFFF : c >= allowed ? 0 : (1u << (allowed - c)) - 1;
@@ -105,16 +107,26 @@ struct Forward {
   }
 
   Buffer<bf16> q, k, v;
-  Buffer<float> scores;   // (SIDE, n)
-  Buffer<bf16> weights;   // (SIDE, n)
+  Buffer<float> scores;  // (SIDE, n)
+  Buffer<bf16> weights;  // (SIDE, n)
   alignas(64) float square[SIDE * D];
 };
 
 struct Backward {
   explicit Backward(int64_t n)
-      : q(n * D), q_t(n * D), k(n * D), k_pairs(n * D), v(n * D), d_out(n * D), d_out_t(n * D), dk_t(n * D), dv_t(n * D), deltas(n) {}
+      : q(n * D),
+        q_t(n * D),
+        k(n * D),
+        k_pairs(n * D),
+        v(n * D),
+        d_out(n * D),
+        d_out_t(n * D),
+        dk_t(n * D),
+        dv_t(n * D),
+        deltas(n) {}
 
-  void run(const Head& head, const bf16* qkv, Angles angles, const bf16* out, const float* logs, const bf16* d, bf16* d_qkv) {
+  void run(const Head& head, const bf16* qkv, Angles angles, const bf16* out, const float* logs, const bf16* d,
+           bf16* d_qkv) {
     const int64_t n = head.n;
     for (int64_t j = 0; j < n; j += SIDE) arrange(head, j, qkv, angles, out, d);
     for (int64_t i = 0; i < n; i += SIDE) {
@@ -129,7 +141,8 @@ struct Backward {
     for (int64_t j = 0; j < n; j += SIDE) {
       turn(&dk_t[j * D], turned);
       for (int64_t t = 0; t < SIDE; t++)
-        angles.rotate_back(j + t, _mm512_load_ps(turned + t * 16), _mm512_load_ps(turned + 512 + t * 16), LN_2, d_qkv + head.k(j + t));
+        angles.rotate_back(j + t, _mm512_load_ps(turned + t * 16), _mm512_load_ps(turned + 512 + t * 16), LN_2,
+                           d_qkv + head.k(j + t));
       turn(&dv_t[j * D], turned);
       for (int64_t t = 0; t < SIDE; t++)
         store(d_qkv + head.v(j + t), _mm512_load_ps(turned + t * 16), _mm512_load_ps(turned + 512 + t * 16));
@@ -218,8 +231,8 @@ extern "C" {
 // Ask Linux for tiles (XFEATURE_XTILEDATA, 18). Return 0 if this process may use them.
 int64_t request_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18); }
 
-void attention_forward(const bf16* qkv, const float* cos, const float* sin, bf16* out, float* logs, int64_t rows, int64_t n,
-                       int64_t heads) {
+void attention_forward(const bf16* qkv, const float* cos, const float* sin, bf16* out, float* logs, int64_t rows,
+                       int64_t n, int64_t heads) {
 #pragma omp parallel
   {
     const Tiles tiles;

@@ -1,7 +1,8 @@
 // Bfloat16 matrices in the tiles of AMX: what the other files of this directory share.
 //
-// A tile has 16 rows of 64 bytes. `tdpbf16ps` adds A (16 x 32) times B (32 x 16) to sums of 16 x 16 float32. A lies row by row.
-// B lies as 16 rows of 16 words: word n of row r is the pair B[2r][n], B[2r + 1][n]. There are two ways to make a B:
+// A tile has 16 rows of 64 bytes. `tdpbf16ps` adds A (16 x 32) times B (32 x 16) to sums of 16 x 16 float32. A lies row
+// by row. B lies as 16 rows of 16 words: word n of row r is the pair B[2r][n], B[2r + 1][n]. There are two ways to make
+// a B:
 //   words(X): B = X^T for X (16 x 32), by transposing X's words, 16 x 16.
 //   pairs(X): B = X for X (32 x 16), by interleaving rows 2r and 2r + 1. words(pairs(X)) is X^T as an A.
 // The code works on squares of 32 x 32: two tiles of A, two of B, and the four tiles of their product.
@@ -81,7 +82,8 @@ inline void words(const void* from, int64_t stride, void* to) {
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride));
   for (int64_t r = 0; r < 16; r++)
-    _mm512_store_si512(static_cast<int32_t*>(to) + r * 16, _mm512_i32gather_epi32(rows, static_cast<const int32_t*>(from) + r, 4));
+    _mm512_store_si512(static_cast<int32_t*>(to) + r * 16,
+                       _mm512_i32gather_epi32(rows, static_cast<const int32_t*>(from) + r, 4));
 }
 
 // A square -> its transpose as A: its first 16 columns, and its last 16.
