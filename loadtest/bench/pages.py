@@ -170,7 +170,7 @@ def engine_blocks(results: Path) -> dict[str, str]:
     ]
     head = ["batch", "ms per step", "tokens/s", "MB per step", "of the core's bandwidth", "of its arithmetic"]
     return {
-        "parts": _parts(_read(results / "parts.json")["microseconds"]),
+        "parts": _parts(_read(results / "parts.json")["forms"]),
         "decode": table(head, decode),
         "tiles": _tiles(_read(results / "tiles.json")),
         "leaner-step": _revisions(_read(results / "leaner-step.json")["forms"]),
@@ -181,18 +181,17 @@ def engine_blocks(results: Path) -> dict[str, str]:
     }
 
 
-def _parts(microseconds: dict[str, dict[str, float]]) -> str:
-    """microseconds: batch size -> part of a step -> time."""
-    head = ["part"]
-    for batch in microseconds:
-        head += [f"batch {batch}", ""]
-    rows = []
-    for part in next(iter(microseconds.values())):
-        row = [part]
-        for times in microseconds.values():
-            row += [f"{times[part]:.0f} us", f"{times[part] / times['whole step']:.0%}"]
-        rows.append(row)
-    return table(head, rows)
+def _parts(forms: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+    """forms: form of the kernels -> batch size -> the microseconds of each part, and the least ones."""
+    head, rows = ["part, us"], dict[str, list[str]]()
+    for form, batches in forms.items():
+        for batch, of_batch in batches.items():
+            head.append(f"`{form}`, batch {batch}")
+            for part, time in of_batch["microseconds"].items():
+                rows.setdefault(part, [part]).append(f"{time:,.0f}")
+                if least := of_batch["least_microseconds"].get(part):
+                    rows.setdefault(f"least for {part}", [f"*at least, for {part}*"]).append(f"*{least:,.0f}*")
+    return table(head, list(rows.values()))
 
 
 def _tiles(result: dict[str, Any]) -> str:

@@ -3,26 +3,32 @@
     python -m loadtest.bench.parts --out docs/results/parts.json
 
 Each part of the compiled step runs alone, in all layers, on the arrays of a real batch: the same work in the same order
-on the same memory as within a step. The result also says how much of the whole step is in no part.
+on the same memory as within a step. The result also says how much of the whole step is in no part, and how long the two
+largest parts take at least. Each form of the kernels runs in a process of its own.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple, Optional
+from unittest.mock import patch
 
 import numpy as np
 import typer
 from rich.table import Table
 
+from loadtest.bench.revisions import FORMS, environment
 from loadtest.options import integers
+from tinylm.bench import measure_bandwidth
 from tinylm.engine import Engine
 from tinylm.kernels.batch import Batch
-from tinylm.kernels.numba import ops, simd
+from tinylm.kernels.numba import ops, simd, steps
 from tinylm.kernels.numba.emitter import LANES
 from tinylm.kernels.numba.jit import compiled
 from tinylm.kernels.numba.layout import Int8Cache, Scratch, Shape, Weights, aligned_zeros
@@ -132,7 +138,7 @@ def _seconds(function: Callable[..., object], *arguments: Any) -> float:
 
 
 def _full_engine(n: int) -> tuple[Model, Engine, float]:
-    """Return a model, an engine that decodes n sequences of it, and the seconds of a whole step.
+    """Return a model, an engine that decodes n sequences of it, and the seconds of a step outside of compiled code.
 
     Raises RuntimeError if sequences always end too early.
     """
@@ -146,28 +152,51 @@ def _full_engine(n: int) -> tuple[Model, Engine, float]:
         requests = [engine.submit([2 + i, *ids[1:]], params[i]) for i in range(n)]
         while engine.has_work and not all(request.tokens for request in requests):
             engine.step()
-        whole = median(_seconds(engine.step) for _ in range(8))
+        outside = median(_seconds_outside(engine) for _ in range(8))
         if engine.n_running == n:
-            return model, engine, whole
+            return model, engine, outside
     raise RuntimeError(f"{n} sequences never lasted for a few steps")
 
 
-def measure(n: int) -> dict[str, float]:
-    """Return the microseconds of each part of a step with n sequences, of the rest, and of the whole."""
-    model, engine, whole = _full_engine(n)
-    runner = engine._runner
-    compiled = median(_seconds(runner.step, n, n) for _ in range(50))
-    parts = _measure_parts(model, runner, n)
-    return {
+def _seconds_outside(engine: Engine) -> float:
+    """Return the seconds that a step of the engine takes outside of the compiled step."""
+    compiled_step, inside = engine._runner.step, 0.0
+
+    def timed(*arguments: Any) -> None:
+        nonlocal inside
+        inside += _seconds(compiled_step, *arguments)
+
+    with patch.object(engine._runner, "step", timed):
+        return _seconds(engine.step) - inside
+
+
+def measure(n: int) -> dict[str, dict[str, float]]:
+    """Return the microseconds of a step with n sequences: its parts, the rest, the whole, and the least ones."""
+    model, engine, outside = _full_engine(n)
+    compiled, parts = _measure_parts(model, engine._runner, n)
+    times = {
         **parts,
-        "the rest of the compiled step": 1e6 * compiled - sum(parts.values()),
-        "Python: batch, sequences, results": 1e6 * (whole - compiled),
-        "whole step": 1e6 * whole,
+        "the rest of the compiled step": compiled - sum(parts.values()),
+        "Python: batch, sequences, results": 1e6 * outside,
+        "whole step": compiled + 1e6 * outside,
+    }
+    return {"microseconds": times, "least_microseconds": _least(model, engine, n)}
+
+
+def _least(model: Model, engine: Engine, n: int) -> dict[str, float]:
+    """Return the microseconds that this core needs at least to load what a part reads, and for its multiply-adds."""
+    config, weight_bytes = model.config, model.kernels.weight_bytes(model.weights)
+    bandwidth, peak = measure_bandwidth(weight_bytes), model.kernels.measure_peak()
+    cached = n * LENGTH * engine.cache_bytes / (engine.n_slots * config.context)
+    multiply_adds = n * (config.n_parameters - config.hidden_size * (2 * config.n_layers + 1))
+    return {
+        "matmuls": 1e6 * max(weight_bytes / bandwidth, multiply_adds / peak),
+        "attention": 1e6 * cached / bandwidth,
     }
 
 
-def _measure_parts(model: Model, runner: ModelRunner, n: int) -> dict[str, float]:
-    """Return the microseconds of each part. The inputs of every round are the same."""
+def _measure_parts(model: Model, runner: ModelRunner, n: int) -> tuple[float, dict[str, float]]:
+    """Return the microseconds of the compiled step and of each part. The inputs of every round are the same."""
     scratch, logits = runner._scratch, runner.batch.logits
     room = aligned_zeros(scratch.wide.shape, np.float32)
     step = Step(n, model.weights.shape, model.weights, runner._cache, scratch, runner.batch, room)
@@ -176,40 +205,73 @@ def _measure_parts(model: Model, runner: ModelRunner, n: int) -> dict[str, float
     inputs.append((logits, logits.copy()))
     functions = {name: _repeated(part) for name, part in PARTS.items()}
     times: dict[str, list[float]] = {name: [] for name in PARTS}
+    whole: list[float] = []
     for i in range(ROUNDS + 1):
+        of_steps = median(_seconds(runner.step, n, n) for _ in range(REPEATS))
         for name, function in functions.items():
             for array, values in inputs:
                 array[...] = values
             seconds = _seconds(function, step) / REPEATS
             if i:  # the first round compiles
                 times[name].append(seconds)
-    return {name: 1e6 * median(values) for name, values in times.items()}
+        if i:
+            whole.append(of_steps)
+    return 1e6 * median(whole), {name: 1e6 * median(values) for name, values in times.items()}
 
 
 def main(
     out: Annotated[Optional[Path], typer.Option(metavar="FILE.json", help="Write the figures.")] = None,
     batches: Annotated[str, typer.Option(metavar="N,N,...", help="Sequences that decode at once.")] = "1,16",
+    forms: Annotated[str, typer.Option(metavar="FORM,...", help="Forms of the kernels.")] = ",".join(FORMS),
+    here: Annotated[bool, typer.Option("--here", help="Measure this process's form alone, and print JSON.")] = False,
 ) -> None:
     """Measure where the time of a decode step goes."""
     with one_line_errors(ValueError, RuntimeError):
         sizes = integers("--batches", batches)
+        if here:
+            print(json.dumps({"form": steps.describe(), "batches": {str(n): measure(n) for n in sizes}}))
+            return
+        if unknown := set(forms.split(",")) - set(FORMS):
+            raise ValueError(f"--forms has {', '.join(sorted(unknown))}: it must be some of {', '.join(FORMS)}")
         if out:
             check_file(out)
-        results = {n: measure(n) for n in sizes}
-        PlainConsole().print(_table(results))
+        results = {}
+        for form in forms.split(","):
+            if result := _of_form(form, batches):
+                results[form] = result
+                PlainConsole().print(_table(form, result))
         if out:
             facts = {**describe(), "command": "python -m loadtest.bench.parts", "tokens_cached": LENGTH}
-            micros = {str(n): {name: round(value, 1) for name, value in parts.items()} for n, parts in results.items()}
-            write_file(out, json.dumps({**facts, "microseconds": micros}, indent=2) + "\n")
+            write_file(out, json.dumps({**facts, "forms": results}, indent=2) + "\n")
 
 
-def _table(results: dict[int, dict[str, float]]) -> Table:
-    """results: batch size -> part -> microseconds."""
-    table = Table("part", *(f"batch {n}, us" for n in results), *(f"batch {n}" for n in results))
-    for name in next(iter(results.values())):
-        figures = [f"{parts[name]:.0f}" for parts in results.values()]
-        shares = [f"{parts[name] / parts['whole step']:.0%}" for parts in results.values()]
-        table.add_row(name, *figures, *shares)
+def _of_form(form: str, batches: str) -> dict[str, Any] | None:
+    """Return what `measure` returns in a process of that form, by batch size; None if this CPU lacks the form."""
+    command = [sys.executable, "-m", "loadtest.bench.parts", "--here", "--batches", batches]
+    process = subprocess.run(command, env=environment(FORMS[form]), stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"the process of {form} failed: see its messages above")
+    result = json.loads(process.stdout)
+    if form not in result["form"].split(", "):
+        return None
+    return {
+        n: {kind: {name: round(value, 1) for name, value in times.items()} for kind, times in of_batch.items()}
+        for n, of_batch in result["batches"].items()
+    }
+
+
+def _table(form: str, result: dict[str, Any]) -> Table:
+    """result: batch size -> the microseconds of each part, and the least ones."""
+    table = Table("part", title=form)
+    for n in result:
+        table.add_column(f"batch {n}, us", justify="right")
+        table.add_column("at least", justify="right")
+    for name in next(iter(result.values()))["microseconds"]:
+        figures = []
+        for of_batch in result.values():
+            least = of_batch["least_microseconds"].get(name)
+            figures += [f"{of_batch['microseconds'][name]:.0f}", f"{least:.0f}" if least else ""]
+        table.add_row(name, *figures)
     return table
 
 

@@ -76,19 +76,23 @@ def worktree(revision: str) -> Iterator[Path]:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], check=True, capture_output=True)
 
 
+def environment(without: tuple[str, ...]) -> dict[str, str]:
+    """Return the environment of a process that does without CPU features whose names begin so, a value of FORMS."""
+    if not without:
+        return dict(os.environ)
+    features = sorted(name for name in emitter.cpu_features() if not name.startswith(without))
+    return {**os.environ, "NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in features)}
+
+
 class Worker:
     """A process that measures one revision with one form of the kernels."""
 
     def __init__(self, tree: Path, without: tuple[str, ...]) -> None:
-        """without: the beginnings of the names of CPU features that the process does not use."""
-        env = {**os.environ, "PYTHONPATH": str(tree)}
-        if without:
-            features = sorted(name for name in emitter.cpu_features() if not name.startswith(without))
-            env["NUMBA_CPU_FEATURES"] = ",".join(f"+{name}" for name in features)
+        """without: a value of FORMS."""
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER, str(MODEL)],
             cwd=tree,
-            env=env,
+            env={**environment(without), "PYTHONPATH": str(tree)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
