@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tinylm.config import ModelConfig
 from tinylm.engine import Engine
 from tinylm.kernels.blas import run_limited
 from tinylm.model import Model
@@ -104,6 +105,11 @@ def measure_bandwidth(n_bytes: int) -> float:
     return n_reads * buffer.nbytes / min(seconds)
 
 
+def matmul_multiply_adds(config: ModelConfig) -> int:
+    """Return the multiply-adds of a token in all matmuls: one for each parameter outside of the norms."""
+    return config.n_parameters - config.hidden_size * (2 * config.n_layers + 1)
+
+
 def _own_text(model: Model, n_tokens: int) -> list[int]:
     """Return `n_tokens` tokens that the model wrote. Sampling takes a different time after other text."""
     engine, seed = Engine(model, n_slots=1), 0
@@ -126,7 +132,7 @@ def _decode(model: Model, text: list[int], batch: int, weight_bytes: int, bandwi
     step_s = median(median(_step_times(engine, prompts)) for _ in range(ROUNDS))
     length = min(prompt_tokens + DECODE_STEPS / 2, config.context)
     n_bytes = weight_bytes + int(batch * length * engine.cache_bytes / (engine.n_slots * config.context))
-    multiply_adds = batch * (config.n_parameters - config.hidden_size * (2 * config.n_layers + 1))
+    multiply_adds = batch * matmul_multiply_adds(config)
     return Decode(
         batch=batch,
         step_ms=step_s * 1e3,

@@ -18,7 +18,7 @@ from typing import Any
 
 from tinylm.llm import load
 from tinylm.model import Model
-from tinylm.system.files import write_file
+from tinylm.system.files import check_file, write_file
 from tinylm.system.machine import describe
 from tinylm.terminal.output import one_line_errors, say
 from tinylm.tokenizer import Tokenizer
@@ -127,6 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
     directories = dict(release.split("=", 1) for release in arguments.releases if "=" in release)
     if wrong := [release for release in arguments.releases if "=" not in release]:
         raise ConfigError(f"{wrong[0]!r} is no NAME=DIRECTORY")
+    check_file(arguments.out)
     config = load_config(arguments.config)
     comparison = Comparison(config)
     releases = {name: comparison.release(Path(directory)) for name, directory in directories.items()}

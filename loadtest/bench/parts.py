@@ -25,7 +25,7 @@ from rich.table import Table
 
 from loadtest.bench.revisions import FORMS, environment
 from loadtest.options import integers
-from tinylm.bench import measure_bandwidth
+from tinylm.bench import matmul_multiply_adds, measure_bandwidth
 from tinylm.engine import Engine
 from tinylm.kernels.batch import Batch
 from tinylm.kernels.numba import ops, simd, steps
@@ -188,9 +188,8 @@ def _least(model: Model, engine: Engine, n: int) -> dict[str, float]:
     config, weight_bytes = model.config, model.kernels.weight_bytes(model.weights)
     bandwidth, peak = measure_bandwidth(weight_bytes), model.kernels.measure_peak()
     cached = n * LENGTH * engine.cache_bytes / (engine.n_slots * config.context)
-    multiply_adds = n * (config.n_parameters - config.hidden_size * (2 * config.n_layers + 1))
     return {
-        "matmuls": 1e6 * max(weight_bytes / bandwidth, multiply_adds / peak),
+        "matmuls": 1e6 * max(weight_bytes / bandwidth, n * matmul_multiply_adds(config) / peak),
         "attention": 1e6 * cached / bandwidth,
     }
 

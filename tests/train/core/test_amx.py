@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,8 @@ from train.core.model import GPT, rope_tables, rotate
 from train.core.optimizers import COEFFICIENTS, NEWTON_SCHULZ_STEPS, Muon, _iterate
 
 needs_tiles = pytest.mark.skipif(
-    not amx.cpu_features().issuperset(amx.FEATURES), reason="this processor has no AMX for bfloat16"
+    not (amx.permitted() and amx.cpu_features().issuperset(amx.FEATURES) and shutil.which("g++")),
+    reason="no AMX for bfloat16, or no C++ compiler",
 )
 ROUNDED = 0.01  # error of a result relative to its size: bfloat16 has 8 bits of mantissa
 
@@ -160,6 +163,7 @@ def test_a_processor_without_amx_has_no_library(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, compiler: str):
     monkeypatch.setattr(amx, "cpu_features", lambda: frozenset(amx.FEATURES))
+    monkeypatch.setattr(amx, "permitted", lambda: True)
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(ConfigError, match=f"run.compile is true, but the C\\+\\+ compiler '{compiler}' failed"):
         amx.library.__wrapped__()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinylm.kernels.numba.amx import permitted
 from tinylm.kernels.numba.emitter import cpu_features
 from train.config import ConfigError
 
@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL | None:
 
     The environment variable CXX names the compiler. Raises ConfigError if there is none, or if it fails.
     """
-    if sys.platform != "linux" or not cpu_features().issuperset(FEATURES):
+    if not (permitted() and cpu_features().issuperset(FEATURES)):
         return None
     with tempfile.TemporaryDirectory() as directory:
         path = str(Path(directory) / "amx.so")
@@ -49,8 +49,7 @@ def library() -> ctypes.CDLL | None:
             raise ConfigError(
                 f"run.compile is true, but the C++ compiler {compiler!r} failed: {advice}\n{reason}"
             ) from None
-        loaded = ctypes.CDLL(path)
-    return loaded if loaded.request_tiles() == 0 else None
+        return ctypes.CDLL(path)
 
 
 def _call(name: str, tensors: Sequence[Tensor], *sizes: int) -> None:

@@ -3,9 +3,6 @@
 // Each head of each row is one task. A head has 32 dimensions, so one instruction multiplies 16 queries by 16 keys. The
 // scores of a head stay in the processor's cache; backward computes them again (Dao et al. 2022).
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 
@@ -31,14 +28,14 @@ struct Head {
 struct Angles {
   const float *cos, *sin;
 
-  // Rotate a token's row and multiply it by a factor (Su et al. 2021).
-  void rotate(int64_t t, const bf16* from, float factor, bf16* to) const {
-    const __m512 c = scaled(cos + t * D, factor), s = scaled(sin + t * D, factor);
+  // Rotate a token's row (Su et al. 2021).
+  void rotate(int64_t t, const bf16* from, bf16* to) const {
+    const __m512 c = _mm512_loadu_ps(cos + t * D), s = _mm512_loadu_ps(sin + t * D);
     const __m512 a = load_half(from), b = load_half(from + 16);
     store(to, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
   }
 
-  // The gradient of `rotate`.
+  // The gradient of `rotate`, multiplied by a factor.
   void rotate_back(int64_t t, __m512 a, __m512 b, float factor, bf16* to) const {
     const __m512 c = scaled(cos + t * D, factor), s = scaled(sin + t * D, factor);
     store(to, _mm512_fmadd_ps(a, c, _mm512_mul_ps(b, s)), _mm512_fmsub_ps(b, c, _mm512_mul_ps(a, s)));
@@ -58,10 +55,10 @@ float soften(float* scores, bf16* weights, int64_t n, int64_t allowed, float* in
   }
   __m512 largest = _mm512_set1_ps(MASKED), sum = _mm512_setzero_ps();
   for (int64_t c = 0; c < n; c += 16) largest = _mm512_max_ps(largest, _mm512_load_ps(scores + c));
-  const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  const __m512 scale = _mm512_set1_ps(SCALE), shift = _mm512_set1_ps(SCALE * _mm512_reduce_max_ps(largest));
   for (int64_t c = 0; c < n; c += 32) {
-    const __m512 first = exp2(_mm512_sub_ps(_mm512_load_ps(scores + c), shift));
-    const __m512 second = exp2(_mm512_sub_ps(_mm512_load_ps(scores + c + 16), shift));
+    const __m512 first = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + c), scale, shift));
+    const __m512 second = exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + c + 16), scale, shift));
     sum = _mm512_add_ps(sum, _mm512_add_ps(first, second));
     store(weights + c, first, second);
   }
@@ -98,8 +95,8 @@ struct Forward {
   void arrange(const Head& head, int64_t j, const bf16* qkv, Angles angles) {
     alignas(64) bf16 rows[SIDE * D];
     for (int64_t t = 0; t < SIDE; t++) {
-      angles.rotate(j + t, qkv + head.q(j + t), SCALE, &q[(j + t) * D]);
-      angles.rotate(j + t, qkv + head.k(j + t), 1, rows + t * D);
+      angles.rotate(j + t, qkv + head.q(j + t), &q[(j + t) * D]);
+      angles.rotate(j + t, qkv + head.k(j + t), rows + t * D);
     }
     words(rows, 16, &k[j * D]);
     words(rows + TILE, 16, &k[j * D + TILE]);
@@ -141,7 +138,7 @@ struct Backward {
     for (int64_t j = 0; j < n; j += SIDE) {
       turn(&dk_t[j * D], turned);
       for (int64_t t = 0; t < SIDE; t++)
-        angles.rotate_back(j + t, _mm512_load_ps(turned + t * 16), _mm512_load_ps(turned + 512 + t * 16), LN_2,
+        angles.rotate_back(j + t, _mm512_load_ps(turned + t * 16), _mm512_load_ps(turned + 512 + t * 16), SCALE * LN_2,
                            d_qkv + head.k(j + t));
       turn(&dv_t[j * D], turned);
       for (int64_t t = 0; t < SIDE; t++)
@@ -153,8 +150,8 @@ struct Backward {
   void arrange(const Head& head, int64_t j, const bf16* qkv, Angles angles, const bf16* out, const bf16* d) {
     alignas(64) bf16 rows[SIDE * D];
     for (int64_t t = j; t < j + SIDE; t++) {
-      angles.rotate(t, qkv + head.q(t), SCALE, &q[t * D]);
-      angles.rotate(t, qkv + head.k(t), 1, rows + (t - j) * D);
+      angles.rotate(t, qkv + head.q(t), &q[t * D]);
+      angles.rotate(t, qkv + head.k(t), rows + (t - j) * D);
       const bf16 *o = out + head.out(t), *g = d + head.out(t);
       _mm512_store_si512(&d_out[t * D], _mm512_loadu_si512(g));
       const __m512 first = _mm512_mul_ps(load_half(o), load_half(g));
@@ -204,7 +201,8 @@ struct Backward {
     __m512 w[2], g[2];
     for (int64_t half = 0; half < 2; half++) {
       const int64_t at = t * SIDE + half * 16;
-      const __m512 weight = exp2(_mm512_sub_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(log)));
+      const __m512 weight =
+          exp2(_mm512_fmsub_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(SCALE), _mm512_set1_ps(log)));
       w[half] = _mm512_maskz_mov_ps(allowed >> (half * 16), weight);
       g[half] = _mm512_mul_ps(w[half], _mm512_sub_ps(_mm512_load_ps(d_weights + at), _mm512_set1_ps(delta)));
     }
@@ -227,9 +225,6 @@ struct Backward {
 }  // namespace
 
 extern "C" {
-
-// Ask Linux for tiles (XFEATURE_XTILEDATA, 18). Return 0 if this process may use them.
-int64_t request_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18); }
 
 void attention_forward(const bf16* qkv, const float* cos, const float* sin, bf16* out, float* logs, int64_t rows,
                        int64_t n, int64_t heads) {
