@@ -47,7 +47,8 @@ class Collection(_Section):
     text_column: str = "text"
     source_column: str = "source"  # documents with the same value stay together; without it, each document is a source
     minimum: dict[str, float] = {}  # keep only rows whose column is at least this
-    # Most training documents with the same first 12 words. Left out of the hash when unset, as in configs that lack it.
+    # Most training documents with the same first 12 words; others lose their first sentences.
+    # Left out of the hash when unset, as in configs that lack it.
     same_opening: int | None = Field(default=None, ge=1, exclude_if=lambda limit: limit is None)
 
 

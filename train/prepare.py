@@ -27,6 +27,7 @@ from tinylm.terminal.output import say
 from train.config import Collection, ConfigError, TrainConfig, run_stage
 from train.data.progress import progress
 from train.data.sources import Row, is_dataset_id, matching_files, read_rows
+from train.release.choices import SENTENCE
 from train.release.copying import words
 
 SPLITS = ("train", "validation")
@@ -146,11 +147,13 @@ def _write_collection(
     counts = {split: Counts() for split in SPLITS}
     pending: dict[str, list[Row]] = {split: [] for split in SPLITS}
     writers = {s: pq.ParquetWriter(directory / f"{collection.name}.{s}.parquet", SCHEMA) for s in SPLITS}
-    is_repeated = repeated_openings(collection.same_opening)
+    cut = opening_cutter(collection.same_opening)
     for row in _documents(collection, config):
         is_held_out = not collection.weight or is_validation(row["source"], share, config.seed)
-        if not is_held_out and is_repeated(row["text"]):
-            continue
+        if not is_held_out:
+            row["text"] = cut(row["text"])
+            if len(row["text"]) < MIN_CHARS:
+                continue
         split = "validation" if is_held_out else "train"
         counts[split].add(row)
         pending[split].append(row)
@@ -170,21 +173,24 @@ def _write_collection(
     return counts
 
 
-def repeated_openings(limit: int | None) -> Callable[[str], bool]:
-    """Return a function of a text: True if at least `limit` earlier texts began with the same OPENING_WORDS words.
+def opening_cutter(limit: int | None) -> Callable[[str], str]:
+    """Return a function that removes first sentences of a text until at most `limit - 1` earlier texts begin like it.
 
-    It ignores case and punctuation. Without a limit, it returns False. A model copies the openings that it reads often.
+    Texts begin alike if their first OPENING_WORDS words are the same, apart from case and punctuation. Without a limit,
+    the function returns the text. A model copies the openings that it reads often.
     """
     seen: Counter[str] = Counter()
 
-    def is_repeated(text: str) -> bool:
+    def cut(text: str) -> str:
         if limit is None:
-            return False
-        opening = " ".join(words(text)[:OPENING_WORDS])
+            return text
+        while (opening := " ".join(words(text)[:OPENING_WORDS])) and seen[opening] >= limit:
+            sentence = SENTENCE.match(text)
+            text = text[sentence.end() :].lstrip() if sentence else ""
         seen[opening] += 1
-        return seen[opening] > limit
+        return text
 
-    return is_repeated
+    return cut
 
 
 def _documents(collection: Collection, config: TrainConfig) -> Iterator[dict[str, str]]:

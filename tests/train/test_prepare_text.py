@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from train.config import ConfigError, TrainConfig
 from train.data.sources import matching_files
 from train.demo_text import demo_text
-from train.prepare import SPLITS, clean, is_validation, prepare
+from train.prepare import SPLITS, clean, is_validation, opening_cutter, prepare
 from train.tokenizer import _training_lines
 
 STORIES = [
@@ -216,19 +216,33 @@ def test_minimum_and_max_documents_filter_rows(tmp_path: Path):
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-def test_same_opening_limits_the_training_documents_that_begin_alike(tmp_path: Path, limit: int):
+def test_same_opening_cuts_the_first_sentences_of_further_training_documents(tmp_path: Path, limit: int):
     """Case and punctuation do not count, held-out documents stay, and the thirteenth word may differ."""
     opening = "once upon a time there was a girl named lily she liked"
-    alike = [f"{opening if n % 2 else opening.capitalize() + ':'} {n} {story}" for n, story in enumerate(STORIES)]
+    alike = [f"{opening if n % 2 else opening.capitalize() + ':'} tea. {n} {story}" for n, story in enumerate(STORIES)]
     path = write_parquet(tmp_path / "t.parquet", {"text": alike + STORIES})
     without, rows = prepared(tmp_path / "w", path), prepared(tmp_path / "l", path, same_opening=limit)
-    kept = {split: [row["text"] for row in rows if row["split"] == split] for split in SPLITS}
-    assert kept["validation"] == [row["text"] for row in without if row["split"] == "validation"]
-    assert not set(kept["train"]) - {row["text"] for row in without if row["split"] == "train"}
-    assert sum(text in alike for text in kept["train"]) == limit
-    assert texts([row for row in without if row["text"] in STORIES]) == sorted(
-        text for of_split in kept.values() for text in of_split if text in STORIES
+    whole, kept = (
+        {split: [row["text"] for row in result if row["split"] == split] for split in SPLITS}
+        for result in (without, rows)
     )
+    assert kept["validation"] == whole["validation"]
+    expected, began_alike = [], 0
+    for text in whole["train"]:
+        began_alike += text in alike
+        expected.append(text.split(" tea. ")[1] if text in alike and began_alike > limit else text)
+    assert kept["train"] == expected
+
+
+@pytest.mark.parametrize(("texts", "expected"), [
+    (["A b. C d. E f."] * 4, ["A b. C d. E f.", "C d. E f.", "E f.", ""]),  # sentence by sentence, to the end
+    (["A b", "a B!", "A b"], ["A b", "", ""]),  # no sentence ends there
+    (["", "", "..."], ["", "", "..."]),  # nothing to compare
+])  # fmt: skip
+def test_opening_cutter_removes_sentences_until_the_opening_is_rare(texts: list[str], expected: list[str]):
+    cut = opening_cutter(1)
+    assert [cut(text) for text in texts] == expected
+    assert [opening_cutter(None)(text) for text in texts] == texts
 
 
 def broken_sources(directory: Path) -> dict[str, tuple[dict, str]]:
