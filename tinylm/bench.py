@@ -106,7 +106,7 @@ def measure_bandwidth(n_bytes: int) -> float:
 
 
 def matmul_multiply_adds(config: ModelConfig) -> int:
-    """Return the multiply-adds of a token in all matmuls: one for each parameter outside of the norms."""
+    """Return how many multiply-adds the matmuls of a token need: one for each parameter, without the norms."""
     return config.n_parameters - config.hidden_size * (2 * config.n_layers + 1)
 
 

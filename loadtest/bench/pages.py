@@ -182,7 +182,7 @@ def engine_blocks(results: Path) -> dict[str, str]:
 
 
 def _parts(forms: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
-    """forms: form of the kernels -> batch size -> the microseconds of each part, and the least ones."""
+    """forms: form of the kernels -> batch size -> the microseconds of each part, and their limits."""
     head, rows = ["part, us"], dict[str, list[str]]()
     for form, batches in forms.items():
         for batch, of_batch in batches.items():

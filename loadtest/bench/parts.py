@@ -171,7 +171,7 @@ def _seconds_outside(engine: Engine) -> float:
 
 
 def measure(n: int) -> dict[str, dict[str, float]]:
-    """Return the microseconds of a step with n sequences: its parts, the rest, the whole, and the least ones."""
+    """Return what each part of a step with n sequences takes, the rest, the whole, and the limits, in microseconds."""
     model, engine, outside = _full_engine(n)
     compiled, parts = _measure_parts(model, engine._runner, n)
     times = {
@@ -195,7 +195,7 @@ def _least(model: Model, engine: Engine, n: int) -> dict[str, float]:
 
 
 def _measure_parts(model: Model, runner: ModelRunner, n: int) -> tuple[float, dict[str, float]]:
-    """Return the microseconds of the compiled step and of each part. The inputs of every round are the same."""
+    """Return what the compiled step and each part take, in microseconds. All rounds have the same inputs."""
     scratch, logits = runner._scratch, runner.batch.logits
     room = aligned_zeros(scratch.wide.shape, np.float32)
     step = Step(n, model.weights.shape, model.weights, runner._cache, scratch, runner.batch, room)
@@ -260,7 +260,7 @@ def _of_form(form: str, batches: str) -> dict[str, Any] | None:
 
 
 def _table(form: str, result: dict[str, Any]) -> Table:
-    """result: batch size -> the microseconds of each part, and the least ones."""
+    """result: batch size -> the microseconds of each part, and their limits."""
     table = Table("part", title=form)
     for n in result:
         table.add_column(f"batch {n}, us", justify="right")

@@ -88,7 +88,7 @@ class Worker:
     """A process that measures one revision with one form of the kernels."""
 
     def __init__(self, tree: Path, without: tuple[str, ...]) -> None:
-        """without: a value of FORMS."""
+        """without: the instructions that the processor is treated as lacking, a value of FORMS."""
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER, str(MODEL)],
             cwd=tree,
