@@ -43,6 +43,11 @@ CHOOSE = """async ([settings, ids]) => {
   return { greedy, stages: stages.map(of_ids) };
 }"""
 CODE = """async () => (await import("./explain/questions.js")).QUESTIONS.map(({ code, part }) => [...code, part])"""
+# Both in one call, because the page draws the line again when it learns the name of the picked token.
+BOXES_OF_LINE_AND_PICKED = """() => [".shares", ".shares .picked"].map(at => {
+  const { x, width } = document.querySelector(at).getBoundingClientRect();
+  return { x, width };
+})"""
 expect.set_options(timeout=30_000)  # ms; only ends a wait that would never end
 pytestmark = pytest.mark.parametrize("shared_service", ["serve.yaml"], indirect=True)
 
@@ -233,7 +238,7 @@ def test_the_mark_lies_on_the_picked_token(browser: Browser, url: str, size: dic
         for number in (0.0, 0.02, 0.25, 0.48, 0.5, 0.9, 0.999):
             page.get_by_label("Random number").fill(str(number))
             expect(page.locator("#random-output")).to_have_text(f"{number:.3f}")
-            picked, line = (page.locator(at).bounding_box() for at in (".shares .picked", ".shares"))
+            line, picked = page.evaluate(BOXES_OF_LINE_AND_PICKED)
             place = line["x"] + number * line["width"]
             assert picked["x"] - 2 <= place <= picked["x"] + picked["width"] + 2, number
 
