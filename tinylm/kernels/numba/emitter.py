@@ -20,6 +20,7 @@ from numba.core.types.containers import BaseNamedTuple
 from tinylm.kernels.numba import arm
 
 LANES = 16
+CACHE_LINE = 64  # bytes
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 BYTES = ir.VectorType(I8, 4 * LANES)
@@ -92,9 +93,13 @@ class Emitter:
         """Store a number or vector to array[offset :]."""
         self.b.store(value, self._at(array, offset, value.type), align=1)
 
-    def prefetch(self, array, offset):
-        """Ask the processor to load the cache line of array[offset] while it computes. The array may end before it."""
-        self.call("llvm.prefetch.p0", ir.VoidType(), self._at(array, offset, I8), I32(0), I32(3), I32(1))
+    def prefetch(self, array, offset, into_l1: bool = True):
+        """Ask the processor to load the cache line of array[offset] into L1 or L2 while it computes.
+
+        The array may end before it.
+        """
+        locality = I32(3 if into_l1 else 2)
+        self.call("llvm.prefetch.p0", ir.VoidType(), self._at(array, offset, I8), I32(0), locality, I32(1))
 
     def _at(self, array, offset, kind):
         return self.b.bitcast(self.b.gep(array, [offset]), kind.as_pointer())

@@ -17,13 +17,12 @@ import numpy as np
 
 from tinylm.config import ModelConfig
 from tinylm.kernels.numba import amx
-from tinylm.kernels.numba.emitter import LANES
+from tinylm.kernels.numba.emitter import CACHE_LINE, LANES
 from tinylm.kernels.numba.simd import TILE
 from tinylm.kernels.numpy import rope_tables
 from tinylm.kernels.sharing import shared
 from tinylm.weights import QuantizedMatrix, Tensor
 
-CACHE_LINE = 64  # bytes
 HUGE_PAGE = 2**21  # bytes
 
 

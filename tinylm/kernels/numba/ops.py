@@ -72,7 +72,10 @@ def multiply(
         return multiply_tiles(n_tokens, n_steps, weights, at, row, n_out, out, add, scratch)
     for column in range(0, n_out, TILE):
         t = 0
-        while t + 4 <= n_tokens:
+        while t + 6 <= n_tokens:
+            simd.matmul_6(weights, at, row, n_steps, scratch.bytes, scratch, t, out, column, add)
+            t += 6
+        if t + 4 <= n_tokens:
             simd.matmul_4(weights, at, row, n_steps, scratch.bytes, scratch, t, out, column, add)
             t += 4
         if t + 2 <= n_tokens:
@@ -297,6 +300,8 @@ def _make_attend_token(constant_width: int) -> Callable[..., None]:
                     simd.key_scores(scratch, query, width, cache, at, at + ahead, length - token, scores_at)
             for h in range(pair, end):
                 query, at = (h - pair) * amx.ROWS, first + h * LANES
+                for block in range(n_blocks):
+                    simd.prefetch_middle(cache, at + ahead + block * block_size, width)
                 simd.soften(scratch, query, query * columns, length, cache, at, block_size)
             for block in range(n_blocks):
                 for h in range(pair, end):

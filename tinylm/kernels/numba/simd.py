@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from tinylm.kernels.batch import COLUMNS
-from tinylm.kernels.numba.emitter import BYTES, F32, FLOATS, I8, I32, I64, INTS, LANES, LOG2_E, intrinsic
+from tinylm.kernels.numba.emitter import BYTES, CACHE_LINE, F32, FLOATS, I8, I32, I64, INTS, LANES, LOG2_E, intrinsic
 
 TILE = COLUMNS  # the rows of a tile of weights, and the columns that a matmul writes at a time
 BLOCKS = TILE // LANES  # vectors of a tile
@@ -37,12 +37,18 @@ def _matmul(n_tokens: int, exact: bool):
 
         The tile begins at byte `at` of weights.packed, and its first row is `row`. x is scratch.bytes, or an array of
         floats if `exact`.
+
+        If the registers hold all sums at once, prefetch a quarter of the next tile: which one depends on t.
         """
         tokens = [e.b.add(t, I64(i)) for i in range(n_tokens)]
         n_at_once, n_blocks = sums_at_once(e, n_tokens, exact)
+        next_at = None
+        if n_tokens >= 4 and (n_at_once, n_blocks) == (n_tokens, BLOCKS):
+            quarter = e.b.and_(e.b.lshr(t, I64(2)), I64(3))
+            next_at = e.index(e.index(at, 4 * TILE, n_steps), 4 * LANES, quarter)
         for group in _in_parts(tokens, n_at_once):
             for blocks in _in_parts(range(BLOCKS), n_blocks):
-                totals = multiply(e, weights.packed, at, n_steps, x, group, blocks, exact)
+                totals = multiply(e, weights.packed, at, n_steps, x, group, blocks, exact, next_at)
                 for token, sums in zip(group, totals, strict=True):
                     scale_of_x = None if exact else e.splat(e.load(scratch.scales, token, F32))
                     for block, total in zip(blocks, sums, strict=True):
@@ -68,7 +74,7 @@ def sums_at_once(e, n_tokens: int, exact: bool) -> tuple[int, int]:
         if n_tokens == 1:
             return 1, 4 // size
         if e.form == "neon-i8mm" and not exact:  # pairs of tokens need more registers for weights
-            return n_tokens, 1
+            return min(4, n_tokens), 1
     return min(2, n_tokens), 2 // size  # also for 16 registers of 16 or 32 bytes
 
 
@@ -88,13 +94,18 @@ def _in_parts(items, n: int) -> list[Any]:
     return [items[i : i + n] for i in range(0, len(items), n)]
 
 
-def multiply(e, packed, at, n_steps, x, tokens, blocks, exact: bool):
-    """Multiply tokens by some blocks of a tile. Return for each token the pointers to the sums of these blocks."""
+def multiply(e, packed, at, n_steps, x, tokens, blocks, exact: bool, next_at=None):
+    """Multiply tokens by some blocks of a tile. Return for each token the pointers to the sums of these blocks.
+
+    next_at: where to prefetch one cache line for each step, which is 4 * TILE bytes further on than the one before.
+    """
     if e.form == "neon-i8mm" and not exact and len(tokens) % 2 == 0:
         return _multiply_pairs(e, packed, at, n_steps, x, tokens, blocks)
     totals = [e.totals(FLOATS if exact else e.sums, len(blocks)) for _ in tokens]
     with cgutils.for_range(e.b, n_steps) as loop:
         tiles = _step_of_tile(e, packed, at, loop.index, blocks)
+        if next_at is not None:
+            e.prefetch(packed, e.index(next_at, 4 * TILE, loop.index), into_l1=False)
         for token, sums in zip(tokens, totals, strict=True):
             inputs = e.row(x, token, e.index(I64(0), 4, loop.index))
             for k in range(4 if exact else 1):
@@ -150,7 +161,7 @@ def _split(e, totals):
     return sums
 
 
-matmul_1, matmul_2, matmul_4 = (_matmul(n, exact=False) for n in (1, 2, 4))
+matmul_1, matmul_2, matmul_4, matmul_6 = (_matmul(n, exact=False) for n in (1, 2, 4, 6))
 matmul_exact_1, matmul_exact_4 = (_matmul(n, exact=True) for n in (1, 4))
 
 
@@ -392,21 +403,37 @@ def round_query(e, x, at, size, width, scratch, query):
 def key_scores(e, scratch, query, width, cache, first, next_first, n, scores_at):
     """Write the scores of a rounded query with a block of keys to scratch.scores: NEVER from the block's key n on.
 
-    Prefetch the block of keys whose first token is `next_first`.
+    Prefetch the first half of the keys, and all scales, of the block whose first token is `next_first`.
     """
-    query_at, at, distance = e.b.mul(query, width), e.b.mul(first, width), e.b.mul(e.b.sub(next_first, first), width)
+    query_at, at = e.b.mul(query, width), e.b.mul(first, width)
     e.prefetch(cache.key_scales, next_first)
     e.prefetch(cache.value_scales, next_first)
+    _prefetch_half(e, cache.keys, next_first, width, 0)
     totals = e.totals(e.sums, LANES // 4)
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
         for i, total in enumerate(totals):
             step = e.index(I64(i), LANES // 4, group.index)
             part = e.splat(e.load(scratch.query, e.index(query_at, 4, step), I32))
-            here = e.index(at, 4 * LANES, step)
-            e.prefetch(cache.keys, e.b.add(here, distance))
-            block = e.load(cache.keys, here, BYTES)
+            block = e.load(cache.keys, e.index(at, 4 * LANES, step), BYTES)
             e.b.store(e.dot_centered(e.b.load(total), block, e.b.bitcast(part, BYTES)), total)
     _put_scores(e, e.sum_of(totals), scratch, query, cache, first, e.first_lanes(n), scores_at)
+
+
+def _prefetch_half(e, array, first, width, half: int):
+    """Prefetch a half of the block of keys or values whose first token is `first`."""
+    at = e.b.mul(e.b.add(first, I64(LANES // 2 * half)), width)
+    with cgutils.for_range(e.b, e.b.sdiv(width, I64(2 * CACHE_LINE // LANES))) as loop:
+        e.prefetch(array, e.index(at, CACHE_LINE, loop.index))
+
+
+@intrinsic()
+def prefetch_middle(e, cache, first, width):
+    """Prefetch the second half of the keys and the first half of the values of the block whose first token is `first`.
+
+    `key_scores` and `weigh_values` prefetch the rest: a processor can wait for only a dozen cache lines at a time.
+    """
+    _prefetch_half(e, cache.keys, first, width, 1)
+    _prefetch_half(e, cache.values, first, width, 0)
 
 
 @intrinsic()
@@ -474,17 +501,14 @@ def soften(e, scratch, query, at, length, cache, first, stride):
 def weigh_values(e, scratch, query, weights_at, cache, first, next_first, width):
     """Add a block of values, times the high and the low bytes of its weights, to the query's two rows of sums.
 
-    Prefetch the block of values whose first token is `next_first`.
+    Prefetch the second half of the block of values whose first token is `next_first`.
     """
-    distance = e.b.mul(e.b.sub(next_first, first), width)
+    _prefetch_half(e, cache.values, next_first, width, 1)
     at, sums_at = e.b.mul(first, width), e.b.mul(e.b.mul(query, I64(2)), width)
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
         column = e.index(I64(0), LANES, group.index)
         quads = [e.index(at, e.b.mul(width, I64(4)), quad) for quad in range(LANES // 4)]
-        lines = [e.index(quad, 4, column) for quad in quads]
-        for line in lines:
-            e.prefetch(cache.values, e.b.add(line, distance))
-        blocks = [e.load(cache.values, line, BYTES) for line in lines]
+        blocks = [e.load(cache.values, e.index(quad, 4, column), BYTES) for quad in quads]
         for half, weights in enumerate((scratch.high, scratch.low)):
             here = e.b.add(e.index(sums_at, width, half), column)
             chains = [ir.Constant(e.sums, None)] * 2
