@@ -282,6 +282,7 @@ def _make_attend_token(constant_width: int) -> Callable[..., None]:
 
         While it computes two heads, it prefetches the keys and values of the next two. The last heads prefetch for the
         next token, whose slot begins at `next_first`: a batch has too many keys and values for the processor's caches.
+        Each loop prefetches a part, since a core can wait for only about a dozen cache lines at a time.
         """
         size, heads, block_size = shape.head_dim, shape.heads, shape.heads * LANES
         width = constant_width or (size + LANES - 1) // LANES * LANES
@@ -296,17 +297,20 @@ def _make_attend_token(constant_width: int) -> Callable[..., None]:
             for block in range(n_blocks):
                 for h in range(pair, end):
                     query, at, token = (h - pair) * amx.ROWS, first + block * block_size + h * LANES, block * LANES
-                    scores_at = query * columns + token
-                    simd.key_scores(scratch, query, width, cache, at, at + ahead, length - token, scores_at)
+                    simd.prefetch_scales(cache, at + ahead)
+                    simd.prefetch_keys(cache, at + ahead, width, 0)
+                    simd.key_scores(scratch, query, width, cache, at, length - token, query * columns + token)
             for h in range(pair, end):
                 query, at = (h - pair) * amx.ROWS, first + h * LANES
                 for block in range(n_blocks):
-                    simd.prefetch_middle(cache, at + ahead + block * block_size, width)
+                    simd.prefetch_keys(cache, at + ahead + block * block_size, width, 1)
+                    simd.prefetch_values(cache, at + ahead + block * block_size, width, 0)
                 simd.soften(scratch, query, query * columns, length, cache, at, block_size)
             for block in range(n_blocks):
                 for h in range(pair, end):
                     query, at = (h - pair) * amx.ROWS, first + block * block_size + h * LANES
-                    simd.weigh_values(scratch, query, query * columns + block * LANES, cache, at, at + ahead, width)
+                    simd.prefetch_values(cache, at + ahead, width, 1)
+                    simd.weigh_values(scratch, query, query * columns + block * LANES, cache, at, width)
             for h in range(pair, end):
                 query = (h - pair) * amx.ROWS
                 simd.put_sums(scratch, query, width, out, t * out.shape[1] + h * size)

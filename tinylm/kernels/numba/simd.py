@@ -400,15 +400,34 @@ def round_query(e, x, at, size, width, scratch, query):
 
 
 @intrinsic()
-def key_scores(e, scratch, query, width, cache, first, next_first, n, scores_at):
-    """Write the scores of a rounded query with a block of keys to scratch.scores: NEVER from the block's key n on.
+def prefetch_scales(e, cache, first):
+    """Prefetch the scales of the block whose first token is `first`."""
+    e.prefetch(cache.key_scales, first)
+    e.prefetch(cache.value_scales, first)
 
-    Prefetch the first half of the keys, and all scales, of the block whose first token is `next_first`.
-    """
+
+@intrinsic()
+def prefetch_keys(e, cache, first, width, half):
+    """Prefetch a half, 0 or 1, of the block of keys whose first token is `first`."""
+    _prefetch_half(e, cache.keys, first, width, half)
+
+
+@intrinsic()
+def prefetch_values(e, cache, first, width, half):
+    """Prefetch a half, 0 or 1, of the block of values whose first token is `first`."""
+    _prefetch_half(e, cache.values, first, width, half)
+
+
+def _prefetch_half(e, array, first, width, half):
+    at = e.b.mul(e.index(first, LANES // 2, half), width)
+    with cgutils.for_range(e.b, e.b.sdiv(width, I64(2 * CACHE_LINE // LANES))) as loop:
+        e.prefetch(array, e.index(at, CACHE_LINE, loop.index))
+
+
+@intrinsic()
+def key_scores(e, scratch, query, width, cache, first, n, scores_at):
+    """Write the scores of a rounded query with a block of keys to scratch.scores: NEVER from the block's key n on."""
     query_at, at = e.b.mul(query, width), e.b.mul(first, width)
-    e.prefetch(cache.key_scales, next_first)
-    e.prefetch(cache.value_scales, next_first)
-    _prefetch_half(e, cache.keys, next_first, width, 0)
     totals = e.totals(e.sums, LANES // 4)
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
         for i, total in enumerate(totals):
@@ -417,23 +436,6 @@ def key_scores(e, scratch, query, width, cache, first, next_first, n, scores_at)
             block = e.load(cache.keys, e.index(at, 4 * LANES, step), BYTES)
             e.b.store(e.dot_centered(e.b.load(total), block, e.b.bitcast(part, BYTES)), total)
     _put_scores(e, e.sum_of(totals), scratch, query, cache, first, e.first_lanes(n), scores_at)
-
-
-def _prefetch_half(e, array, first, width, half: int):
-    """Prefetch a half of the block of keys or values whose first token is `first`."""
-    at = e.b.mul(e.b.add(first, I64(LANES // 2 * half)), width)
-    with cgutils.for_range(e.b, e.b.sdiv(width, I64(2 * CACHE_LINE // LANES))) as loop:
-        e.prefetch(array, e.index(at, CACHE_LINE, loop.index))
-
-
-@intrinsic()
-def prefetch_middle(e, cache, first, width):
-    """Prefetch the second half of the keys and the first half of the values of the block whose first token is `first`.
-
-    `key_scores` and `weigh_values` prefetch the rest: a processor can wait for only a dozen cache lines at a time.
-    """
-    _prefetch_half(e, cache.keys, first, width, 1)
-    _prefetch_half(e, cache.values, first, width, 0)
 
 
 @intrinsic()
@@ -498,12 +500,8 @@ def soften(e, scratch, query, at, length, cache, first, stride):
 
 
 @intrinsic()
-def weigh_values(e, scratch, query, weights_at, cache, first, next_first, width):
-    """Add a block of values, times the high and the low bytes of its weights, to the query's two rows of sums.
-
-    Prefetch the second half of the block of values whose first token is `next_first`.
-    """
-    _prefetch_half(e, cache.values, next_first, width, 1)
+def weigh_values(e, scratch, query, weights_at, cache, first, width):
+    """Add a block of values, times the high and the low bytes of its weights, to the query's two rows of sums."""
     at, sums_at = e.b.mul(first, width), e.b.mul(e.b.mul(query, I64(2)), width)
     with cgutils.for_range(e.b, e.b.sdiv(width, I64(LANES))) as group:
         column = e.index(I64(0), LANES, group.index)
